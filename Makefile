@@ -1,0 +1,35 @@
+# `make demo` and `make test` set everything up by themselves, once, in .venv and .cache.
+PYTHON ?= python3.11
+VENV := .venv
+PY := $(VENV)/bin/python
+LLAMA_CPP_PYTHON := 0.3.36
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint bench clean
+
+help:            ## show this list
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+setup: $(VENV)/.ready ## create .venv and build llama.cpp (about 10 minutes, once)
+
+$(VENV)/.ready: pyproject.toml tools/setup.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) LLAMA_CPP_PYTHON=$(LLAMA_CPP_PYTHON) bash tools/setup.sh
+	@touch $@
+
+demo: $(VENV)/.ready ## the main job on a real model: convert, record, verify, print the table
+	@$(VENV)/bin/safegene demo
+
+test: $(VENV)/.ready ## the whole suite, the real model included
+	@$(PY) -m pytest -q
+
+test-fast: $(VENV)/.ready ## the suite without the real model
+	@$(PY) -m pytest -q -m "not slow"
+
+lint: $(VENV)/.ready ## ruff and mypy
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+bench: $(VENV)/.ready ## time ours against upstream's tools, side by side
+	@$(PY) benchmarks/convert.py && $(PY) benchmarks/verify.py
+
+clean:           ## remove .venv and .cache
+	rm -rf $(VENV) .cache demo

@@ -1,0 +1,131 @@
+"""Everything that can go wrong, as one small tree.
+
+    SafeGeneError                what `safegene` prints as a message instead of a traceback
+    ├── FormatError              bytes that break a file format (GGUF, safetensors, JSON)
+    │   ├── ManifestError        a manifest that is malformed or does not describe its folder
+    │   └── RecordError          a reference that is malformed, edited, or unfit to gate on
+    ├── AdapterError             an adapter folder that contradicts itself
+    ├── UnsupportedError         a feature we know by name and refuse (DoRA, MoE experts, ...)
+    ├── BaseModelError           a base that is missing pieces or does not fit the adapter
+    ├── SurvivalError            the safety delta would not survive in the stored weights
+    ├── OutputError              an output that exists, or cannot be written
+    ├── EngineError              llama.cpp or ONNX Runtime refused, or did something else than asked
+    └── PostconditionError       what was written is not what was meant
+
+A reader collects every problem of a file in a `Problems` list and raises once: the user fixes all of
+them in one go instead of one per run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+__all__ = [
+    "AdapterError",
+    "BaseModelError",
+    "EngineError",
+    "FormatError",
+    "ManifestError",
+    "OutputError",
+    "PostconditionError",
+    "Problem",
+    "Problems",
+    "RecordError",
+    "SafeGeneError",
+    "SurvivalError",
+    "UnsupportedError",
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where, which field, what was expected, what came, what to do."""
+
+    where: str
+    field: str
+    expected: str
+    got: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        line = f"{self.where}: {self.field}: expected {self.expected}, got {self.got}"
+        return f"{line}\n    -> {self.fix}" if self.fix else line
+
+
+class SafeGeneError(Exception):
+    """Base of every error this project raises on purpose.
+
+    Attributes:
+        problems: what is wrong, in the order it was found; never empty.
+    """
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class FormatError(SafeGeneError, ValueError):
+    """Bytes that break a file format."""
+
+
+class ManifestError(FormatError):
+    """A manifest that is malformed, or that does not describe its folder."""
+
+
+class RecordError(FormatError):
+    """A reference that is malformed, edited, or unfit to gate on."""
+
+
+class AdapterError(SafeGeneError, ValueError):
+    """An adapter folder that contradicts itself."""
+
+
+class UnsupportedError(SafeGeneError, ValueError):
+    """A feature we know by name and refuse."""
+
+
+class BaseModelError(SafeGeneError, ValueError):
+    """A base model that is missing pieces or does not fit the adapter."""
+
+
+class SurvivalError(SafeGeneError, ValueError):
+    """The safety delta would not survive in the stored weights."""
+
+
+class OutputError(SafeGeneError, OSError):
+    """An output that exists already, or that cannot be written."""
+
+
+class EngineError(SafeGeneError, RuntimeError):
+    """An engine refused, or did something else than it was asked to."""
+
+
+class PostconditionError(SafeGeneError, RuntimeError):
+    """What was written is not what was meant."""
+
+
+class Problems:
+    """Collects problems so that they can be raised together, once."""
+
+    def __init__(self) -> None:
+        self._found: list[Problem] = []
+
+    def add(self, where: str, field: str, expected: object, got: object, fix: str = "") -> None:
+        """Notes one problem; `expected` and `got` are rendered with `str`."""
+        self._found.append(Problem(where, field, str(expected), str(got), fix))
+
+    def extend(self, problems: Iterable[Problem]) -> None:
+        """Takes over the problems of an error that was caught."""
+        self._found.extend(problems)
+
+    def raise_if_any(self, error: type[SafeGeneError]) -> None:
+        """Raises `error` with everything collected; does nothing when there is nothing."""
+        if self._found:
+            raise error(self._found)
+
+    def __iter__(self) -> Iterator[Problem]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)

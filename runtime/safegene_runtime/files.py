@@ -1,0 +1,210 @@
+"""Reading files that may be hostile, and publishing files that must never be half there.
+
+Reading: a path is opened once, without following a symbolic link in its last part, and must be a
+regular file: a FIFO would block for ever, a device has no end.
+
+Publishing (Pillai et al., OSDI 2014): everything is written into a sibling of the final name, each
+file is fsync'ed, the manifest comes last, then one rename makes the folder visible and the parent
+is fsync'ed. Killed at any moment, the final name is either absent or complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from safegene_runtime.errors import FormatError, OutputError, Problem
+
+__all__ = [
+    "check_output_free",
+    "open_regular",
+    "publish_file",
+    "publish_folder",
+    "read_small_file",
+    "sha256_file",
+    "sha256_of",
+]
+
+CHUNK_BYTES = 4 << 20
+MANIFEST_NAME = "manifest.json"
+
+
+def open_regular(path: Path, *, follow_symlinks: bool = False) -> BinaryIO:
+    """Opens a regular file for reading.
+
+    `follow_symlinks` is for what the user named on the command line; what a folder or a manifest
+    names is opened without.
+
+    Raises:
+        FormatError: missing, not a regular file, or a symbolic link.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    if not follow_symlinks:
+        flags |= os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        got = "a symbolic link" if error.errno == errno.ELOOP else os.strerror(error.errno or 0)
+        raise FormatError(
+            Problem(str(path), "file", "a readable regular file", got, "check the path")
+        ) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FormatError(
+            Problem(str(path), "file", "a regular file", "something else", "check the path")
+        )
+    return os.fdopen(descriptor, "rb")
+
+
+def read_small_file(path: Path, max_bytes: int) -> bytes:
+    """Reads a whole file of at most `max_bytes` bytes.
+
+    Raises:
+        FormatError: as `open_regular`, or the file is larger.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise FormatError(
+                Problem(str(path), "size", f"at most {max_bytes} bytes", size, "is it the right file?")  # type: ignore[arg-type]
+            )
+        return file.read(max_bytes + 1)
+
+
+def sha256_of(data: bytes | memoryview) -> str:
+    """The SHA-256 of some bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """The SHA-256 of a regular file; `progress` is told the number of bytes after each chunk."""
+    digest = hashlib.sha256()
+    buffer = bytearray(CHUNK_BYTES)
+    view = memoryview(buffer)
+    with open_regular(path) as file:
+        while count := file.readinto(buffer):  # type: ignore[attr-defined]
+            digest.update(view[:count])
+            if progress:
+                progress(count)
+    return digest.hexdigest()
+
+
+def check_output_free(out: Path, force: bool) -> None:
+    """Refuses an output that exists, before any work is done for it.
+
+    Raises:
+        OutputError: `out` exists and `force` is not given, or its parent is not a folder.
+    """
+    if os.path.lexists(out) and not force:
+        raise OutputError(
+            Problem(str(out), "output", "a name that is free", "an existing path",
+                    "choose another -o, or pass --force to replace it")
+        )
+    parent = out.absolute().parent
+    if parent.exists() and not parent.is_dir():
+        raise OutputError(
+            Problem(str(parent), "output", "a folder to write into", "a file", "choose another -o")
+        )
+
+
+@contextlib.contextmanager
+def publish_folder(out: Path, force: bool = False) -> Iterator[Path]:
+    """Yields a temporary sibling of `out` to fill; renames it to `out` when the block succeeds.
+
+    On any error, a KeyboardInterrupt included, the temporary folder is removed and `out` is as it
+    was. Files are fsync'ed in name order with the manifest last.
+
+    Raises:
+        OutputError: `out` exists (and not `force`), or the file system said no.
+    """
+    check_output_free(out, force)
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise OutputError(
+            Problem(str(out), "output", "a folder we may create", str(error), "check permissions")
+        ) from error
+    try:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        files.sort(key=lambda path: path.name == MANIFEST_NAME)
+        for path in files:
+            _fsync(path)
+        for folder in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
+            _fsync(folder)
+        _rename_over(temporary, out, force)
+        _fsync(out.parent)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(
+            Problem(str(out), "output", "to be written whole", str(error), "free some space, retry")
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_file(path: Path, data: bytes) -> None:
+    """Replaces one file atomically: temporary sibling, fsync, rename, fsync of the folder.
+
+    Raises:
+        OutputError: the file system said no; the old file is untouched.
+    """
+    path = path.absolute()
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        temporary = None
+        _fsync(path.parent)
+    except OSError as error:
+        raise OutputError(
+            Problem(str(path), "output", "to be written whole", str(error), "check space and rights")
+        ) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _rename_over(source: Path, out: Path, force: bool) -> None:
+    """Moves the finished folder to its name; an old one is moved aside first, then removed."""
+    if not os.path.lexists(out):
+        os.rename(source, out)
+        return
+    check_output_free(out, force)
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    os.rename(out, old / out.name)
+    os.rename(source, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
