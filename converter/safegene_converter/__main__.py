@@ -1,0 +1,7 @@
+"""`python -m safegene_converter` is `safegene`."""
+
+import sys
+
+from safegene_converter.cli import main
+
+sys.exit(main())

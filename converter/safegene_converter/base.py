@@ -1,0 +1,357 @@
+"""The base model an adapter is folded into: a GGUF file (or its shards), or a Hugging Face folder.
+
+Opening a base reads headers only. Everything that makes it unfit is collected and raised once,
+before any work: what it is, which architecture, how many layers and heads, which linear modules of
+which shape, and which files it consists of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from safegene_converter import ggml, names
+from safegene_converter.safetensors_reader import SafetensorsFile, read_safetensors
+from safegene_runtime import strictjson
+from safegene_runtime.errors import (
+    BaseModelError,
+    Problem,
+    Problems,
+    SafeGeneError,
+    UnsupportedError,
+)
+from safegene_runtime.files import open_regular, sha256_file
+from safegene_runtime.gguf import GGUFModel, open_model, read_tensor_bytes
+
+__all__ = ["Base", "open_base"]
+
+FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
+
+_INDEX_NAME = "model.safetensors.index.json"
+_HF_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
+"""The files of a Hugging Face folder that decide what the converted model is."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model whose headers were read and found fit.
+
+    Attributes:
+        kind: `gguf` or `hf`.
+        path: what the user named.
+        architecture: GGUF's name for it, one of `names.ARCHITECTURES`.
+        n_layers: number of blocks.
+        n_head: query heads per layer.
+        n_head_kv: key/value heads per layer.
+        name: what the model calls itself, else the name of its file or folder.
+        files: every file it consists of, in name order.
+        n_parameters: elements of all its tensors.
+        is_float: whether all its weights are F32, F16 or BF16.
+        shapes: (out, in) of every linear module of its blocks, by Hugging Face module name.
+        model: the GGUF headers, for `gguf`.
+        config: the parsed config.json, for `hf`.
+        weights: the safetensors headers, for `hf`.
+    """
+
+    kind: Literal["gguf", "hf"]
+    path: Path
+    architecture: str
+    n_layers: int
+    n_head: int
+    n_head_kv: int
+    name: str
+    files: tuple[Path, ...]
+    n_parameters: int
+    is_float: bool
+    shapes: Mapping[str, tuple[int, int]] = field(repr=False)
+    model: GGUFModel | None = field(default=None, repr=False)
+    config: Mapping[str, Any] | None = field(default=None, repr=False)
+    weights: tuple[SafetensorsFile, ...] = field(default=(), repr=False)
+
+    def module_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear module of the blocks, by Hugging Face module name."""
+        return dict(self.shapes)
+
+    def tensor_name(self, module: str) -> str:
+        """The GGUF tensor of a module's weight."""
+        return names.gguf_name(self.architecture, module)
+
+    def transform(self, module: str) -> names.Transform:
+        """The row order of a module's GGUF tensor relative to its Hugging Face weight."""
+        return names.transform_for(self.architecture, module, self.n_head, self.n_head_kv)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files together, which is what `digests` reads."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def digests(self, progress: Callable[[int], None] | None = None) -> dict[str, str]:
+        """SHA-256 of every file, by file name; `progress` is told bytes as they are read."""
+        return {file.name: sha256_file(file.resolve(), progress) for file in self.files}
+
+    def read_weight(self, module: str) -> npt.NDArray[np.float32]:
+        """The weight of a module, (out, in) float32, rows in the order of the base's own files.
+
+        Raises:
+            BaseModelError: the base has no such module.
+        """
+        if module not in self.shapes:
+            raise BaseModelError(
+                Problem(str(self.path), module, "a module of the base", "nothing",
+                        "is this the base the adapter was trained on?")
+            )
+        if self.model is not None:
+            info = self.model.tensors[self.tensor_name(module)]
+            return ggml.dequantize(read_tensor_bytes(info), info.type, info.shape)
+        for file in self.weights:
+            if f"{module}.weight" in file.tensors:
+                return file.read_float32(f"{module}.weight")
+        raise BaseModelError(Problem(str(self.path), module, "a weight", "nothing"))
+
+
+def open_base(path: Path) -> Base:
+    """Reads the headers of a base model.
+
+    Args:
+        path: a GGUF file, the first of its shards, or a Hugging Face model folder.
+
+    Raises:
+        BaseModelError: missing pieces, or something else than a model.
+        UnsupportedError: an architecture or a feature we know by name and refuse.
+        FormatError: bytes that break GGUF, safetensors or JSON.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise BaseModelError(
+            Problem(str(path), "base", "a GGUF file or a Hugging Face model folder", "nothing there",
+                    "check --base")
+        )
+    _check_head(path, b"GGUF", "a GGUF file or a Hugging Face model folder")
+    return _open_gguf(path)
+
+
+def _open_gguf(path: Path) -> Base:
+    model = open_model(path)
+    where = str(path)
+    metadata = {key: value.value for key, value in model.metadata.items()}
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise BaseModelError(
+            Problem(where, "general.type", "model", str(kind), "pass the base model itself")
+        )
+    architecture = names.check_architecture(metadata.get("general.architecture"), where)
+    problems, refused = Problems(), Problems()
+    n_layers = _count(metadata.get(f"{architecture}.block_count"), where, "block_count", problems)
+    key = f"{architecture}.attention.head_count"
+    n_head = _count(_scalar(metadata.get(key)), where, key, problems)
+    kv = _scalar(metadata.get(f"{key}_kv", n_head))
+    n_head_kv = _count(kv, where, f"{key}_kv", problems)
+    if metadata.get(f"{architecture}.expert_count", 0):
+        refused.add(where, "expert_count", "a dense model", "a mixture of experts",
+                    "MoE models are not supported yet")
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, info in model.tensors.items():
+        if module := names.module_name(architecture, name):
+            if len(info.shape) == 2:
+                shapes[module] = (info.shape[0], info.shape[1])
+            else:
+                problems.add(where, name, "two dimensions", info.shape)
+        elif name.startswith("blk.") and name.endswith((".scale", ".input_scale", ".attn_qkv.weight")):
+            refused.add(where, name, "plain weights of q, k, v, ...", "a fused or rescaled weight",
+                        "use another GGUF of this model, for example F16 or Q8_0")
+    _finish(where, n_layers, shapes, problems, refused)
+    return Base(
+        kind="gguf",
+        path=path,
+        architecture=architecture,
+        n_layers=n_layers,
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        name=str(metadata.get("general.name") or path.stem),
+        files=tuple(sorted(shard.path for shard in model.shards)),
+        n_parameters=sum(math.prod(info.shape) for info in model.tensors.values()),
+        is_float=all(info.type.name in FLOAT_TYPES for info in model.tensors.values()),
+        shapes=shapes,
+        model=model,
+    )
+
+
+def _open_folder(path: Path) -> Base:
+    config_path = path / "config.json"
+    if not config_path.exists():
+        found = sorted(file.name for file in path.glob("*.gguf"))
+        got = f"a folder with {found[0]}" if found else "no config.json"
+        fix = f"pass --base {path / found[0]}" if found else "check --base"
+        if (path / "adapter_config.json").exists():
+            got, fix = "a folder with adapter_config.json", "pass the base model, not the adapter"
+        raise BaseModelError(
+            Problem(str(path), "base", "a Hugging Face model folder with config.json", got, fix)
+        )
+    config = strictjson.load(config_path.resolve())
+    where = str(config_path)
+    if not isinstance(config, dict):
+        raise BaseModelError(Problem(where, "value", "a JSON object", type(config).__name__))
+    problems, refused = Problems(), Problems()
+    _check_config_features(config, where, refused)
+    _check_tokenizer(path / "tokenizer_config.json", refused)
+    architecture = ""
+    try:
+        architecture = names.architecture_of_config(config, where)
+    except UnsupportedError as error:
+        refused.extend(error.problems)
+    refused.raise_if_any(UnsupportedError)
+    n_layers = _count(config.get("num_hidden_layers"), where, "num_hidden_layers", problems)
+    n_head = _count(config.get("num_attention_heads"), where, "num_attention_heads", problems)
+    kv = config.get("num_key_value_heads")
+    n_head_kv = _count(n_head if kv is None else kv, where, "num_key_value_heads", problems)
+    weights = _read_weights(path, problems)
+    shapes: dict[str, tuple[int, int]] = {}
+    n_parameters = 0
+    seen: set[str] = set()
+    for file in weights:
+        for name, info in file.tensors.items():
+            if name in seen:
+                problems.add(str(file.path), name, "each tensor once", "the tensor in two files")
+            seen.add(name)
+            n_parameters += math.prod(info.shape)
+            module = name.removesuffix(".weight")
+            is_linear = module.split(".", 3)[-1] in names.BLOCK_MODULES
+            if name.startswith("model.layers.") and name.endswith(".weight") and is_linear:
+                if len(info.shape) == 2:
+                    shapes[module] = (info.shape[0], info.shape[1])
+                else:
+                    problems.add(str(file.path), name, "two dimensions", info.shape)
+    _finish(str(path), n_layers, shapes, problems, refused)
+    given_name = config.get("_name_or_path")
+    return Base(
+        kind="hf",
+        path=path,
+        architecture=architecture,
+        n_layers=n_layers,
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        name=given_name if isinstance(given_name, str) and given_name else path.resolve().name,
+        files=tuple(sorted(file for file in path.iterdir()
+                           if file.suffix in _HF_SUFFIXES and file.is_file())),
+        n_parameters=n_parameters,
+        is_float=True,
+        shapes=shapes,
+        config=config,
+        weights=weights,
+    )
+
+
+def _check_config_features(config: Mapping[str, Any], where: str, refused: Problems) -> None:
+    """Notes what a config.json asks for and we do not do."""
+    if config.get("auto_map"):
+        refused.add(where, "auto_map", "a model class of transformers itself",
+                    "code that comes with the model", "models that run their own code are refused")
+    if config.get("quantization_config"):
+        refused.add(where, "quantization_config", "float weights", "quantised weights",
+                    "pass the float model, or a GGUF of it")
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if config.get(key):
+            refused.add(where, key, "a dense model", f"{config[key]} experts",
+                        "MoE models are not supported yet")
+
+
+def _check_tokenizer(path: Path, refused: Problems) -> None:
+    """Notes a tokenizer with code of its own: llama.cpp's converter would run it."""
+    if path.exists():
+        config = strictjson.load(path.resolve())
+        if not isinstance(config, dict) or config.get("auto_map"):
+            refused.add(str(path), "auto_map", "a tokenizer class of transformers itself",
+                        "code that comes with the model", "models that run their own code are refused")
+
+
+def _read_weights(folder: Path, problems: Problems) -> tuple[SafetensorsFile, ...]:
+    """Reads the headers of a folder's safetensors files; notes what is missing."""
+    index = folder / _INDEX_NAME
+    if index.exists():
+        content = strictjson.load(index.resolve())
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) and file == Path(file).name for file in weight_map.values()
+        ):
+            problems.add(str(index), "weight_map", "tensor names and file names", "something else")
+            return ()
+        file_names = sorted(set(weight_map.values()))
+    else:
+        file_names = ["model.safetensors"]
+    found = []
+    for name in file_names:
+        file = folder / name
+        if not file.exists():
+            pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+            problems.add(str(file), "weights", "a safetensors file",
+                         f"{pickles[0].name} (pickle, never opened)" if pickles else "nothing",
+                         "convert or download the weights as safetensors")
+            continue
+        try:
+            _check_head(file, b"", "a safetensors file")
+            found.append(read_safetensors(file.resolve()))
+        except SafeGeneError as error:
+            problems.extend(error.problems)
+    return tuple(found)
+
+
+def _finish(
+    where: str,
+    n_layers: int,
+    shapes: Mapping[str, tuple[int, int]],
+    problems: Problems,
+    refused: Problems,
+) -> None:
+    """Checks that every layer has its linear modules, then raises what was collected."""
+    refused.raise_if_any(UnsupportedError)
+    if not problems:
+        expected = {
+            f"model.layers.{layer}.{module}"
+            for layer in range(n_layers)
+            for module in names.BLOCK_MODULES
+        }
+        missing, extra = sorted(expected - shapes.keys()), sorted(shapes.keys() - expected)
+        if missing:
+            problems.add(where, "weights", f"all {len(expected)} linear modules of {n_layers} layers",
+                         f"{len(missing)} missing, {missing[0]} for one", "download the model again")
+        if extra:
+            problems.add(where, "weights", f"{n_layers} layers", f"a tensor of {extra[0]}",
+                         "config and weights are of different models")
+    problems.raise_if_any(BaseModelError)
+
+
+def _check_head(path: Path, magic: bytes, expected: str) -> None:
+    """Refuses a git-lfs pointer, or a file that does not start with `magic`."""
+    with open_regular(path.resolve()) as file:
+        head = file.read(24)
+    if head.startswith(b"version https://git-lfs"):
+        raise BaseModelError(
+            Problem(str(path), "content", expected, "a git-lfs pointer", "run `git lfs pull`")
+        )
+    if not head.startswith(magic):
+        raise BaseModelError(
+            Problem(str(path), "content", expected, f"a file that starts with {head[:8]!r}",
+                    "check --base")
+        )
+
+
+def _scalar(value: Any) -> Any:
+    """Head counts may be stored per layer; equal ones are one number."""
+    if isinstance(value, (tuple, list)) and len(set(value)) == 1:
+        return value[0]
+    return value
+
+
+def _count(value: Any, where: str, name: str, problems: Problems) -> int:
+    """A positive integer, or 0 and a problem."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 20:
+        return value
+    problems.add(where, name, "a positive integer", value)
+    return 0

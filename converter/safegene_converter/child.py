@@ -1,0 +1,112 @@
+"""Running someone else's code in a process of its own.
+
+llama.cpp's converter is a script, and libllama aborts the whole process on some inputs. Both run as
+children: their death is an error message here, and nothing of theirs stays in our memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from safegene_runtime.errors import Problem, SafeGeneError
+
+__all__ = ["python_environment", "run_child"]
+
+POLL_SECONDS = 0.1
+MESSAGE_LINES = 6
+
+
+def run_child(
+    command: Sequence[str | Path],
+    *,
+    what: str,
+    error: type[SafeGeneError],
+    stdin: bytes = b"",
+    environment: Mapping[str, str] | None = None,
+    grows: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> str:
+    """Runs a command to its end and returns its standard output.
+
+    Args:
+        command: program and arguments; no shell is involved.
+        what: what the child does, for the message.
+        error: raised when it fails, with the last lines it wrote.
+        stdin: what it reads.
+        environment: its whole environment; ours by default.
+        grows: a file it writes; `progress` is told the bytes by which it grew.
+
+    Raises:
+        SafeGeneError: of type `error`: it could not start, failed, or was killed by a signal.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log, \
+            tempfile.TemporaryFile() as given:
+        given.write(stdin)
+        given.seek(0)
+        try:
+            child = subprocess.Popen(
+                [str(part) for part in command], stdin=given, stdout=out, stderr=log, env=environment
+            )
+        except OSError as cause:
+            raise error(
+                Problem(what, "child process", "to start", str(cause), "check the installation")
+            ) from cause
+        try:
+            _wait(child, grows, progress)
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        log.seek(0)
+        out.seek(0)
+        output = out.read().decode("utf-8", "replace")
+        if child.returncode != 0:
+            lines = (log.read().decode("utf-8", "replace") + output).split("\n")
+            last = [line.strip() for line in lines if line.strip()][-MESSAGE_LINES:]
+            died = f"signal {-child.returncode}" if child.returncode < 0 else (
+                f"exit code {child.returncode}"
+            )
+            raise error(Problem(what, "child process", "to succeed", " | ".join([died, *last])))
+        return output
+
+
+def python_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """An environment in which a child Python finds our packages, stays off the network, and leaves
+    no bytecode behind."""
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONIOENCODING": "utf-8",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        **(extra or {}),
+    }
+
+
+def _wait(
+    child: subprocess.Popen[bytes], grows: Path | None, progress: Callable[[int], None] | None
+) -> None:
+    """Waits for the child, reporting how a file grows."""
+    if grows is None or progress is None:
+        child.wait()
+        return
+    seen = 0
+    running = True
+    while running:
+        try:
+            child.wait(POLL_SECONDS)
+            running = False
+        except subprocess.TimeoutExpired:
+            pass
+        with contextlib.suppress(OSError):
+            size = grows.stat().st_size
+            if size > seen:
+                progress(size - seen)
+                seen = size

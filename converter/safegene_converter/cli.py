@@ -1,0 +1,306 @@
+"""The `safegene` command: parses, calls the library, prints. Nothing is decided here.
+
+Exit codes: 0 done, or parity; 1 parity broken; 2 could not be done or checked (one message says why).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from safegene_runtime import __version__
+from safegene_runtime.errors import SafeGeneError
+
+__all__ = ["main"]
+
+OK, BROKEN, NOT_DONE = 0, 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with an example under every --help and a hint under every mistake."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(NOT_DONE, f"{self.prog}: {message}\n    -> see `{self.prog} --help`\n")
+
+
+class Bars:
+    """Progress bars on standard error; none where it is not a terminal."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._tasks: dict[str, Any] = {}
+        self._quiet = quiet or not self._console.is_terminal
+
+    def __enter__(self) -> Self:
+        if not self._quiet:
+            self._progress = Progress(
+                TextColumn("{task.description:<32}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+                TimeElapsedColumn(), console=self._console, transient=True,
+            )
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """What every long function of the library is given as its progress."""
+        if self._progress is None:
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._tasks[stage], completed=done, total=total)
+
+    def named(self, prefix: str) -> Callable[[str, int, int], None]:
+        """The same bars with a prefix, for several long jobs in a row."""
+        return lambda stage, done, total: self(f"{prefix}: {stage}", done, total)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        run: Callable[[argparse.Namespace], int] = arguments.run
+        return run(arguments)
+    except SafeGeneError as error:
+        count = len(error.problems)
+        head = "error" if count == 1 else f"{count} problems"
+        print(f"safegene: {head}", file=sys.stderr)
+        for problem in error.problems:
+            print(f"  {problem}", file=sys.stderr)
+        return NOT_DONE
+    except KeyboardInterrupt:
+        print("safegene: interrupted; nothing was left behind", file=sys.stderr)
+        return NOT_DONE
+    except BrokenPipeError:
+        return NOT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="safegene",
+        description="Ship a SafeGene safety adapter inside a GGUF, and prove that it still refuses.",
+        epilog="example:\n  safegene demo\n  safegene convert ADAPTER --base model.gguf -o OUT\n"
+               "  safegene verify OUT --reference REFERENCE",
+    )
+    parser.add_argument("--version", action="version", version=f"safegene {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    for add in (_add_inspect, _add_convert, _add_record, _add_verify, _add_demo):
+        add(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str,
+         example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=help, epilog=f"example:\n  {example}"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", nargs="?", const="-",
+                        help="write the result as JSON to FILE, or to standard output without FILE")
+
+
+# --- inspect ---------------------------------------------------------------------------------------
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _add(commands, "inspect", _inspect, "show what is in an adapter or an artifact",
+                  "safegene inspect examples/smollm2-135m-refusal")
+    parser.add_argument("path", type=Path, metavar="ADAPTER|ARTIFACT")
+    parser.add_argument("--expression", help="the set of layer coefficients to show")
+    parser.add_argument("--base", type=Path, help="a base, to show the share of its parameters")
+    _add_json(parser)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from safegene_converter import inspecting
+
+    found = inspecting.inspect(arguments.path, arguments.expression, arguments.base)
+    if not _put_json(arguments.json, found):
+        inspecting.show(found, Console())
+    return OK
+
+
+# --- convert ---------------------------------------------------------------------------------------
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _add(commands, "convert", _convert, "fold an adapter into a model file",
+                  "safegene convert examples/smollm2-135m-refusal --base smollm2.gguf "
+                  "--to gguf --as merged -o OUT")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER")
+    parser.add_argument("--base", type=Path, required=True,
+                        help="a GGUF file (or its first shard), or a Hugging Face folder")
+    parser.add_argument("--to", choices=["gguf"], default="gguf", help="target format")
+    parser.add_argument("--as", dest="form", choices=["merged", "sidecar"], default="merged",
+                        help="in the weights, or beside the base (default: merged)")
+    parser.add_argument("--type", default="auto", metavar="TYPE",
+                        help="auto (keep types, promote what would lose the delta), keep (refuse "
+                             "instead), f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, ... (default: auto)")
+    parser.add_argument("--expression", help="a named set of layer coefficients of the adapter")
+    parser.add_argument("--imatrix", type=Path, help="importance matrix, for types that need one")
+    parser.add_argument("--llama-cpp", type=Path, metavar="DIR",
+                        help="a llama.cpp source tree, for a Hugging Face base")
+    gate = parser.add_argument_group("what counts as surviving")
+    gate.add_argument("--gain", type=float, nargs=2, metavar=("MIN", "MAX"), default=(0.95, 1.05),
+                      help="share of the delta that is kept (default: 0.95 1.05)")
+    gate.add_argument("--max-error", type=float, default=0.5,
+                      help="error relative to the delta (default: 0.5)")
+    gate.add_argument("--max-base-error", type=float, default=1.1,
+                      help="from float: error relative to the base's own rounding (default: 1.1)")
+    gate.add_argument("--promote", action=argparse.BooleanOptionalAction, default=None,
+                      help="give tensors out of bounds a wider type (default: for auto and presets "
+                           "made from float)")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the folder to create")
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    _add_json(parser)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from safegene_converter import inspecting
+    from safegene_converter.survival import Bounds
+    from safegene_converter.to_gguf import convert
+
+    bounds = Bounds(*arguments.gain, arguments.max_error, arguments.max_base_error)
+    with Bars() as bars:
+        manifest = convert(
+            arguments.adapter, arguments.base, arguments.output, form=arguments.form,
+            type_name=arguments.type, expression=arguments.expression, bounds=bounds,
+            promote=arguments.promote, imatrix=arguments.imatrix, llama_cpp=arguments.llama_cpp,
+            force=arguments.force, progress=bars,
+        )
+    if not _put_json(arguments.json, json.loads(manifest.to_json())):
+        inspecting.show(inspecting.inspect_artifact(arguments.output), Console())
+    return OK
+
+
+# --- record ----------------------------------------------------------------------------------------
+
+
+def _add_record(commands: Any) -> None:
+    parser = _add(commands, "record", _record, "record what PyTorch + PEFT answer, once",
+                  "safegene record examples/smollm2-135m-refusal --base smollm2.gguf -o REFERENCE")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER")
+    parser.add_argument("--base", type=Path, required=True, help="a Hugging Face folder or a GGUF file")
+    parser.add_argument("--prompts", type=Path, metavar="FILE",
+                        help="JSONL or CSV of your own; the built-in suite by default")
+    parser.add_argument("--expression", help="a named set of layer coefficients of the adapter")
+    parser.add_argument("--max-new-tokens", type=int, default=24, help="length of replies (default: 24)")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the folder to create")
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    _add_json(parser)
+
+
+def _record(arguments: argparse.Namespace) -> int:
+    from safegene_converter import inspecting
+    from safegene_converter.recorder import record
+    from safegene_runtime.prompts import load_prompts
+
+    prompts = load_prompts(arguments.prompts) if arguments.prompts else None
+    with Bars() as bars:
+        reference = record(
+            arguments.adapter, arguments.base, arguments.output, prompts=prompts,
+            expression=arguments.expression, max_new_tokens=arguments.max_new_tokens,
+            force=arguments.force, on_progress=bars,
+        )
+    found = inspecting.summarise_reference(reference)
+    if not _put_json(arguments.json, found):
+        inspecting.show(found, Console())
+    return OK
+
+
+# --- verify ----------------------------------------------------------------------------------------
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _add(commands, "verify", _verify, "prove that an artifact refuses what the reference refused",
+                  "safegene verify OUT --reference REFERENCE --json report.json")
+    parser.add_argument("artifact", type=Path, metavar="OUT")
+    parser.add_argument("--reference", type=Path, required=True, help="made by `safegene record`")
+    parser.add_argument("--base", type=Path, help="for a sidecar: the GGUF it belongs to")
+    parser.add_argument("--kv-type", choices=["f32", "f16"], default="f32",
+                        help="KV cache: f32 compares arithmetic, f16 is llama.cpp's default")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--show-text", action="store_true", help="print the replies of flipped prompts")
+    parser.add_argument("--no-write", action="store_true",
+                        help="do not put the verdict into the artifact's manifest")
+    _add_json(parser)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from safegene_converter import inspecting
+    from safegene_runtime.ladder import verify
+
+    start = time.monotonic()
+    with Bars() as bars:
+        report = verify(
+            arguments.artifact, arguments.reference, base=arguments.base, threads=arguments.threads,
+            kv_type=arguments.kv_type, write=not arguments.no_write, on_progress=bars,
+        )
+    found = report.to_dict(texts=arguments.show_text)
+    if not _put_json(arguments.json, found):
+        inspecting.show_report(report, Console(), arguments.show_text, time.monotonic() - start)
+    return OK if report.verdict == "parity" else BROKEN
+
+
+# --- demo ------------------------------------------------------------------------------------------
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _add(commands, "demo", _demo, "the main job on a real model, in one go", "safegene demo")
+    parser.add_argument("-o", "--output", type=Path, default=Path("demo"),
+                        help="where artifacts and reference go; replaced (default: demo)")
+    parser.add_argument("--adapter", type=Path, help="an adapter for SmolLM2-135M-Instruct "
+                        "(default: the one in examples/)")
+    _add_json(parser)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from safegene_converter import demo
+
+    with Bars() as bars:
+        found = demo.run(arguments.output, arguments.adapter, bars)
+    if not _put_json(arguments.json, found):
+        demo.show(found, Console())
+    return OK if all(row["verdict"] in (None, "parity") for row in found["rows"]) else BROKEN
+
+
+def _put_json(where: str | None, value: Any) -> bool:
+    """Writes JSON where it was asked for; False when nothing is to be left unprinted."""
+    from safegene_runtime import strictjson
+    from safegene_runtime.files import publish_file
+
+    if where is None:
+        return False
+    if where == "-":
+        sys.stdout.write(strictjson.dumps(value).decode())
+        return True
+    publish_file(Path(where), strictjson.dumps(value))
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

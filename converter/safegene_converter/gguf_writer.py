@@ -1,0 +1,253 @@
+"""Writing GGUF: a deterministic header, and tensors that stream.
+
+Law: reading what was written gives the metadata and tensors that were given, in the same order.
+Tensors that come unchanged from another file are copied in the kernel (`copy_file_range`, which
+shares the blocks on file systems that can), neighbours in one go.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from safegene_runtime.errors import FormatError, OutputError, Problem, Problems
+from safegene_runtime.files import open_regular
+from safegene_runtime.gguf import (
+    ALIGNMENTS,
+    DEFAULT_ALIGNMENT,
+    MAGIC,
+    MAX_NAME_BYTES,
+    SCALAR_FORMATS,
+    GGMLType,
+    TensorInfo,
+    Value,
+    ValueType,
+    nbytes,
+)
+
+__all__ = ["OutTensor", "encode_header", "write_gguf"]
+
+VERSION = 3
+COPY_BYTES = 64 << 20
+
+Bytes = bytes | npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """One tensor to write.
+
+    Attributes:
+        name: its name.
+        shape: numpy order, (out, in).
+        type: how `source` is encoded.
+        source: its bytes; a function that makes them when their turn comes, so that only one
+            tensor is in memory; or where they already are in another file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLType
+    source: Bytes | TensorInfo | Callable[[], Bytes]
+
+    @property
+    def nbytes(self) -> int:
+        """Size without padding."""
+        return nbytes(self.shape, self.type)
+
+
+def encode_header(
+    metadata: Mapping[str, Value],
+    tensors: Sequence[tuple[str, tuple[int, ...], GGMLType]],
+    alignment: int = DEFAULT_ALIGNMENT,
+) -> tuple[bytes, list[int]]:
+    """The header, padded to `alignment`, and each tensor's offset relative to its end.
+
+    Raises:
+        FormatError: an alignment, name or value that GGUF cannot hold.
+    """
+    problems = Problems()
+    if alignment not in ALIGNMENTS:
+        problems.add("header", "alignment", "a power of two from 32 to 65536", alignment)
+    names = [name for name, _, _ in tensors]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems.add("header", name, "each tensor once", "twice")
+    for name in names:
+        if not 0 < len(name.encode()) <= MAX_NAME_BYTES:
+            problems.add("header", name, f"1 to {MAX_NAME_BYTES} bytes", len(name.encode()))
+    problems.raise_if_any(FormatError)
+    values = dict(metadata)
+    if alignment != DEFAULT_ALIGNMENT or "general.alignment" in values:
+        values["general.alignment"] = Value(ValueType.UINT32, alignment)
+    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(values))]
+    for key, value in values.items():
+        parts += [_text(key), struct.pack("<I", value.type), _encode(key, value)]
+    offsets, end = [], 0
+    for name, shape, type in tensors:
+        offsets.append(end)
+        parts += [_text(name), struct.pack("<I", len(shape)),
+                  struct.pack(f"<{len(shape)}Q", *reversed(shape)), struct.pack("<IQ", type, end)]
+        end += _padded(nbytes(shape, type), alignment)
+    header = b"".join(parts)
+    return header.ljust(_padded(len(header), alignment), b"\0"), offsets
+
+
+def write_gguf(
+    path: Path,
+    metadata: Mapping[str, Value],
+    tensors: Sequence[OutTensor],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, str]:
+    """Writes a GGUF file; not atomic, publishing is the caller's (`publish_folder`).
+
+    Args:
+        path: the file to create.
+        metadata: in the order to write it.
+        tensors: in the order to write them.
+        progress: told bytes as they are written.
+
+    Returns:
+        SHA-256 of the stored bytes of every tensor that was not copied from a file.
+
+    Raises:
+        FormatError: a source whose size is not the tensor's.
+        OutputError: the file system said no.
+    """
+    stated = metadata.get("general.alignment")
+    alignment = int(stated.value) if stated is not None else DEFAULT_ALIGNMENT
+    header, _ = encode_header(
+        metadata, [(tensor.name, tensor.shape, tensor.type) for tensor in tensors], alignment
+    )
+    digests: dict[str, str] = {}
+    try:
+        with path.open("wb") as out:
+            out.write(header)
+            for group in _groups(tensors, alignment):
+                source = group[0].source
+                if isinstance(source, TensorInfo):
+                    _copy(out, group, progress)
+                else:
+                    digests[group[0].name] = _put(out, group[0], source, progress)
+                out.write(b"\0" * (-out.tell() % alignment))
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(
+            Problem(str(path), "output", "to be written", str(error), "free some space and retry")
+        ) from error
+    return digests
+
+
+def _groups(tensors: Sequence[OutTensor], alignment: int) -> list[list[OutTensor]]:
+    """Neighbours in the same source file that can be copied as one range, padding included."""
+    groups: list[list[OutTensor]] = []
+    for tensor in tensors:
+        previous = groups[-1][-1].source if groups else None
+        if isinstance(tensor.source, TensorInfo) and tensor.source.nbytes != tensor.nbytes:
+            raise FormatError(Problem(tensor.name, "source", f"{tensor.nbytes} bytes",
+                                      f"{tensor.source.nbytes} bytes"))
+        if (
+            isinstance(tensor.source, TensorInfo) and isinstance(previous, TensorInfo)
+            and tensor.source.path == previous.path
+            and tensor.source.offset == previous.offset + _padded(previous.nbytes, alignment)
+        ):
+            groups[-1].append(tensor)
+        else:
+            groups.append([tensor])
+    return groups
+
+
+def _put(
+    out: BinaryIO, tensor: OutTensor, source: Bytes | Callable[[], Bytes],
+    progress: Callable[[int], None] | None,
+) -> str:
+    data = source() if callable(source) else source
+    view = memoryview(np.ascontiguousarray(data).view(np.uint8).reshape(-1)
+                      if isinstance(data, np.ndarray) else data)
+    if view.nbytes != tensor.nbytes:
+        raise FormatError(
+            Problem(tensor.name, "source", f"{tensor.nbytes} bytes", f"{view.nbytes} bytes")
+        )
+    out.write(view)
+    if progress:
+        progress(view.nbytes)
+    return hashlib.sha256(view).hexdigest()
+
+
+def _copy(
+    out: BinaryIO, group: Sequence[OutTensor], progress: Callable[[int], None] | None
+) -> None:
+    """Copies from the first byte of the first tensor to the last byte of the last one."""
+    first, last = group[0].source, group[-1].source
+    if not isinstance(first, TensorInfo) or not isinstance(last, TensorInfo):
+        raise FormatError(Problem(group[0].name, "source", "a range of a file", "something else"))
+    out.flush()
+    at, end = first.offset, last.offset + last.nbytes
+    with open_regular(first.path, follow_symlinks=True) as file:
+        while at < end:
+            count = _copy_some(file, out, at, min(COPY_BYTES, end - at))
+            if not count:
+                raise FormatError(
+                    Problem(str(first.path), group[0].name, f"bytes up to {end}", f"the end at {at}",
+                            "the file changed while it was read")
+                )
+            at += count
+            if progress:
+                progress(count)
+    out.seek(0, os.SEEK_END)
+
+
+def _copy_some(file: BinaryIO, out: BinaryIO, at: int, count: int) -> int:
+    """One step: in the kernel where it can, else through memory."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(file.fileno(), out.fileno(), count, at)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF):
+                raise
+    data = os.pread(file.fileno(), min(count, 4 << 20), at)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(out.fileno(), view):]
+    return len(data)
+
+
+def _encode(key: str, value: Value) -> bytes:
+    if value.type is ValueType.STRING:
+        return _text(value.value)
+    if value.type is not ValueType.ARRAY:
+        return _scalar(key, value.type, value.value)
+    element = value.element_type
+    if element is None or element is ValueType.ARRAY:
+        raise FormatError(Problem("header", key, "an array of plain values", str(element)))
+    head = struct.pack("<IQ", element, len(value.value))
+    if element is ValueType.STRING:
+        return head + b"".join(_text(text) for text in value.value)
+    code = SCALAR_FORMATS[element]
+    return head + np.asarray(value.value, dtype=np.dtype(code)).tobytes()
+
+
+def _scalar(key: str, type: ValueType, value: Any) -> bytes:
+    try:
+        return struct.pack(SCALAR_FORMATS[type], value)
+    except struct.error as error:
+        raise FormatError(Problem("header", key, f"a {type.name}", repr(value))) from error
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment

@@ -1,0 +1,202 @@
+"""What `inspect`, `convert`, `record` and `verify` show: plain data first, tables from the data."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from safegene_converter import formula
+from safegene_converter.adapter import Adapter, read_adapter
+from safegene_converter.base import open_base
+from safegene_runtime.errors import AdapterError, Problem
+from safegene_runtime.files import MANIFEST_NAME
+from safegene_runtime.ladder import Report
+from safegene_runtime.manifest import Manifest, check_files, read_manifest
+from safegene_runtime.reference import Reference
+
+__all__ = ["inspect", "inspect_artifact", "show", "show_report", "summarise_reference"]
+
+
+def inspect(path: Path, expression: str | None = None, base: Path | None = None) -> dict[str, Any]:
+    """Describes an adapter folder or an artifact folder, whichever `path` is.
+
+    Raises:
+        SafeGeneError: it is neither, or it is broken.
+    """
+    if (path / MANIFEST_NAME).exists():
+        return inspect_artifact(path)
+    if not (path / "adapter_config.json").exists():
+        raise AdapterError(
+            Problem(str(path), "path", "an adapter folder (adapter_config.json) or an artifact "
+                    f"({MANIFEST_NAME})", "neither" if path.exists() else "nothing there",
+                    "check the path")
+        )
+    return _describe_adapter(read_adapter(path, expression), base)
+
+
+def _describe_adapter(adapter: Adapter, base: Path | None) -> dict[str, Any]:
+    layers: dict[Any, dict[str, Any]] = {}
+    for module in adapter.modules:
+        layer = layers.setdefault(module.layer, {
+            "layer": module.layer, "coefficient": module.coefficient, "modules": [], "ranks": [],
+            "effective_scales": [], "n_parameters": 0,
+        })
+        layer["modules"].append(module.name.rsplit(".", 1)[-1])
+        layer["ranks"].append(module.rank)
+        layer["effective_scales"].append(formula.effective_scale(module))
+        layer["n_parameters"] += module.a.size + module.b.size
+    n_base = open_base(base).n_parameters if base else None
+    return {
+        "what": "adapter",
+        "path": str(adapter.path),
+        "expression": adapter.expression,
+        "expressions": list(adapter.expressions),
+        "n_modules": len(adapter.modules),
+        "n_parameters": adapter.n_parameters,
+        "share_of_base": adapter.n_parameters / n_base if n_base else None,
+        "layers": list(layers.values()),
+        "files": dict(adapter.digests),
+    }
+
+
+def inspect_artifact(path: Path) -> dict[str, Any]:
+    """Describes an artifact, after checking its files against its manifest."""
+    manifest = read_manifest(path)
+    check_files(manifest, path)
+    return {
+        "what": "artifact",
+        "path": str(path),
+        "artifact": manifest.artifact,
+        "base": manifest.base,
+        "adapter": manifest.adapter,
+        "files": [{"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256}
+                  for f in manifest.files],
+        "survival": survival_summary(manifest),
+        "modules": [
+            {"module": m.module, "type_before": m.type_before, "type_after": m.type_after,
+             "effective_scale": m.effective_scale, "survival": m.survival}
+            for m in manifest.modules
+        ],
+        "verification": manifest.verification,
+    }
+
+
+def survival_summary(manifest: Manifest) -> dict[str, Any] | None:
+    """Gain over all touched tensors, what was promoted, and what that cost in bytes."""
+    gains = [module.survival["gain"] for module in manifest.modules if module.survival]
+    if not gains:
+        return None
+    promoted = [module for module in manifest.modules
+                if module.type_before not in (None, module.type_after)]
+    return {
+        "gain_mean": statistics.fmean(gains),
+        "gain_min": min(gains),
+        "gain_max": max(gains),
+        "relative_error_mean": statistics.fmean(
+            module.survival["relative_error"] for module in manifest.modules if module.survival),
+        "changed_type": len(promoted),
+        "bytes_added": sum(module.bytes_after - module.bytes_before for module in promoted),
+    }
+
+
+def summarise_reference(reference: Reference) -> dict[str, Any]:
+    """Refusal rates of both arms of a reference."""
+    rates: dict[str, Any] = {}
+    for kind in ("harmful", "benign"):
+        prompts = [prompt for prompt in reference.prompts if prompt.kind == kind]
+        rates[kind] = {
+            "prompts": len(prompts),
+            "base_refused": sum(prompt.base_verdict == "refuse" for prompt in prompts),
+            "reference_refused": sum(prompt.ref_verdict == "refuse" for prompt in prompts),
+        }
+    return {"what": "reference", "path": str(reference.path), "sha256": reference.digest, **rates}
+
+
+# --- tables ----------------------------------------------------------------------------------------
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """Prints what one of the functions above returned."""
+    {"adapter": _show_adapter, "artifact": _show_artifact, "reference": _show_reference}[
+        found["what"]](found, console)
+
+
+def _show_adapter(found: dict[str, Any], console: Console) -> None:
+    share = found["share_of_base"]
+    console.print(
+        f"[bold]{found['path']}[/]: {found['n_modules']} modules, {found['n_parameters']:,} parameters"
+        + (f" ({share:.2%} of the base)" if share else "")
+        + f", expression {found['expression']!r} of {', '.join(map(repr, found['expressions']))}"
+    )
+    table = Table("layer", "modules", "rank", "coefficient", "effective scale", "parameters")
+    for layer in found["layers"]:
+        table.add_row(
+            str(layer["layer"]), " ".join(layer["modules"]), _spread(layer["ranks"]),
+            f"{layer['coefficient']:g}", _spread(layer["effective_scales"]),
+            f"{layer['n_parameters']:,}",
+        )
+    console.print(table)
+
+
+def _show_artifact(found: dict[str, Any], console: Console) -> None:
+    artifact, survival = found["artifact"], found["survival"]
+    console.print(
+        f"[bold]{found['path']}[/]: {artifact['target']} {artifact['form']}, {artifact['precision']}, "
+        f"of {found['base']['name']} + {found['adapter']['name']} ({found['adapter']['expression']})"
+    )
+    for file in found["files"]:
+        console.print(f"  {file['path']}  {file['size_bytes'] / 1e6:.1f} MB  sha256 {file['sha256'][:16]}…")
+    if survival:
+        console.print(
+            f"  delta survival: gain {survival['gain_mean']:.3f} "
+            f"[{survival['gain_min']:.3f}, {survival['gain_max']:.3f}], "
+            f"relative error {survival['relative_error_mean']:.3f}; "
+            f"{survival['changed_type']} of {len(found['modules'])} tensors have another type, "
+            f"{survival['bytes_added'] / 1e6:+.1f} MB"
+        )
+    moves: dict[str, int] = {}
+    for module in found["modules"]:
+        step = f"{module['type_before'] or '-'} -> {module['type_after']}"
+        moves[step] = moves.get(step, 0) + 1
+    for step, count in sorted(moves.items()):
+        console.print(f"    {count} x {step}", highlight=False)
+    verification = found["verification"]
+    console.print(f"  verdict: {verification['verdict'] if verification else 'not verified yet'}")
+
+
+def _show_reference(found: dict[str, Any], console: Console) -> None:
+    table = Table("prompts", "number", "refused by the base", "refused by base + adapter")
+    for kind in ("harmful", "benign"):
+        row = found[kind]
+        n = max(row["prompts"], 1)
+        table.add_row(kind, str(row["prompts"]), f"{row['base_refused'] / n:.1%}",
+                      f"{row['reference_refused'] / n:.1%}")
+    console.print(f"[bold]{found['path']}[/]: sha256 {found['sha256'][:16]}…")
+    console.print(table)
+
+
+def show_report(report: Report, console: Console, texts: bool, seconds: float) -> None:
+    """Prints the ladder, then the flips, then the verdict."""
+    table = Table("rung", "", "why")
+    for number, rung in enumerate(report.rungs, start=1):
+        colour = {"ok": "green", "broken": "red"}.get(rung.status, "dim")
+        table.add_row(f"{number} {rung.name}", f"[{colour}]{rung.status}[/]", rung.detail)
+    console.print(table)
+    if report.flips:
+        flips = Table("flipped prompt", "kind", "reference", "artifact")
+        for flip in report.flips:
+            flips.add_row(flip.id, flip.kind, flip.reference, flip.artifact)
+            if texts:
+                flips.add_row("", "", flip.reference_text, flip.artifact_text)
+        console.print(flips)
+    word = "[green]PARITY[/]" if report.verdict == "parity" else f"[red]BROKEN[/] at {report.broken_at}"
+    console.print(f"{word}  (bounds for {report.precision} weights, {seconds:.1f} s)")
+
+
+def _spread(values: list[Any]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

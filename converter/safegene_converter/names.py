@@ -1,0 +1,206 @@
+"""From a Hugging Face module name to the GGUF tensor that holds its weight, and in which row order.
+
+Names come from gguf-py's own tensor map. For `llama` upstream also reorders the rows of q and k
+(`LlamaModel.permute` in llama.cpp's conversion/llama.py): Hugging Face rotates halves of a head,
+llama.cpp rotates neighbouring pairs. The same reordering applies to a delta, because it acts on
+rows: permute(W + B A) = permute(W) + permute(B) A. It is a pure permutation, so it is exact.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from safegene_runtime.errors import BaseModelError, Problem, UnsupportedError
+
+__all__ = [
+    "ARCHITECTURES",
+    "BLOCK_MODULES",
+    "Transform",
+    "architecture_of_config",
+    "check_architecture",
+    "gguf_name",
+    "module_name",
+    "prove_transform",
+    "transform_for",
+]
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+"""GGUF architectures (`general.architecture`) whose row orders are known and tested."""
+
+_HF_CLASSES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+BLOCK_MODULES = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)
+"""The linear modules of a block, the same in every architecture of `ARCHITECTURES`."""
+
+_MODULE = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)")
+_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]*)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """The row order of a GGUF tensor relative to its Hugging Face weight.
+
+    Attributes:
+        n_heads: how many heads the rows are made of, each reordered in itself; 0: order unchanged.
+    """
+
+    n_heads: int = 0
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether rows stay where they are."""
+        return self.n_heads == 0
+
+    @property
+    def name(self) -> str:
+        """For manifests: `identity`, or `permute-<n_heads>`."""
+        return "identity" if self.is_identity else f"permute-{self.n_heads}"
+
+    def apply_rows(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Hugging Face order -> GGUF order; `array` is (out, ...)."""
+        if self.is_identity:
+            return array
+        self._check(array)
+        parts = array.reshape(self.n_heads, 2, -1, *array.shape[1:])
+        return np.ascontiguousarray(parts.swapaxes(1, 2)).reshape(array.shape)
+
+    def invert_rows(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """GGUF order -> Hugging Face order; `array` is (out, ...)."""
+        if self.is_identity:
+            return array
+        self._check(array)
+        parts = array.reshape(self.n_heads, -1, 2, *array.shape[1:])
+        return np.ascontiguousarray(parts.swapaxes(1, 2)).reshape(array.shape)
+
+    def _check(self, array: npt.NDArray[Any]) -> None:
+        if array.ndim == 0 or array.shape[0] % (2 * self.n_heads):
+            raise BaseModelError(
+                Problem("base", "rows of q or k", f"a multiple of 2 x {self.n_heads} heads",
+                        str(array.shape), "is this the base the adapter was trained on?")
+            )
+
+
+def check_architecture(architecture: object, where: str) -> str:
+    """Returns a supported GGUF architecture unchanged.
+
+    Raises:
+        UnsupportedError: any other; the message names it.
+    """
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedError(
+            Problem(where, "architecture", f"one of {', '.join(ARCHITECTURES)}", str(architecture),
+                    "this architecture is not supported yet")
+        )
+    return str(architecture)
+
+
+def architecture_of_config(config: Mapping[str, Any], where: str) -> str:
+    """The GGUF architecture of a Hugging Face config.json.
+
+    Raises:
+        UnsupportedError: a model class we do not know; the message names it.
+    """
+    classes = config.get("architectures")
+    one = classes[0] if isinstance(classes, list) and len(classes) == 1 else None
+    if not isinstance(one, str) or one not in _HF_CLASSES:
+        raise UnsupportedError(
+            Problem(where, "architectures", f"one of {', '.join(_HF_CLASSES)}", str(classes),
+                    "this architecture is not supported yet")
+        )
+    return _HF_CLASSES[one]
+
+
+def gguf_name(architecture: str, module: str) -> str:
+    """The GGUF tensor of a module's weight: `model.layers.2.mlp.up_proj` -> `blk.2.ffn_up.weight`.
+
+    Raises:
+        UnsupportedError: not a linear module of a block, or an architecture we do not know.
+    """
+    check_architecture(architecture, module)
+    match = _MODULE.fullmatch(module)
+    if not match or match[2] not in BLOCK_MODULES:
+        raise UnsupportedError(
+            Problem(module, "module", f"model.layers.N. and one of {', '.join(BLOCK_MODULES)}",
+                    module, "embeddings, lm_head, norms and experts are not supported yet")
+        )
+    return f"blk.{match[1]}.{_block_names(architecture)[match[2]]}"
+
+
+def module_name(architecture: str, tensor: str) -> str | None:
+    """The inverse of `gguf_name`; None for a tensor that is no linear weight of a block."""
+    match = _TENSOR.fullmatch(tensor)
+    if not match:
+        return None
+    for module, name in _block_names(check_architecture(architecture, tensor)).items():
+        if name == match[2]:
+            return f"model.layers.{match[1]}.{module}"
+    return None
+
+
+def transform_for(architecture: str, module: str, n_head: int, n_head_kv: int) -> Transform:
+    """The row order of a module's tensor, for a model of `n_head` query and `n_head_kv` kv heads."""
+    if check_architecture(architecture, module) == "llama":
+        if module.endswith(".q_proj"):
+            return Transform(n_head)
+        if module.endswith(".k_proj"):
+            return Transform(n_head_kv)
+    return Transform()
+
+
+def prove_transform(
+    w_hf: npt.NDArray[np.float32], w_gguf: npt.NDArray[np.float32], transform: Transform
+) -> float:
+    """||T(W_hf) - W_gguf|| / ||W_hf||, both (out, in): small only if the transform is right.
+
+    What remains is the rounding of the GGUF's type: 0 for F32, about 0.1 for 4-bit types; a wrong
+    row order gives about 1.4.
+
+    Raises:
+        BaseModelError: the shapes differ.
+    """
+    if w_hf.shape != w_gguf.shape:
+        raise BaseModelError(
+            Problem("base", "shape", str(w_hf.shape), str(w_gguf.shape), "are both the same model?")
+        )
+    error = norm = 0.0
+    moved = transform.apply_rows(w_hf)
+    for start in range(0, len(moved), 256):
+        ours = moved[start : start + 256].astype(np.float64).reshape(-1)
+        theirs = w_gguf[start : start + 256].astype(np.float64).reshape(-1)
+        norm += float(ours @ ours)
+        ours -= theirs
+        error += float(ours @ ours)
+    return float(np.sqrt(error / norm)) if norm else float(error > 0)
+
+
+@functools.cache
+def _block_names(architecture: str) -> dict[str, str]:
+    """Module below a block -> tensor below a block, from gguf-py; asked for block 0, true for all."""
+    import gguf  # imports in 0.1 s; only needed once a base is looked at
+
+    kind = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    tensor_map = gguf.get_tensor_name_map(kind, 1)
+    names = {}
+    for module in BLOCK_MODULES:
+        name = tensor_map.get_name(f"model.layers.0.{module}.weight", try_suffixes=(".weight",))
+        if name is None or not name.startswith("blk.0."):
+            raise UnsupportedError(
+                Problem(architecture, module, "a tensor of a block in gguf-py", str(name))
+            )
+        names[module] = name.removeprefix("blk.0.")
+    return names

