@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safegene_runtime.errors import EngineError, Problem
 
@@ -206,7 +206,7 @@ def _compile(source: str, now: str | None) -> Any:
     class Generation(jinja2.ext.Extension):
         """`{% generation %}` marks the assistant's words for training; here it only renders."""
 
-        tags = {"generation"}
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -32,13 +32,19 @@ class Engine(Protocol):
     """Everything that can move a logit (threads, KV type, batch sizes, ...): goes into reports."""
 
     @property
-    def bos_id(self) -> int | None: ...
+    def bos_id(self) -> int | None:
+        """The id that begins a text, if the model has one."""
+        ...
 
     @property
-    def eos_id(self) -> int | None: ...
+    def eos_id(self) -> int | None:
+        """The id that ends a text, if the model has one."""
+        ...
 
     @property
-    def add_bos(self) -> bool: ...
+    def add_bos(self) -> bool:
+        """Whether `tokenize(add_special=True)` begins with `bos_id`."""
+        ...
 
     @property
     def eog_ids(self) -> frozenset[int]:
@@ -61,11 +67,14 @@ class Engine(Protocol):
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         stop_ids: Collection[int],
         on_progress: OnProgress | None = None,
     ) -> list[list[int]]:
-        """Continues each prompt greedily by at most `max_tokens` ids, a stop id included."""
+        """Continues each prompt greedily by at most `max_tokens` ids, a stop id included.
+
+        One number for all prompts, or one for each of them.
+        """
         ...
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:

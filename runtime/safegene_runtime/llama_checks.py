@@ -8,7 +8,6 @@ strict reader has already refused what breaks the format itself.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from safegene_runtime.errors import EngineError, Problems
 from safegene_runtime.gguf import GGUFFile, GGUFModel, ValueType, open_model, read_gguf
@@ -36,10 +35,10 @@ def check_model_header(path: Path) -> GGUFModel:
     if kind is not None and kind.value != "model":
         problems.add(where, "general.type", "model", repr(kind.value),
                      "give the base model here, an adapter as the adapter")
-    architecture = _value(model, "general.architecture")
+    architecture = model.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         problems.add(where, "general.architecture", "a name", repr(architecture))
-    layers = _value(model, f"{architecture}.block_count")
+    layers = model.get(f"{architecture}.block_count")
     if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:
         problems.add(where, f"{architecture}.block_count", f"1 to {MAX_LAYERS}", repr(layers))
     if not model.tensors:
@@ -68,7 +67,7 @@ def _check_tokenizer(model: GGUFModel, where: str, problems: Problems) -> None:
                          len(array.value))  # type: ignore[arg-type]
     for name in TOKEN_IDS:
         key = f"tokenizer.ggml.{name}_token_id"
-        token = _value(model, key)
+        token = model.get(key)
         if token is not None and (type(token) is not int or not 0 <= token < n_tokens):
             problems.add(where, key, f"0 to {n_tokens - 1}", repr(token))
 
@@ -83,10 +82,10 @@ def check_adapter_header(path: Path, model: GGUFModel) -> GGUFFile:
     adapter = read_gguf(path)
     problems = Problems()
     where = str(path)
-    expected = ADAPTER_KEYS | {"general.architecture": str(_value(model, "general.architecture"))}
+    expected = ADAPTER_KEYS | {"general.architecture": str(model.get("general.architecture"))}
     for key, text in expected.items():
-        if _value(adapter, key) != text:
-            problems.add(where, key, repr(text), repr(_value(adapter, key)),
+        if adapter.get(key) != text:
+            problems.add(where, key, repr(text), repr(adapter.get(key)),
                          "give a LoRA adapter of this model")
     for key in adapter.metadata:
         if key.startswith("adapter.alora."):
@@ -134,8 +133,3 @@ def _check_pairs(
                              f"B {partner.shape} · A {tensor.shape}",
                              "was the adapter made for another model?")
     return ranks
-
-
-def _value(file: GGUFFile | GGUFModel, key: str) -> Any:
-    value = file.metadata.get(key)
-    return None if value is None else value.value

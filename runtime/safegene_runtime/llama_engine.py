@@ -213,7 +213,7 @@ class LlamaEngine:
                llama.llama_n_batch(self._context), llama.llama_n_ubatch(self._context))
         asked = (cells, self._n_seq_max + 1, self._n_batch, self._n_batch)
         if not self._memory or got != asked:
-            raise engine_error(self._path, "context", f"cells, sequences, batch = {asked}", str(got))
+            raise engine_error(self._path, "context", f"cells, sequences, batch {asked}", str(got))
         if self._adapter is not None:
             adapters = (llama.llama_adapter_lora_p_ctypes * 1)(self._adapter)
             scales = (ctypes.c_float * 1)(1.0)
@@ -263,7 +263,7 @@ class LlamaEngine:
         self._open_context(shared + tails)
         self._feed_shared(rows[0][:shared])
         for group in groups:
-            for sequence, i in enumerate(group, start=1):
+            for sequence in range(1, len(group) + 1):
                 self._share(sequence)
             if len(group) == 1:
                 yield group[0], self._long_logits(rows[group[0]], shared, keep[group[0]])
@@ -321,7 +321,7 @@ class LlamaEngine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         stop_ids: Collection[int],
         on_progress: OnProgress | None = None,
     ) -> list[list[int]]:
@@ -333,16 +333,23 @@ class LlamaEngine:
         Raises:
             EngineError: as `logits`.
         """
-        rows = [self._checked(ids, f"prompt {i}", max_tokens) for i, ids in enumerate(prompts)]
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+        if len(limits) != len(prompts):
+            raise EngineError(
+                Problem("generate", "max_tokens", f"{len(prompts)} numbers", str(len(limits)))
+            )
+        rows = [
+            self._checked(ids, f"prompt {i}", limits[i]) for i, ids in enumerate(prompts)
+        ]
         outputs: list[list[int]] = [[] for _ in rows]
-        if max_tokens < 1 or not rows:
+        waiting = [i for i in reversed(range(len(rows))) if limits[i] > 0]
+        if not waiting:
             return outputs
         self._call += 1
-        shared = _shared_length(rows, [1] * len(rows))
-        longest = sorted((len(ids) - shared + max_tokens for ids in rows), reverse=True)
+        shared = _shared_length([rows[i] for i in waiting], [1] * len(waiting))
+        longest = sorted((len(rows[i]) - shared + limits[i] for i in waiting), reverse=True)
         self._open_context(shared + sum(longest[: self._n_seq_max]))
-        self._feed_shared(rows[0][:shared])
-        waiting = list(reversed(range(len(rows))))
+        self._feed_shared(rows[waiting[0]][:shared])
         slots: dict[int, _Slot] = {}
         free = list(range(self._n_seq_max, 0, -1))
         stops = frozenset(stop_ids)
@@ -354,7 +361,7 @@ class LlamaEngine:
             for sequence, token in self._step(slots):
                 slot = slots[sequence]
                 slot.output.append(token)
-                if token in stops or len(slot.output) >= max_tokens:
+                if token in stops or len(slot.output) >= limits[slot.index]:
                     outputs[slot.index] = slot.output
                     del slots[sequence]
                     self._forget(sequence)

@@ -1,0 +1,378 @@
+"""Records what PyTorch + PEFT answer: the reference that every artifact is measured against.
+
+The only file that imports torch, transformers and peft. Coefficients are multiplied into PEFT's own
+`scaling`, and PEFT does the rest, so that no arithmetic of ours is in the reference.
+
+PEFT 0.21 loads an adapter with renamed, missing or unexpected keys with a warning at most and then
+serves the base. So every factor it holds is compared with the file, and the adapter must change the
+logits, before anything is recorded.
+
+Prompts share their beginning (system prompt): it is evaluated once. Prompts of equal length go
+together, so that no padding enters the attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from peft.tuners.lora import LoraLayer
+
+from safegene_converter.adapter import Adapter, check_base_fits, read_adapter
+from safegene_converter.base import Base, open_base
+from safegene_runtime import __version__
+from safegene_runtime.compare import logsumexp
+from safegene_runtime.errors import (
+    AdapterError,
+    BaseModelError,
+    Problem,
+    Problems,
+    RecordError,
+)
+from safegene_runtime.files import check_output_free, publish_folder, sha256_of
+from safegene_runtime.judge import JUDGE_NAME, JUDGE_VERSION, judge
+from safegene_runtime.prompts import Prompt, builtin_suite
+from safegene_runtime.reference import (
+    Positions,
+    PromptRecord,
+    Reference,
+    encode_reference,
+    read_reference,
+)
+
+__all__ = ["load_model", "load_with_adapter", "record"]
+
+BATCH = 24
+"""Prompts evaluated together: enough to keep two cores busy, few enough to keep memory small."""
+
+Tell = Callable[[str, int, int], None]
+
+
+def record(
+    adapter_path: Path,
+    base_path: Path,
+    out: Path,
+    *,
+    prompts: Sequence[Prompt] | None = None,
+    expression: str | None = None,
+    max_new_tokens: int = 24,
+    top_k: int = 64,
+    force: bool = False,
+    on_progress: Tell | None = None,
+) -> Reference:
+    """Records a reference folder.
+
+    Args:
+        adapter_path: the adapter folder.
+        base_path: a Hugging Face folder, or a GGUF file that transformers decodes to float.
+        out: the folder to create.
+        prompts: what to ask; the built-in suite by default.
+        expression: which set of layer coefficients; the adapter's default when None.
+        max_new_tokens: length of replies, in tokens.
+        top_k: tokens whose logits are stored per position.
+        force: replace an existing `out`.
+        on_progress: told (stage, done, total).
+
+    Raises:
+        SafeGeneError: nothing is left under the name `out`. RecordError: the adapter has no effect
+            in PyTorch; AdapterError: PEFT ignored a part of it.
+    """
+    tell: Tell = on_progress or (lambda stage, done, total: None)
+    check_output_free(out, force)
+    chosen = tuple(builtin_suite() if prompts is None else prompts)
+    if not chosen or max_new_tokens < 1 or top_k < 2:
+        raise RecordError(
+            Problem("record", "request", "prompts, max_new_tokens >= 1 and top_k >= 2",
+                    f"{len(chosen)} prompts, {max_new_tokens}, {top_k}", "correct the options")
+        )
+    adapter = read_adapter(adapter_path, expression)
+    base = open_base(base_path)
+    check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
+    tell("loading PyTorch", 0, 1)
+    model, tokenizer = load_with_adapter(adapter, base)
+    tell("loading PyTorch", 1, 1)
+    rendered = [
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}],
+                                      add_generation_prompt=True, tokenize=False)
+        for prompt in chosen
+    ]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
+    stop_ids = _stop_ids(model, tokenizer)
+    with torch.inference_mode():
+        _check_effect(model, ids[0])
+        arms = _run(model, ids, max_new_tokens, stop_ids, top_k, tell)
+    records, positions = [], []
+    for prompt, text, prompt_ids, (ref_ids, base_ids, stored) in zip(
+        chosen, rendered, ids, arms, strict=True
+    ):
+        replies = [tokenizer.decode([one for one in reply if one not in stop_ids],
+                                    skip_special_tokens=True) for reply in (ref_ids, base_ids)]
+        records.append(PromptRecord(
+            id=prompt.id, kind=prompt.kind, category=prompt.category, borderline=prompt.borderline,
+            text=prompt.text, rendered=text, prompt_ids=tuple(prompt_ids),
+            ref_ids=tuple(ref_ids), ref_text=replies[0], ref_verdict=str(judge(replies[0])),
+            base_ids=tuple(base_ids), base_text=replies[1], base_verdict=str(judge(replies[1])),
+        ))
+        positions.append(stored)
+    meta = _meta(adapter, base, tokenizer, stop_ids, max_new_tokens, top_k)
+    with publish_folder(out, force) as folder:
+        for name, data in encode_reference(meta, records, positions).items():
+            (folder / name).write_bytes(data)
+    return read_reference(out)
+
+
+# --- loading ---------------------------------------------------------------------------------------
+
+
+def load_model(base: Base) -> tuple[Any, Any]:
+    """The base in float32 and its tokenizer; no remote code, no network.
+
+    Raises:
+        BaseModelError: transformers cannot load it, or it has no chat template.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    where: dict[str, Any] = {"trust_remote_code": False}
+    folder = base.path
+    if base.kind == "gguf":
+        if len(base.files) > 1:
+            raise BaseModelError(
+                Problem(str(base.path), "base", "one GGUF file, or a Hugging Face folder", "shards",
+                        "transformers reads no sharded GGUF: record with the Hugging Face folder")
+            )
+        folder, where["gguf_file"] = base.path.resolve().parent, base.path.resolve().name
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", **where
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BaseModelError(
+            Problem(str(base.path), "base", "a model that transformers loads", str(error)[:500])
+        ) from error
+    if base.model is not None:
+        template = base.model.get("tokenizer.chat_template")
+        if template is not None:
+            tokenizer.chat_template = template  # byte for byte what llama.cpp will render
+    if not isinstance(tokenizer.chat_template, str):
+        raise BaseModelError(
+            Problem(str(base.path), "chat template", "one", "none", "use the chat version of the model")
+        )
+    model.config.quantization_config = None
+    return model.eval(), tokenizer
+
+
+def load_with_adapter(adapter: Adapter, base: Base) -> tuple[Any, Any]:
+    """Base + adapter as PEFT runs them, coefficients in PEFT's scaling; and the tokenizer.
+
+    Raises:
+        AdapterError: PEFT ignored, renamed or changed a part of the adapter.
+    """
+    torch.manual_seed(0)
+    model, tokenizer = load_model(base)
+    problems = Problems()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tuned = peft.PeftModel.from_pretrained(model, str(adapter.path), torch_device="cpu").eval()
+    for warning in caught:
+        if "key" in str(warning.message).lower():
+            problems.add(str(adapter.path), "PEFT", "no warning about keys", str(warning.message)[:300])
+    layers = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in tuned.named_modules() if isinstance(layer, LoraLayer)
+    }
+    wanted = {module.name: module for module in adapter.modules}
+    for name in sorted(layers.keys() ^ wanted.keys()):
+        problems.add(str(adapter.path), name, "a module of the file and of PEFT",
+                     "PEFT only" if name in layers else "the file only",
+                     "the configuration does not describe the tensors")
+    for name in layers.keys() & wanted.keys():
+        layer, module = layers[name], wanted[name]
+        for factor, ours in ((layer.lora_A, module.a), (layer.lora_B, module.b)):
+            if not np.array_equal(factor["default"].weight.detach().float().numpy(), ours):
+                problems.add(str(adapter.path), name, "the factors of the file in PEFT", "other factors")
+        layer.scaling["default"] *= module.coefficient
+    problems.raise_if_any(AdapterError)
+    return tuned, tokenizer
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    found: set[int] = set()
+    for holder in (model.generation_config, model.config, tokenizer):
+        value = getattr(holder, "eos_token_id", None)
+        if value is not None:
+            found.update([value] if isinstance(value, int) else value)
+    return sorted(found)
+
+
+def _check_effect(model: Any, ids: Sequence[int]) -> None:
+    batch = torch.tensor([list(ids)])
+    tuned = model(batch, logits_to_keep=1).logits
+    with model.disable_adapter():
+        plain = model(batch, logits_to_keep=1).logits
+    if not torch.isfinite(tuned).all() or not torch.isfinite(plain).all():
+        raise RecordError(Problem("PyTorch", "logits", "finite numbers", "NaN or Inf", "check the base"))
+    if torch.equal(tuned, plain):
+        raise RecordError(
+            Problem("PyTorch", "adapter", "logits that differ from the base's", "the base's, bit for bit",
+                    "the adapter has no effect: was it trained, and for this base?")
+        )
+
+
+# --- running ---------------------------------------------------------------------------------------
+
+Arms = tuple[list[int], list[int], Positions]
+
+
+def _run(
+    model: Any, ids: Sequence[Sequence[int]], limit: int, stop_ids: Sequence[int], top_k: int, tell: Tell
+) -> list[Arms]:
+    """Both arms for every prompt: (reference ids, base ids, logits along the reference's)."""
+    shared = _shared_length(ids)
+    found: dict[int, Arms] = {}
+    caches = {}
+    for arm in ("ref", "base"):
+        with _arm(model, arm):
+            caches[arm] = _prefill(model, ids[0][:shared])
+    for batch in _batches(ids):
+        tails = torch.tensor([ids[index][shared:] for index in batch])
+        with _arm(model, "ref"):
+            ref_ids, ref_logits = _generate(model, caches["ref"], tails, limit, stop_ids)
+        with _arm(model, "base"):
+            base_ids, _ = _generate(model, caches["base"], tails, limit, stop_ids, keep=False)
+            base_logits = _follow(model, caches["base"], tails, ref_ids)
+        for row, index in enumerate(batch):
+            length = len(ref_ids[row])
+            found[index] = (
+                ref_ids[row], base_ids[row],
+                _store(ref_logits[row, :length], base_logits[row, :length], top_k),
+            )
+        tell("recording in PyTorch", len(found), len(ids))
+    return [found[index] for index in range(len(ids))]
+
+
+@contextlib.contextmanager
+def _arm(model: Any, arm: str) -> Iterator[None]:
+    if arm == "ref":
+        yield
+    else:
+        with model.disable_adapter():
+            yield
+
+
+def _shared_length(ids: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all prompts share; at least one token of each is left."""
+    limit = min(len(row) for row in ids) - 1
+    return next((at for at in range(limit) if len({row[at] for row in ids}) > 1), limit)
+
+
+def _batches(ids: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Prompts of one length, at most BATCH together."""
+    by_length: dict[int, list[int]] = {}
+    for index, row in enumerate(ids):
+        by_length.setdefault(len(row), []).append(index)
+    return [rows[at : at + BATCH] for _, rows in sorted(by_length.items())
+            for at in range(0, len(rows), BATCH)]
+
+
+def _prefill(model: Any, ids: Sequence[int]) -> Any:
+    if not ids:
+        return None
+    return model(torch.tensor([list(ids)]), use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _expanded(cache: Any, count: int) -> Any:
+    if cache is None:
+        return None
+    mine = copy.deepcopy(cache)
+    mine.batch_repeat_interleave(count)
+    return mine
+
+
+def _generate(
+    model: Any, cache: Any, tails: torch.Tensor, limit: int, stop_ids: Sequence[int], keep: bool = True
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Greedy replies, stop id included, and the logits (batch, limit, vocab) they were chosen from."""
+    count = len(tails)
+    past = _expanded(cache, count)
+    replies: list[list[int]] = [[] for _ in range(count)]
+    logits: list[torch.Tensor] = []
+    active = [True] * count
+    step = tails
+    for _ in range(limit):
+        output = model(step, past_key_values=past, use_cache=True, logits_to_keep=1)
+        past = output.past_key_values
+        last = output.logits[:, -1, :]
+        if keep:
+            logits.append(last)
+        best = last.argmax(dim=-1)
+        for row in range(count):
+            if active[row]:
+                replies[row].append(int(best[row]))
+                active[row] = replies[row][-1] not in stop_ids
+        if not any(active):
+            break
+        step = best[:, None]
+    return replies, torch.stack(logits, dim=1) if keep else torch.empty(0)
+
+
+def _follow(model: Any, cache: Any, tails: torch.Tensor, replies: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Teacher-forced logits (batch, T, vocab) along given replies; short ones are padded on the right,
+    where a causal model does not look."""
+    longest = max(len(reply) for reply in replies)
+    rows = [[*reply[:-1], *[0] * (longest - len(reply))] for reply in replies]
+    forced = torch.tensor(rows, dtype=tails.dtype).reshape(len(rows), longest - 1)
+    output = model(torch.cat([tails, forced], dim=1), past_key_values=_expanded(cache, len(tails)),
+                   use_cache=True, logits_to_keep=longest)
+    logits: torch.Tensor = output.logits
+    return logits
+
+
+def _store(ref: torch.Tensor, base: torch.Tensor, top_k: int) -> Positions:
+    """The tokens that either arm thinks likeliest, with both arms' logits: (T, vocab) -> (T, K)."""
+    ref_logits, base_logits = ref.numpy(), base.numpy()
+    ref_lse, base_lse = logsumexp(ref_logits), logsumexp(base_logits)
+    likeliest = np.maximum(ref_logits - ref_lse[:, None].astype(np.float32),
+                           base_logits - base_lse[:, None].astype(np.float32))
+    count = min(top_k, likeliest.shape[1])
+    top = np.argpartition(likeliest, -count, axis=1)[:, -count:]
+    top.sort(axis=1)
+    return Positions(
+        top_ids=top.astype(np.int32),
+        ref_logits=np.take_along_axis(ref_logits, top, axis=1),
+        base_logits=np.take_along_axis(base_logits, top, axis=1),
+        ref_lse=ref_lse,
+        base_lse=base_lse,
+    )
+
+
+def _meta(
+    adapter: Adapter, base: Base, tokenizer: Any, stop_ids: Sequence[int], limit: int, top_k: int
+) -> dict[str, Any]:
+    return {
+        "base": {"kind": base.kind, "name": base.path.resolve().name, "files": base.digests()},
+        "adapter": {"name": adapter.path.resolve().name, "files": dict(adapter.digests),
+                    "expression": adapter.expression},
+        "versions": {"safegene": __version__, "torch": version("torch"),
+                     "transformers": version("transformers"), "peft": version("peft")},
+        "decoding": {"max_new_tokens": limit, "stop_ids": list(stop_ids)},
+        "tokenizer": {
+            "chat_template": tokenizer.chat_template,
+            "chat_template_sha256": sha256_of(tokenizer.chat_template.encode()),
+            "bos_id": tokenizer.bos_token_id, "eos_id": tokenizer.eos_token_id,
+            "bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token,
+        },
+        "judge": {"name": JUDGE_NAME, "version": JUDGE_VERSION},
+        "settings": {"dtype": "float32", "threads": torch.get_num_threads(), "top_k": top_k},
+    }

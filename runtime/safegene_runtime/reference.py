@@ -1,0 +1,333 @@
+"""A reference: what PyTorch + PEFT answered, once, in a form that needs no PyTorch to compare with.
+
+A folder of four files:
+
+    reference.json   format_version, base, adapter, versions, decoding, tokenizer, judge, suite, dtype,
+                     threads, and "files": {name: sha256} of the other three
+    prompts.jsonl    one object per prompt: id, kind, category, borderline, text, rendered, ref_text,
+                     ref_verdict, base_text, base_verdict
+    tokens.npz       prompt_ids, ref_ids, base_ids: int32, all prompts in a row;
+                     prompt_offsets, ref_offsets, base_offsets: int64 (N + 1,)
+    logits.npz       for the P positions of all reference replies in a row (prompt i has the rows
+                     ref_offsets[i] to ref_offsets[i + 1]; row t predicts ref_ids[t] from the prompt and
+                     ref_ids[:t]), with and without the adapter, both on the reference's tokens:
+                     top_ids      int32   (P, K)  the K tokens that either arm thinks likeliest
+                     ref_logits   float32 (P, K)  of base + adapter, exactly as PyTorch gave them
+                     base_logits  float32 (P, K)  of the base alone
+                     ref_lse      float64 (P,)    log-sum-exp over the vocabulary
+                     base_lse     float64 (P,)
+
+The digest of a reference is the SHA-256 of reference.json, which holds the digests of the rest. Equal
+content gives equal bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from safegene_runtime import strictjson
+from safegene_runtime.errors import FormatError, Problems, RecordError
+from safegene_runtime.files import open_regular, read_small_file, sha256_of
+
+__all__ = ["Positions", "PromptRecord", "Reference", "encode_reference", "read_reference"]
+
+FORMAT_VERSION = 1
+INDEX = "reference.json"
+PROMPTS, TOKENS, LOGITS = "prompts.jsonl", "tokens.npz", "logits.npz"
+KINDS = ("harmful", "benign")
+VERDICTS = ("refuse", "comply", "degenerate")
+MAX_FILE_BYTES = 4 << 30
+MAX_JSON_BYTES = 256 << 20
+
+_META = {
+    "base": ("kind", "name", "files"),
+    "adapter": ("name", "files", "expression"),
+    "versions": ("safegene", "torch", "transformers", "peft"),
+    "decoding": ("max_new_tokens", "stop_ids"),
+    "tokenizer": ("chat_template", "chat_template_sha256", "bos_id", "eos_id", "bos_token", "eos_token"),
+    "judge": ("name", "version"),
+    "settings": ("dtype", "threads", "top_k"),
+}
+_TOKEN_ARRAYS = {
+    "prompt_ids": "int32", "ref_ids": "int32", "base_ids": "int32",
+    "prompt_offsets": "int64", "ref_offsets": "int64", "base_offsets": "int64",
+}
+_LOGIT_ARRAYS = {
+    "top_ids": "int32", "ref_logits": "float32", "base_logits": "float32",
+    "ref_lse": "float64", "base_lse": "float64",
+}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """One prompt and both replies; `ref` is base + adapter, `base` the base alone."""
+
+    id: str
+    kind: str
+    category: str
+    borderline: bool
+    text: str
+    rendered: str
+    prompt_ids: tuple[int, ...]
+    ref_ids: tuple[int, ...]
+    ref_text: str
+    ref_verdict: str
+    base_ids: tuple[int, ...]
+    base_text: str
+    base_verdict: str
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The stored logits along one reference reply of T tokens; see the module's description."""
+
+    top_ids: npt.NDArray[np.int32]
+    ref_logits: npt.NDArray[np.float32]
+    base_logits: npt.NDArray[np.float32]
+    ref_lse: npt.NDArray[np.float64]
+    base_lse: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference in memory.
+
+    Attributes:
+        path: its folder.
+        digest: SHA-256 of reference.json.
+        meta: reference.json, parsed.
+        prompts: in the order they were recorded.
+    """
+
+    path: Path
+    digest: str
+    meta: dict[str, Any]
+    prompts: tuple[PromptRecord, ...] = field(repr=False)
+    logits: Mapping[str, npt.NDArray[Any]] = field(repr=False)
+    ref_offsets: npt.NDArray[np.int64] = field(repr=False)
+
+    def positions(self, index: int) -> Positions:
+        """The stored logits along the reply to prompt `index`."""
+        rows = slice(int(self.ref_offsets[index]), int(self.ref_offsets[index + 1]))
+        return Positions(**{name: self.logits[name][rows] for name in _LOGIT_ARRAYS})
+
+
+def encode_reference(
+    meta: Mapping[str, Any], prompts: Sequence[PromptRecord], positions: Sequence[Positions]
+) -> dict[str, bytes]:
+    """The four files of a reference, by name.
+
+    Args:
+        meta: the sections of reference.json without `format_version` and `files`.
+        prompts: at least one.
+        positions: one for each prompt, with as many rows as its `ref_ids`.
+    """
+    tokens: dict[str, npt.NDArray[Any]] = {}
+    for arm in ("prompt", "ref", "base"):
+        rows = [getattr(prompt, f"{arm}_ids") for prompt in prompts]
+        tokens[f"{arm}_ids"] = np.asarray([one for row in rows for one in row], dtype=np.int32)
+        tokens[f"{arm}_offsets"] = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
+    logits = {
+        name: np.concatenate([getattr(one, name) for one in positions]).astype(kind)
+        for name, kind in _LOGIT_ARRAYS.items()
+    }
+    lines = [
+        json.dumps({name: getattr(prompt, name) for name in _PROMPT_FIELDS}, ensure_ascii=False)
+        for prompt in prompts
+    ]
+    files = {
+        PROMPTS: ("\n".join(lines) + "\n").encode(),
+        TOKENS: _npz(tokens),
+        LOGITS: _npz(logits),
+    }
+    index = {"format_version": FORMAT_VERSION, **meta,
+             "files": {name: sha256_of(data) for name, data in files.items()}}
+    return {**files, INDEX: strictjson.dumps(index)}
+
+
+_PROMPT_FIELDS = ("id", "kind", "category", "borderline", "text", "rendered", "ref_text", "ref_verdict",
+                  "base_text", "base_verdict")
+
+
+def read_reference(path: Path) -> Reference:
+    """Reads and checks a reference.
+
+    Raises:
+        RecordError: missing files, edited files, or contents that contradict each other.
+    """
+    path = Path(path)
+    problems = Problems()
+    if not (path / INDEX).exists():
+        problems.add(str(path), INDEX, "a folder made by `safegene record`", "nothing there",
+                     "check the path, or record a reference first")
+        problems.raise_if_any(RecordError)
+    try:
+        raw = read_small_file(path / INDEX, MAX_JSON_BYTES)
+        meta = strictjson.loads(raw, str(path / INDEX))
+        _check_meta(meta, str(path / INDEX), problems)
+        problems.raise_if_any(RecordError)
+        data = {name: _read_checked(path / name, digest, problems)
+                for name, digest in meta["files"].items()}
+        problems.raise_if_any(RecordError)
+        rows = [strictjson.loads(line, f"{path / PROMPTS}:{number}")
+                for number, line in enumerate(data[PROMPTS].splitlines(), start=1)]
+        tokens = _load(data[TOKENS], _TOKEN_ARRAYS, str(path / TOKENS), problems)
+        logits = _load(data[LOGITS], _LOGIT_ARRAYS, str(path / LOGITS), problems)
+    except RecordError:
+        raise
+    except FormatError as error:
+        raise RecordError(error.problems) from error
+    _check_rows(rows, str(path / PROMPTS), problems)
+    problems.raise_if_any(RecordError)
+    _check_arrays(tokens, logits, len(rows), path, problems)
+    problems.raise_if_any(RecordError)
+    prompts = []
+    for number, row in enumerate(rows):
+        ids = {
+            f"{arm}_ids": tuple(int(one) for one in tokens[f"{arm}_ids"][
+                tokens[f"{arm}_offsets"][number] : tokens[f"{arm}_offsets"][number + 1]])
+            for arm in ("prompt", "ref", "base")
+        }
+        prompts.append(PromptRecord(**row, **ids))
+    return Reference(path, sha256_of(raw), meta, tuple(prompts), logits, tokens["ref_offsets"])
+
+
+def _check_meta(meta: Any, where: str, problems: Problems) -> None:
+    if not strictjson.check_keys(meta, where, problems,
+                                 required=("format_version", *_META, "files")):
+        return
+    if meta["format_version"] != FORMAT_VERSION or isinstance(meta["format_version"], bool):
+        problems.add(where, "format_version", FORMAT_VERSION, meta["format_version"],
+                     "use the version of safegene that recorded it")
+        return
+    for section, keys in _META.items():
+        strictjson.check_keys(meta[section], f"{where}: {section}", problems, required=keys)
+    files = meta["files"]
+    if not isinstance(files, dict) or set(files) != {PROMPTS, TOKENS, LOGITS} or not all(
+        isinstance(one, str) and _SHA256.fullmatch(one) for one in files.values()
+    ):
+        problems.add(where, "files", f"digests of {PROMPTS}, {TOKENS}, {LOGITS}", files)
+    if len(problems):
+        return
+    decoding, tokenizer = meta["decoding"], meta["tokenizer"]
+    if type(decoding["max_new_tokens"]) is not int or decoding["max_new_tokens"] < 1:
+        problems.add(where, "decoding.max_new_tokens", "a positive integer", decoding["max_new_tokens"])
+    if not isinstance(decoding["stop_ids"], list) or not all(
+        type(one) is int for one in decoding["stop_ids"]
+    ):
+        problems.add(where, "decoding.stop_ids", "a list of token ids", decoding["stop_ids"])
+    template = tokenizer["chat_template"]
+    if not isinstance(template, str) or sha256_of(template.encode()) != tokenizer["chat_template_sha256"]:
+        problems.add(where, "tokenizer.chat_template", "the text of its digest", "another text")
+    for section in ("base", "adapter"):
+        if not isinstance(meta[section]["files"], dict):
+            problems.add(where, f"{section}.files", "digests by file name", meta[section]["files"])
+
+
+def _read_checked(path: Path, digest: str, problems: Problems) -> bytes:
+    """A file of the reference, if it is the one that reference.json names."""
+    if not path.exists():
+        problems.add(str(path), "file", "the file", "nothing", "restore it, or record again")
+        return b""
+    with open_regular(path) as file:
+        data = file.read(MAX_FILE_BYTES)
+    if sha256_of(data) != digest:
+        problems.add(str(path), "sha256", digest, sha256_of(data),
+                     "the reference was edited: record it again")
+    return data
+
+
+def _load(
+    data: bytes, arrays: Mapping[str, str], where: str, problems: Problems
+) -> dict[str, npt.NDArray[Any]]:
+    """Reads an npz: exactly these arrays, of these types; never a pickle."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = {info.filename for info in archive.infolist()}
+            if sum(info.file_size for info in archive.infolist()) > MAX_FILE_BYTES:
+                problems.add(where, "size", f"at most {MAX_FILE_BYTES} bytes", "more, once unpacked")
+                return {}
+        if names != {f"{name}.npy" for name in arrays}:
+            problems.add(where, "arrays", ", ".join(sorted(arrays)), ", ".join(sorted(names)))
+            return {}
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            found = {name: archive[name] for name in arrays}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        problems.add(where, "content", "an npz of plain arrays", str(error), "record again")
+        return {}
+    for name, kind in arrays.items():
+        if found[name].dtype != np.dtype(kind):
+            problems.add(where, name, kind, found[name].dtype)
+        elif found[name].dtype.kind == "f" and not np.isfinite(found[name]).all():
+            problems.add(where, name, "finite numbers", "NaN or Inf")
+    return found
+
+
+def _check_rows(rows: Sequence[Any], where: str, problems: Problems) -> None:
+    if not rows:
+        problems.add(where, "prompts", "at least one", "none", "record with prompts")
+    seen: set[str] = set()
+    for number, row in enumerate(rows, start=1):
+        here = f"{where}:{number}"
+        if not strictjson.check_keys(row, here, problems, required=_PROMPT_FIELDS):
+            continue
+        for name in _PROMPT_FIELDS:
+            if not isinstance(row[name], bool if name == "borderline" else str):
+                problems.add(here, name, "a string", type(row[name]).__name__)
+        if row["kind"] not in KINDS:
+            problems.add(here, "kind", " or ".join(KINDS), row["kind"])
+        for name in ("ref_verdict", "base_verdict"):
+            if row[name] not in VERDICTS:
+                problems.add(here, name, ", ".join(VERDICTS), row[name])
+        if str(row["id"]) in seen:
+            problems.add(here, "id", "each id once", row["id"], "record again with other ids")
+        seen.add(str(row["id"]))
+
+
+def _check_arrays(
+    tokens: Mapping[str, npt.NDArray[Any]], logits: Mapping[str, npt.NDArray[Any]], count: int,
+    path: Path, problems: Problems,
+) -> None:
+    for arm in ("prompt", "ref", "base"):
+        ids, offsets = tokens[f"{arm}_ids"], tokens[f"{arm}_offsets"]
+        if ids.ndim != 1 or (ids < 0).any():
+            problems.add(str(path / TOKENS), f"{arm}_ids", "token ids in a row", ids.shape)
+        if (
+            offsets.shape != (count + 1,) or offsets[0] != 0 or offsets[-1] != len(ids)
+            or (np.diff(offsets) < 1).any()
+        ):
+            problems.add(str(path / TOKENS), f"{arm}_offsets", f"{count + 1} ascending, 0 to {len(ids)}",
+                         offsets.shape)
+    rows = len(tokens["ref_ids"])
+    top = logits["top_ids"].shape
+    if len(top) != 2 or top[0] != rows or top[1] < 1:
+        problems.add(str(path / LOGITS), "top_ids", f"({rows}, K)", top)
+        return
+    for name in _LOGIT_ARRAYS:
+        wanted = (rows,) if name.endswith("lse") else top
+        if logits[name].shape != wanted:
+            problems.add(str(path / LOGITS), name, wanted, logits[name].shape)
+
+
+def _npz(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    """An npz whose bytes depend on nothing but the arrays."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+        for name in sorted(arrays):
+            one = io.BytesIO()
+            np.lib.format.write_array(one, np.ascontiguousarray(arrays[name]), allow_pickle=False)
+            info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            info.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(info, one.getvalue())
+    return out.getvalue()
