@@ -34,17 +34,28 @@ def _edit(path: Path, **changes: Any) -> None:
 def _tiny_gguf(path: Path, edit: Callable[[dict[str, Any], dict[str, np.ndarray]], None]) -> Path:
     """A minimal llama GGUF of one layer, after `edit` changed its metadata and tensors."""
     metadata: dict[str, Any] = {
-        "llama.block_count": 1, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
+        "llama.block_count": 1,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
     }
-    shapes = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64),
-              "ffn_gate": (128, 64), "ffn_up": (128, 64), "ffn_down": (64, 128)}
+    shapes = {
+        "attn_q": (64, 64),
+        "attn_k": (32, 64),
+        "attn_v": (32, 64),
+        "attn_output": (64, 64),
+        "ffn_gate": (128, 64),
+        "ffn_up": (128, 64),
+        "ffn_down": (64, 128),
+    }
     tensors = {f"blk.0.{name}.weight": np.ones(shape, np.float32) for name, shape in shapes.items()}
     tensors["blk.0.attn_norm.weight"] = np.ones(64, np.float32)
     edit(metadata, tensors)
     writer = gguf.GGUFWriter(path, metadata.pop("architecture", "llama"))
     for key, value in metadata.items():
-        add = writer.add_string if isinstance(value, str) else (
-            writer.add_array if isinstance(value, list) else writer.add_uint32
+        add = (
+            writer.add_string
+            if isinstance(value, str)
+            else (writer.add_array if isinstance(value, list) else writer.add_uint32)
         )
         add(key, value)
     for name, array in tensors.items():
@@ -87,7 +98,9 @@ def test_digests_are_of_every_file_that_matters() -> None:
     base = open_base(tiny.hf_model("llama"))
     seen: list[int] = []
     digests = base.digests(seen.append)
-    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(digests)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(
+        digests
+    )
     weights = (base.path / "model.safetensors").read_bytes()
     assert digests["model.safetensors"] == hashlib.sha256(weights).hexdigest()
     assert sum(seen) == base.total_bytes == sum(file.stat().st_size for file in base.files)
@@ -105,8 +118,10 @@ def test_a_sharded_folder_is_one_base(folder: Path) -> None:
 
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    split = {name: f"model-0000{1 + index % 2}-of-00002.safetensors"
-             for index, name in enumerate(sorted(weights))}
+    split = {
+        name: f"model-0000{1 + index % 2}-of-00002.safetensors"
+        for index, name in enumerate(sorted(weights))
+    }
     for file in set(split.values()):
         save_file({name: weights[name] for name in weights if split[name] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": split}))
@@ -157,14 +172,20 @@ def test_gguf_metadata_that_does_not_fit_is_refused(
 
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
-    [("blk.0.attn_q.scale", (1,), "rescaled"), ("blk.0.attn_qkv.weight", (8, 64), "fused"),
-     ("blk.1.ffn_up.weight", (128, 64), "layers.1"), ("blk.0.ffn_up.weight", (2, 64, 64), "two dim")],
+    [
+        ("blk.0.attn_q.scale", (1,), "rescaled"),
+        ("blk.0.attn_qkv.weight", (8, 64), "fused"),
+        ("blk.1.ffn_up.weight", (128, 64), "layers.1"),
+        ("blk.0.ffn_up.weight", (2, 64, 64), "two dim"),
+    ],
 )
 def test_gguf_tensors_that_do_not_fit_are_refused(
     tmp_path: Path, name: str, shape: tuple[int, ...], message: str
 ) -> None:
-    path = _tiny_gguf(tmp_path / "a.gguf",
-                      lambda metadata, tensors: tensors.update({name: np.ones(shape, np.float32)}))
+    path = _tiny_gguf(
+        tmp_path / "a.gguf",
+        lambda metadata, tensors: tensors.update({name: np.ones(shape, np.float32)}),
+    )
     with pytest.raises((BaseModelError, UnsupportedError), match=message):
         open_base(path)
 
@@ -196,13 +217,15 @@ def test_all_refused_features_are_named_at_once(folder: Path) -> None:
     with pytest.raises(UnsupportedError) as caught:
         open_base(folder)
     assert {problem.field for problem in caught.value.problems} == {
-        "auto_map", "num_experts", "architectures"
+        "auto_map",
+        "num_experts",
+        "architectures",
     }
 
 
 def test_a_tokenizer_with_code_of_its_own_is_refused(folder: Path) -> None:
     _edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]})
-    with pytest.raises(UnsupportedError, match="tokenizer_config.json"):
+    with pytest.raises(UnsupportedError, match="tokenizer_config"):
         open_base(folder)
 
 
@@ -222,7 +245,9 @@ def test_a_git_lfs_pointer_is_recognised(folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_index_may_not_name_files_elsewhere(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../x.safetensors"}}'
+    )
     with pytest.raises(BaseModelError, match="weight_map"):
         open_base(folder)
 

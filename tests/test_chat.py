@@ -43,7 +43,10 @@ LLAMA3_LIKE = """{{- bos_token }}
 
 CHATS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "Hello, who are you?"}],
-    [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "Grüße 🙂\n\n{{ 1 }}"}],
+    [
+        {"role": "system", "content": " Be brief. "},
+        {"role": "user", "content": "Grüße 🙂\n\n{{ 1 }}"},
+    ],
     [
         {"role": "user", "content": "  spaces  "},
         {"role": "assistant", "content": "<b>&amp;</b>"},
@@ -71,10 +74,9 @@ def test_renders_what_transformers_renders(name: str, generation_prompt: bool) -
         path = next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
         template = read_gguf(path).get("tokenizer.chat_template")
     tokens = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
-    expected = transformers_renders(
-        template, CHATS, add_generation_prompt=generation_prompt, **tokens
-    )
-    assert render_all(template, CHATS, add_generation_prompt=generation_prompt, **tokens) == expected
+    options: dict[str, Any] = {"add_generation_prompt": generation_prompt, **tokens}
+    expected = transformers_renders(template, CHATS, **options)
+    assert render_all(template, CHATS, **options) == expected
     assert len(set(expected)) == len(CHATS)
 
 
@@ -121,7 +123,7 @@ def test_a_template_that_misbehaves_is_an_error(template: str) -> None:
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-        "{{ 9 ** 9 ** 9 ** 9 }}",
+        "{{ 9 ** (9 ** (9 ** 9)) }}",
         "{{ ('a' * 60000) ~ ('b' * 60000) }}",
     ],
 )

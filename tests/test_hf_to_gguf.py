@@ -48,8 +48,7 @@ def test_the_tokenizer_survives_the_way_through_a_folder() -> None:
     before = open_model(tiny.smollm2_gguf()).metadata
     after = open_model(tiny.gguf_model("llama")).metadata
     keys = [key for key in before if key.startswith("tokenizer.")]
-    differing = [key for key in keys
-                 if key not in after or before[key].value != after[key].value]
+    differing = [key for key in keys if key not in after or before[key].value != after[key].value]
     # written only where a tokenizer_config.json has it, and ignored for byte-level tokenizers
     assert set(differing) <= {"tokenizer.ggml.add_space_prefix"}
     assert len(keys) > 8
@@ -75,9 +74,7 @@ def test_only_types_of_the_converter_are_asked_for(tmp_path: Path) -> None:
         convert_hf(tiny.hf_model("llama"), tmp_path / "out.gguf", "q4_k")
 
 
-def test_a_missing_llama_cpp_is_explained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_llama_cpp_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = find_llama_cpp()
     with pytest.raises(BaseModelError, match="pip download"):
         find_llama_cpp(tmp_path)
@@ -139,8 +136,11 @@ def test_a_preset_is_the_sum_of_its_tensors(tmp_path: Path, name: str, hidden: i
 
 def test_single_tensors_can_be_promoted(tmp_path: Path) -> None:
     source, out = tiny.gguf_model("llama"), tmp_path / "out.gguf"
-    overrides = {"blk.0.attn_q.weight": GGMLType.F16, "blk.1.ffn_up.weight": GGMLType.Q8_0,
-                 "blk.1.ffn_down.weight": GGMLType.F32}
+    overrides = {
+        "blk.0.attn_q.weight": GGMLType.F16,
+        "blk.1.ffn_up.weight": GGMLType.Q8_0,
+        "blk.1.ffn_down.weight": GGMLType.F32,
+    }
     plain = presets.preset_types(source, "q4_0")
     announced = presets.preset_types(source, "q4_0", overrides=overrides)
     written = presets.quantize_gguf(source, out, "q4_0", overrides=overrides)
@@ -152,14 +152,17 @@ def test_single_tensors_can_be_promoted(tmp_path: Path) -> None:
 def test_overrides_that_are_not_honoured_are_found_out(tmp_path: Path) -> None:
     source = tiny.gguf_model("llama")
     with pytest.raises(PostconditionError, match="attn_q"):
-        presets.quantize_gguf(source, tmp_path / "a.gguf", "q4_0",
-                              overrides={"blk.0.attn_q.weight": GGMLType.Q6_K})
+        presets.quantize_gguf(
+            source, tmp_path / "a.gguf", "q4_0", overrides={"blk.0.attn_q.weight": GGMLType.Q6_K}
+        )
     with pytest.raises(PostconditionError, match="no tensor"):
-        presets.quantize_gguf(source, tmp_path / "b.gguf", "q4_0",
-                              overrides={"blk.9.attn_q.weight": GGMLType.Q8_0})
+        presets.quantize_gguf(
+            source, tmp_path / "b.gguf", "q4_0", overrides={"blk.9.attn_q.weight": GGMLType.Q8_0}
+        )
     with pytest.raises(UnsupportedError, match="overrides"):
-        presets.quantize_gguf(source, tmp_path / "c.gguf", "f16",
-                              overrides={"blk.0.attn_q.weight": GGMLType.F32})
+        presets.quantize_gguf(
+            source, tmp_path / "c.gguf", "f16", overrides={"blk.0.attn_q.weight": GGMLType.F32}
+        )
 
 
 @pytest.mark.parametrize("name", ["f32", "f16", "bf16"])

@@ -30,7 +30,9 @@ def _gguf(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 def _legacy(entries: list[tuple[str, int, list[float]]]) -> bytes:
     data = struct.pack("<i", len(entries))
     for name, calls, values in entries:
-        data += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", calls, len(values))
+        data += (
+            struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", calls, len(values))
+        )
         data += struct.pack(f"<{len(values)}f", *values)
     return data
 
@@ -41,9 +43,13 @@ def test_sums_are_divided_by_counts(tmp_path: Path) -> None:
 
 
 def test_experts_are_divided_one_by_one_and_unused_ones_weigh_equally(tmp_path: Path) -> None:
-    path = _gguf(tmp_path / "a", {
-        "x.in_sum2": np.concatenate([SUMS, SUMS]), "x.counts": np.array([[2.0], [0.0]], np.float32)
-    })
+    path = _gguf(
+        tmp_path / "a",
+        {
+            "x.in_sum2": np.concatenate([SUMS, SUMS]),
+            "x.counts": np.array([[2.0], [0.0]], np.float32),
+        },
+    )
     np.testing.assert_array_equal(read_imatrix(path)["x"], [1, 2, 4, 1, 1, 1])
 
 
@@ -75,9 +81,17 @@ def test_a_gguf_that_is_no_imatrix_is_refused(
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\0\0\0\0", struct.pack("<i", 5), struct.pack("<ii", 1, 1 << 30),
-     struct.pack("<ii", 1, -1), _legacy([("x", 1, [1.0])])[:-1], _legacy([("x", 1, [])]),
-     _legacy([("x", 1, [1.0]), ("x", 1, [1.0])]), _legacy([("x", 1, [float("nan")])])],
+    [
+        b"",
+        b"\0\0\0\0",
+        struct.pack("<i", 5),
+        struct.pack("<ii", 1, 1 << 30),
+        struct.pack("<ii", 1, -1),
+        _legacy([("x", 1, [1.0])])[:-1],
+        _legacy([("x", 1, [])]),
+        _legacy([("x", 1, [1.0]), ("x", 1, [1.0])]),
+        _legacy([("x", 1, [float("nan")])]),
+    ],
 )
 def test_a_damaged_old_file_is_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "a.dat"

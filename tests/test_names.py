@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 import pytest
 import tiny
@@ -11,6 +10,7 @@ from safetensors import safe_open
 from safegene_converter import names
 from safegene_converter.names import Transform
 from safegene_runtime.errors import BaseModelError, UnsupportedError
+from safegene_runtime.gguf import open_model, read_tensor_bytes
 
 
 def _hf_weights(architecture: str) -> dict[str, np.ndarray]:
@@ -19,8 +19,11 @@ def _hf_weights(architecture: str) -> dict[str, np.ndarray]:
 
 
 def _gguf_weights(architecture: str) -> dict[str, np.ndarray]:
-    reader = gguf.GGUFReader(tiny.gguf_model(architecture))
-    return {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    tensors = open_model(tiny.gguf_model(architecture)).tensors
+    return {
+        name: np.frombuffer(read_tensor_bytes(info), "<f4").reshape(info.shape)
+        for name, info in tensors.items()
+    }
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -41,8 +44,11 @@ def test_every_module_is_upstreams_tensor_in_upstreams_row_order(architecture: s
             assert names.module_name(architecture, tensor) == module
             checked += 1
     assert checked == 7 * tiny.N_LAYERS
-    permuted = [part for part in names.BLOCK_MODULES
-                if not names.transform_for(architecture, part, 4, 2).is_identity]
+    permuted = [
+        part
+        for part in names.BLOCK_MODULES
+        if not names.transform_for(architecture, part, 4, 2).is_identity
+    ]
     assert permuted == (["self_attn.q_proj", "self_attn.k_proj"] if architecture == "llama" else [])
 
 
@@ -77,14 +83,25 @@ def test_rows_that_are_not_whole_heads_are_refused() -> None:
 
 def test_a_transform_of_another_shape_is_not_proved() -> None:
     with pytest.raises(BaseModelError, match="shape"):
-        names.prove_transform(np.zeros((4, 4), np.float32), np.zeros((4, 2), np.float32), Transform())
+        names.prove_transform(
+            np.zeros((4, 4), np.float32), np.zeros((4, 2), np.float32), Transform()
+        )
 
 
 @pytest.mark.parametrize(
     "module",
-    ["lm_head", "model.embed_tokens", "model.norm", "model.layers.0.input_layernorm",
-     "model.layers.01.mlp.up_proj", "model.layers.-1.mlp.up_proj", "layers.0.mlp.up_proj",
-     "model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.up_proj.weight", ""],
+    [
+        "lm_head",
+        "model.embed_tokens",
+        "model.norm",
+        "model.layers.0.input_layernorm",
+        "model.layers.01.mlp.up_proj",
+        "model.layers.-1.mlp.up_proj",
+        "layers.0.mlp.up_proj",
+        "model.layers.0.mlp.experts.0.up_proj",
+        "model.layers.0.mlp.up_proj.weight",
+        "",
+    ],
 )
 def test_modules_that_are_no_linear_of_a_block_are_refused(module: str) -> None:
     with pytest.raises(UnsupportedError, match="not supported yet"):
@@ -99,16 +116,28 @@ def test_other_architectures_are_refused_by_name(architecture: object) -> None:
 
 @pytest.mark.parametrize(
     ("model_class", "expected"),
-    [("LlamaForCausalLM", "llama"), ("MistralForCausalLM", "llama"),
-     ("Qwen2ForCausalLM", "qwen2"), ("Qwen3ForCausalLM", "qwen3")],
+    [
+        ("LlamaForCausalLM", "llama"),
+        ("MistralForCausalLM", "llama"),
+        ("Qwen2ForCausalLM", "qwen2"),
+        ("Qwen3ForCausalLM", "qwen3"),
+    ],
 )
 def test_configs_are_mapped_as_upstream_maps_them(model_class: str, expected: str) -> None:
     assert names.architecture_of_config({"architectures": [model_class]}, "config.json") == expected
 
 
 @pytest.mark.parametrize(
-    "classes", [["MixtralForCausalLM"], ["GemmaForCausalLM"], [], None, "LlamaForCausalLM",
-                ["LlamaForCausalLM", "Other"], [["LlamaForCausalLM"]]],
+    "classes",
+    [
+        ["MixtralForCausalLM"],
+        ["GemmaForCausalLM"],
+        [],
+        None,
+        "LlamaForCausalLM",
+        ["LlamaForCausalLM", "Other"],
+        [["LlamaForCausalLM"]],
+    ],
 )
 def test_other_model_classes_are_refused(classes: object) -> None:
     with pytest.raises(UnsupportedError, match="architectures"):

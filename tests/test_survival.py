@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -62,7 +63,9 @@ def test_a_reversed_delta_is_gain_minus_one() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    gain=st.floats(-2, 3), noise=st.floats(0, 2), seed=st.integers(0, 99),
+    gain=st.floats(-2, 3),
+    noise=st.floats(0, 2),
+    seed=st.integers(0, 99),
     parts=st.lists(st.integers(1, SHAPE[0] - 1), max_size=5),
 )
 def test_gain_and_error_follow_their_definition_in_any_blocking(
@@ -75,7 +78,7 @@ def test_gain_and_error_follow_their_definition_in_any_blocking(
     stored = BASE + gain * delta + other
     meter = Meter(Mode.GRID)
     edges = [0, *sorted(set(parts)), SHAPE[0]]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         meter.add(BASE[start:stop], delta[start:stop], stored[start:stop])
     found = meter.result()
     assert found.gain == pytest.approx(gain, abs=1e-9)
@@ -126,8 +129,7 @@ def test_a_float_base_quantised_once_keeps_the_delta_under_the_noise(name: str) 
 def test_a_float_base_that_hides_a_grid_is_found_out() -> None:
     base = _stored(BASE, GGMLType.Q4_1)  # float in name only
     delta = _delta(0.005)
-    found = measure(base, delta, _stored(base + delta, GGMLType.Q4_1),
-                    _stored(base, GGMLType.Q4_1))
+    found = measure(base, delta, _stored(base + delta, GGMLType.Q4_1), _stored(base, GGMLType.Q4_1))
     assert found.base_error_ratio is None or found.base_error_ratio > 1.1
     assert not passes(found, Bounds())
 
@@ -149,10 +151,13 @@ def test_every_bound_decides() -> None:
         return Survival(gain, 9.0, ratio, Mode.ONCE)
 
     bounds = Bounds()
-    assert passes(grid(0.95, 0.5), bounds) and passes(grid(1.05, 0.5), bounds)
-    assert not passes(grid(0.949, 0.1), bounds) and not passes(grid(1.051, 0.1), bounds)
+    assert passes(grid(0.95, 0.5), bounds)
+    assert passes(grid(1.05, 0.5), bounds)
+    assert not passes(grid(0.949, 0.1), bounds)
+    assert not passes(grid(1.051, 0.1), bounds)
     assert not passes(grid(1.0, 0.501), bounds)
-    assert passes(once(1.0, 1.1), bounds) and not passes(once(1.0, 1.101), bounds)
+    assert passes(once(1.0, 1.1), bounds)
+    assert not passes(once(1.0, 1.101), bounds)
     assert not passes(once(0.9, 1.0), bounds)
     assert passes(grid(0.9, 0.6), Bounds(gain_min=0.9, error_max=0.6))
 
@@ -182,8 +187,15 @@ def test_a_mode_gets_exactly_what_it_compares() -> None:
         Meter(Mode.GRID).add(BASE, DELTA[1:], BASE)
 
 
-@pytest.mark.parametrize("bad", [{"gain_min": 1.2}, {"error_max": math.nan}, {"gain_min": -0.1},
-                                 {"base_error_ratio_max": math.inf}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"gain_min": 1.2},
+        {"error_max": math.nan},
+        {"gain_min": -0.1},
+        {"base_error_ratio_max": math.inf},
+    ],
+)
 def test_bounds_that_bound_nothing_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(SurvivalError, match="bounds"):
         Bounds(**bad)

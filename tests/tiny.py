@@ -50,7 +50,13 @@ def gguf_model(architecture: str, hidden: int = 64, outtype: str = "f32") -> Pat
 
 
 def peft_adapter(
-    architecture: str, out: Path, *, hidden: int = 64, seed: int = 1, scale: float = 0.02, **config: Any
+    architecture: str,
+    out: Path,
+    *,
+    hidden: int = 64,
+    seed: int = 1,
+    scale: float = 0.02,
+    **config: Any,
 ) -> Path:
     """Saves a random LoRA adapter as PEFT writes it; `config` are arguments of LoraConfig."""
     import torch
@@ -126,9 +132,11 @@ def _make_hf(architecture: str, hidden: int, out: Path) -> None:
 def _tokenizer(architecture: str) -> Path:
     """A tokenizer folder, out of a GGUF by transformers, with SmolLM2's chat template."""
     smollm2 = smollm2_gguf()
-    name, gguf = ("qwen2", find_llama_cpp() / "models" / "ggml-vocab-qwen2.gguf") if (
-        architecture == "qwen2"
-    ) else ("smollm2", smollm2)
+    name, gguf = (
+        ("qwen2", find_llama_cpp() / "models" / "ggml-vocab-qwen2.gguf")
+        if (architecture == "qwen2")
+        else ("smollm2", smollm2)
+    )
 
     def make(out: Path) -> None:
         from transformers import AutoTokenizer

@@ -17,25 +17,32 @@ import numpy as np
 import numpy.typing as npt
 
 from safegene_converter import ggml, names
-from safegene_converter.safetensors_reader import SafetensorsFile, read_safetensors
-from safegene_runtime import strictjson
-from safegene_runtime.errors import (
-    BaseModelError,
-    Problem,
-    Problems,
-    SafeGeneError,
-    UnsupportedError,
+from safegene_converter.base_checks import (
+    check_config_features,
+    check_head,
+    check_layers,
+    check_tokenizer,
+    count,
+    read_weights,
+    scalar,
 )
-from safegene_runtime.files import open_regular, sha256_file
+from safegene_converter.safetensors_reader import SafetensorsFile
+from safegene_runtime import strictjson
+from safegene_runtime.errors import BaseModelError, Problem, Problems, UnsupportedError
+from safegene_runtime.files import sha256_file
 from safegene_runtime.gguf import GGUFModel, open_model, read_tensor_bytes
 
 __all__ = ["Base", "open_base"]
 
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
 
-_INDEX_NAME = "model.safetensors.index.json"
+_EXPECTED = "a GGUF file or a Hugging Face model folder"
+
 _HF_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
 """The files of a Hugging Face folder that decide what the converted model is."""
+
+_UNFIT_TENSORS = (".scale", ".input_scale", ".attn_qkv.weight")
+"""Tensors whose presence means that `blk.N.attn_q.weight` alone is not the weight of q."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,13 @@ class Base:
         """
         if module not in self.shapes:
             raise BaseModelError(
-                Problem(str(self.path), module, "a module of the base", "nothing",
-                        "is this the base the adapter was trained on?")
+                Problem(
+                    str(self.path),
+                    module,
+                    "a module of the base",
+                    "nothing",
+                    "is this the base the adapter was trained on?",
+                )
             )
         if self.model is not None:
             info = self.model.tensors[self.tensor_name(module)]
@@ -130,11 +142,8 @@ def open_base(path: Path) -> Base:
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
-        raise BaseModelError(
-            Problem(str(path), "base", "a GGUF file or a Hugging Face model folder", "nothing there",
-                    "check --base")
-        )
-    _check_head(path, b"GGUF", "a GGUF file or a Hugging Face model folder")
+        raise BaseModelError(Problem(str(path), "base", _EXPECTED, "nothing there", "check --base"))
+    check_head(path, b"GGUF", _EXPECTED)
     return _open_gguf(path)
 
 
@@ -148,14 +157,19 @@ def _open_gguf(path: Path) -> Base:
         )
     architecture = names.check_architecture(metadata.get("general.architecture"), where)
     problems, refused = Problems(), Problems()
-    n_layers = _count(metadata.get(f"{architecture}.block_count"), where, "block_count", problems)
+    n_layers = count(metadata.get(f"{architecture}.block_count"), where, "block_count", problems)
     key = f"{architecture}.attention.head_count"
-    n_head = _count(_scalar(metadata.get(key)), where, key, problems)
-    kv = _scalar(metadata.get(f"{key}_kv", n_head))
-    n_head_kv = _count(kv, where, f"{key}_kv", problems)
+    n_head = count(scalar(metadata.get(key)), where, key, problems)
+    kv = scalar(metadata.get(f"{key}_kv", n_head))
+    n_head_kv = count(kv, where, f"{key}_kv", problems)
     if metadata.get(f"{architecture}.expert_count", 0):
-        refused.add(where, "expert_count", "a dense model", "a mixture of experts",
-                    "MoE models are not supported yet")
+        refused.add(
+            where,
+            "expert_count",
+            "a dense model",
+            "a mixture of experts",
+            "MoE models are not supported yet",
+        )
     shapes: dict[str, tuple[int, int]] = {}
     for name, info in model.tensors.items():
         if module := names.module_name(architecture, name):
@@ -163,10 +177,15 @@ def _open_gguf(path: Path) -> Base:
                 shapes[module] = (info.shape[0], info.shape[1])
             else:
                 problems.add(where, name, "two dimensions", info.shape)
-        elif name.startswith("blk.") and name.endswith((".scale", ".input_scale", ".attn_qkv.weight")):
-            refused.add(where, name, "plain weights of q, k, v, ...", "a fused or rescaled weight",
-                        "use another GGUF of this model, for example F16 or Q8_0")
-    _finish(where, n_layers, shapes, problems, refused)
+        elif name.startswith("blk.") and name.endswith(_UNFIT_TENSORS):
+            refused.add(
+                where,
+                name,
+                "plain weights of q, k, v, ...",
+                "a fused or rescaled weight",
+                "use another GGUF of this model, for example F16 or Q8_0",
+            )
+    check_layers(where, n_layers, shapes, problems, refused)
     return Base(
         kind="gguf",
         path=path,
@@ -199,19 +218,19 @@ def _open_folder(path: Path) -> Base:
     if not isinstance(config, dict):
         raise BaseModelError(Problem(where, "value", "a JSON object", type(config).__name__))
     problems, refused = Problems(), Problems()
-    _check_config_features(config, where, refused)
-    _check_tokenizer(path / "tokenizer_config.json", refused)
+    check_config_features(config, where, refused)
+    check_tokenizer(path / "tokenizer_config.json", refused)
     architecture = ""
     try:
         architecture = names.architecture_of_config(config, where)
     except UnsupportedError as error:
         refused.extend(error.problems)
     refused.raise_if_any(UnsupportedError)
-    n_layers = _count(config.get("num_hidden_layers"), where, "num_hidden_layers", problems)
-    n_head = _count(config.get("num_attention_heads"), where, "num_attention_heads", problems)
+    n_layers = count(config.get("num_hidden_layers"), where, "num_hidden_layers", problems)
+    n_head = count(config.get("num_attention_heads"), where, "num_attention_heads", problems)
     kv = config.get("num_key_value_heads")
-    n_head_kv = _count(n_head if kv is None else kv, where, "num_key_value_heads", problems)
-    weights = _read_weights(path, problems)
+    n_head_kv = count(n_head if kv is None else kv, where, "num_key_value_heads", problems)
+    weights = read_weights(path, problems)
     shapes: dict[str, tuple[int, int]] = {}
     n_parameters = 0
     seen: set[str] = set()
@@ -228,7 +247,7 @@ def _open_folder(path: Path) -> Base:
                     shapes[module] = (info.shape[0], info.shape[1])
                 else:
                     problems.add(str(file.path), name, "two dimensions", info.shape)
-    _finish(str(path), n_layers, shapes, problems, refused)
+    check_layers(str(path), n_layers, shapes, problems, refused)
     given_name = config.get("_name_or_path")
     return Base(
         kind="hf",
@@ -238,120 +257,14 @@ def _open_folder(path: Path) -> Base:
         n_head=n_head,
         n_head_kv=n_head_kv,
         name=given_name if isinstance(given_name, str) and given_name else path.resolve().name,
-        files=tuple(sorted(file for file in path.iterdir()
-                           if file.suffix in _HF_SUFFIXES and file.is_file())),
+        files=tuple(
+            sorted(
+                file for file in path.iterdir() if file.suffix in _HF_SUFFIXES and file.is_file()
+            )
+        ),
         n_parameters=n_parameters,
         is_float=True,
         shapes=shapes,
         config=config,
         weights=weights,
     )
-
-
-def _check_config_features(config: Mapping[str, Any], where: str, refused: Problems) -> None:
-    """Notes what a config.json asks for and we do not do."""
-    if config.get("auto_map"):
-        refused.add(where, "auto_map", "a model class of transformers itself",
-                    "code that comes with the model", "models that run their own code are refused")
-    if config.get("quantization_config"):
-        refused.add(where, "quantization_config", "float weights", "quantised weights",
-                    "pass the float model, or a GGUF of it")
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if config.get(key):
-            refused.add(where, key, "a dense model", f"{config[key]} experts",
-                        "MoE models are not supported yet")
-
-
-def _check_tokenizer(path: Path, refused: Problems) -> None:
-    """Notes a tokenizer with code of its own: llama.cpp's converter would run it."""
-    if path.exists():
-        config = strictjson.load(path.resolve())
-        if not isinstance(config, dict) or config.get("auto_map"):
-            refused.add(str(path), "auto_map", "a tokenizer class of transformers itself",
-                        "code that comes with the model", "models that run their own code are refused")
-
-
-def _read_weights(folder: Path, problems: Problems) -> tuple[SafetensorsFile, ...]:
-    """Reads the headers of a folder's safetensors files; notes what is missing."""
-    index = folder / _INDEX_NAME
-    if index.exists():
-        content = strictjson.load(index.resolve())
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(file, str) and file == Path(file).name for file in weight_map.values()
-        ):
-            problems.add(str(index), "weight_map", "tensor names and file names", "something else")
-            return ()
-        file_names = sorted(set(weight_map.values()))
-    else:
-        file_names = ["model.safetensors"]
-    found = []
-    for name in file_names:
-        file = folder / name
-        if not file.exists():
-            pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-            problems.add(str(file), "weights", "a safetensors file",
-                         f"{pickles[0].name} (pickle, never opened)" if pickles else "nothing",
-                         "convert or download the weights as safetensors")
-            continue
-        try:
-            _check_head(file, b"", "a safetensors file")
-            found.append(read_safetensors(file.resolve()))
-        except SafeGeneError as error:
-            problems.extend(error.problems)
-    return tuple(found)
-
-
-def _finish(
-    where: str,
-    n_layers: int,
-    shapes: Mapping[str, tuple[int, int]],
-    problems: Problems,
-    refused: Problems,
-) -> None:
-    """Checks that every layer has its linear modules, then raises what was collected."""
-    refused.raise_if_any(UnsupportedError)
-    if not problems:
-        expected = {
-            f"model.layers.{layer}.{module}"
-            for layer in range(n_layers)
-            for module in names.BLOCK_MODULES
-        }
-        missing, extra = sorted(expected - shapes.keys()), sorted(shapes.keys() - expected)
-        if missing:
-            problems.add(where, "weights", f"all {len(expected)} linear modules of {n_layers} layers",
-                         f"{len(missing)} missing, {missing[0]} for one", "download the model again")
-        if extra:
-            problems.add(where, "weights", f"{n_layers} layers", f"a tensor of {extra[0]}",
-                         "config and weights are of different models")
-    problems.raise_if_any(BaseModelError)
-
-
-def _check_head(path: Path, magic: bytes, expected: str) -> None:
-    """Refuses a git-lfs pointer, or a file that does not start with `magic`."""
-    with open_regular(path.resolve()) as file:
-        head = file.read(24)
-    if head.startswith(b"version https://git-lfs"):
-        raise BaseModelError(
-            Problem(str(path), "content", expected, "a git-lfs pointer", "run `git lfs pull`")
-        )
-    if not head.startswith(magic):
-        raise BaseModelError(
-            Problem(str(path), "content", expected, f"a file that starts with {head[:8]!r}",
-                    "check --base")
-        )
-
-
-def _scalar(value: Any) -> Any:
-    """Head counts may be stored per layer; equal ones are one number."""
-    if isinstance(value, (tuple, list)) and len(set(value)) == 1:
-        return value[0]
-    return value
-
-
-def _count(value: Any, where: str, name: str, problems: Problems) -> int:
-    """A positive integer, or 0 and a problem."""
-    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 20:
-        return value
-    problems.add(where, name, "a positive integer", value)
-    return 0

@@ -40,18 +40,26 @@ def run_child(
         error: raised when it fails, with the last lines it wrote.
         stdin: what it reads.
         environment: its whole environment; ours by default.
-        grows: a file it writes; `progress` is told the bytes by which it grew.
+        grows: a file it writes.
+        progress: told the bytes by which that file grew.
 
     Raises:
         SafeGeneError: of type `error`: it could not start, failed, or was killed by a signal.
     """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log, \
-            tempfile.TemporaryFile() as given:
+    with (
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as log,
+        tempfile.TemporaryFile() as given,
+    ):
         given.write(stdin)
         given.seek(0)
         try:
             child = subprocess.Popen(
-                [str(part) for part in command], stdin=given, stdout=out, stderr=log, env=environment
+                [str(part) for part in command],
+                stdin=given,
+                stdout=out,
+                stderr=log,
+                env=environment,
             )
         except OSError as cause:
             raise error(
@@ -69,16 +77,17 @@ def run_child(
         if child.returncode != 0:
             lines = (log.read().decode("utf-8", "replace") + output).split("\n")
             last = [line.strip() for line in lines if line.strip()][-MESSAGE_LINES:]
-            died = f"signal {-child.returncode}" if child.returncode < 0 else (
-                f"exit code {child.returncode}"
+            died = (
+                f"signal {-child.returncode}"
+                if child.returncode < 0
+                else (f"exit code {child.returncode}")
             )
             raise error(Problem(what, "child process", "to succeed", " | ".join([died, *last])))
         return output
 
 
 def python_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """An environment in which a child Python finds our packages, stays off the network, and leaves
-    no bytecode behind."""
+    """An environment for a child Python: our packages, no network, no bytecode left behind."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),

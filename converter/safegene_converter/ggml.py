@@ -24,7 +24,7 @@ import numpy.typing as npt
 from safegene_runtime.errors import EngineError, PostconditionError, Problem, UnsupportedError
 from safegene_runtime.gguf import GGMLType, type_traits
 
-__all__ = ["can_encode", "dequantize", "default_threads", "quantize", "requires_imatrix"]
+__all__ = ["can_encode", "default_threads", "dequantize", "quantize", "requires_imatrix"]
 
 FloatRows = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -33,18 +33,14 @@ CHUNK_ELEMENTS = 1 << 18
 """Elements that one thread handles at a time: large enough to amortise a call, small enough to
 share a 576 x 576 tensor between threads."""
 
-# The cases of ggml_quantize_chunk (ggml.c). NVFP4 is left out on purpose: its blocks are relative to
-# a second tensor (`*.scale`), so rows alone do not say what is stored.
-ENCODABLE = frozenset(
-    name
-    for name in (
-        "F32", "F16", "BF16",
-        "Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4",
-        "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0",
-        "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
-    )
-    if name in GGMLType.__members__
-)
+# The cases of ggml_quantize_chunk (ggml.c). NVFP4 is left out on purpose: its blocks are relative
+# to a second tensor (`*.scale`), so rows alone do not say what is stored.
+ENCODABLE = frozenset({
+    "F32", "F16", "BF16",
+    "Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4",
+    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0",
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
+})  # fmt: skip
 
 # What llama.cpp refuses to write without an importance matrix (tensor_requires_imatrix in
 # llama-quant.cpp); ggml itself aborts on three of them only, and writes garbage for the others.
@@ -122,18 +118,30 @@ def quantize(
         part, encoded = rows[start:stop], out[start:stop]
         if not np.isfinite(part).all():
             raise PostconditionError(
-                Problem("tensor", "values", "finite numbers", "NaN or Inf",
-                        "check the base and the adapter")
+                Problem(
+                    "tensor",
+                    "values",
+                    "finite numbers",
+                    "NaN or Inf",
+                    "check the base and the adapter",
+                )
             )
         written = library.ggml_quantize_chunk(
             int(type), part.ctypes.data, encoded.ctypes.data, 0, stop - start, n_cols, weights_at
         )
         if written != encoded.nbytes:
-            raise EngineError(Problem("ggml", f"bytes of {type.name}", str(encoded.nbytes), str(written)))
+            raise EngineError(
+                Problem("ggml", f"bytes of {type.name}", str(encoded.nbytes), str(written))
+            )
         if not library.ggml_validate_row_data(int(type), encoded.ctypes.data, encoded.nbytes):
             raise PostconditionError(
-                Problem("tensor", "values", f"numbers that {type.name} can represent",
-                        "a row that ggml does not validate", "choose a wider type, for example f32")
+                Problem(
+                    "tensor",
+                    "values",
+                    f"numbers that {type.name} can represent",
+                    "a row that ggml does not validate",
+                    "choose a wider type, for example f32",
+                )
             )
 
     _for_row_chunks(encode, n_rows, n_cols, threads)
@@ -161,8 +169,9 @@ def dequantize(
     Raises:
         UnsupportedError: ggml cannot decode `type`, or the shape does not fit the bytes.
     """
-    raw = (data if isinstance(data, np.ndarray) else np.frombuffer(data, dtype=np.uint8)).reshape(-1)
-    raw = np.ascontiguousarray(raw.view(np.uint8))
+    if not isinstance(data, np.ndarray):
+        data = np.frombuffer(data, dtype=np.uint8)
+    raw = np.ascontiguousarray(data).view(np.uint8).reshape(-1)
     block, block_bytes = type_traits(type)
     n_cols = shape[-1] if shape else 1
     n_rows = int(np.prod(shape[:-1], dtype=np.int64))
@@ -193,23 +202,38 @@ def _check_encodable(type: GGMLType, n_cols: int, imatrix: FloatRows | None) -> 
     """Refuses what would make ggml abort the process."""
     if type.name not in ENCODABLE:
         raise UnsupportedError(
-            Problem("tensor", "type", "a type that ggml can encode", type.name, "choose another type")
+            Problem("tensor", "type", "one that ggml can encode", type.name, "choose another type")
         )
     if not can_encode(type, n_cols):
         raise UnsupportedError(
-            Problem("tensor", "row length", f"a multiple of {type_traits(type)[0]} for {type.name}",
-                    str(n_cols), "choose a type with smaller blocks, for example q8_0")
+            Problem(
+                "tensor",
+                "row length",
+                f"a multiple of {type_traits(type)[0]} for {type.name}",
+                str(n_cols),
+                "choose a type with smaller blocks, for example q8_0",
+            )
         )
     if imatrix is None:
         if requires_imatrix(type):
             raise UnsupportedError(
-                Problem("tensor", "imatrix", f"an importance matrix, which {type.name} needs",
-                        "none", "pass --imatrix FILE or choose another type")
+                Problem(
+                    "tensor",
+                    "imatrix",
+                    f"an importance matrix, which {type.name} needs",
+                    "none",
+                    "pass --imatrix FILE or choose another type",
+                )
             )
     elif imatrix.shape != (n_cols,) or not np.isfinite(imatrix).all() or (imatrix < 0).any():
         raise UnsupportedError(
-            Problem("tensor", "imatrix", f"({n_cols},) finite weights >= 0",
-                    f"{imatrix.shape}, or other values", "is it the imatrix of this model?")
+            Problem(
+                "tensor",
+                "imatrix",
+                f"({n_cols},) finite weights >= 0",
+                f"{imatrix.shape}, or other values",
+                "is it the imatrix of this model?",
+            )
         )
 
 
@@ -248,8 +272,11 @@ def _library() -> Any:
         for name, result, arguments in (
             ("ggml_quantize_init", None, [ctypes.c_int]),
             ("ggml_quantize_requires_imatrix", ctypes.c_bool, [ctypes.c_int]),
-            ("ggml_quantize_chunk", ctypes.c_size_t,
-             [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]),
+            (
+                "ggml_quantize_chunk",
+                ctypes.c_size_t,
+                [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer],
+            ),
             ("ggml_validate_row_data", ctypes.c_bool, [ctypes.c_int, pointer, ctypes.c_size_t]),
             ("ggml_get_type_traits", ctypes.POINTER(_TypeTraits), [ctypes.c_int]),
             ("ggml_type_size", ctypes.c_size_t, [ctypes.c_int]),
@@ -262,13 +289,13 @@ def _library() -> Any:
             Problem(str(path), "library", "a ggml we can use", str(error), _INSTALL)
         ) from error
     for type in GGMLType:
-        if type.name not in ENCODABLE:
-            continue  # a library older than our table only matters for what is used
-        name = library.ggml_type_name(int(type)) or b""
-        traits = library.ggml_get_type_traits(int(type)).contents
-        found = (name.decode().upper(), traits.blck_size, traits.type_size)
         expected = (type.name.upper(), *type_traits(type))
-        if found != expected or library.ggml_type_size(int(type)) != traits.type_size:
+        label: bytes = library.ggml_type_name(int(type)) or b""
+        found: tuple[Any, ...] = (label.decode().upper(),)
+        if found[0] == expected[0]:  # else ggml may abort when asked for more
+            traits = library.ggml_get_type_traits(int(type)).contents
+            found = (*found, traits.blck_size, traits.type_size)
+        if found != expected or library.ggml_type_size(int(type)) != expected[2]:
             raise EngineError(
                 Problem(str(path), f"type {int(type)}", str(expected), str(found), _INSTALL)
             )
@@ -280,7 +307,8 @@ _INSTALL = "install the llama-cpp-python this version was tested with: pip insta
 
 def _library_path() -> Path:
     spec = importlib.util.find_spec("llama_cpp")
-    folders = [Path(folder) / "lib" for folder in (spec.submodule_search_locations or ())] if spec else []
+    found = spec.submodule_search_locations if spec else None
+    folders = [Path(folder) / "lib" for folder in found or ()]
     for folder in folders:
         for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll"):
             if (folder / name).exists():

@@ -34,24 +34,31 @@ _HOW_TO_GET = (
 def find_llama_cpp(explicit: Path | None = None) -> Path:
     """The llama.cpp source tree to use.
 
-    Looked for, in this order: `explicit`, the environment variable SAFEGENE_LLAMA_CPP, `.cache/llama.cpp`
-    below the working directory, and below the repository this package is run from. What the user
-    names must be right; it is not silently replaced by another tree.
+    Looked for, in this order: `explicit`, the environment variable SAFEGENE_LLAMA_CPP, then
+    `.cache/llama.cpp` below the working directory and below the repository this package is run
+    from. What the user names must be right; it is not silently replaced by another tree.
 
     Raises:
         BaseModelError: none; the message says how to get one.
     """
     named = [path for path in (explicit, os.environ.get(ENVIRONMENT_NAME)) if path]
     repository = Path(__file__).resolve().parents[2]
-    places = [Path(named[0])] if named else [
-        folder / CACHE_FOLDER for folder in dict.fromkeys((Path.cwd(), repository))
-    ]
+    places = (
+        [Path(named[0])]
+        if named
+        else [folder / CACHE_FOLDER for folder in dict.fromkeys((Path.cwd(), repository))]
+    )
     for place in places:
         if (place / SCRIPT).is_file() and (place / "gguf-py").is_dir():
             return place.resolve()
     raise BaseModelError(
-        Problem(", ".join(map(str, places)), "llama.cpp", f"a source tree with {SCRIPT}", "none",
-                _HOW_TO_GET)
+        Problem(
+            ", ".join(map(str, places)),
+            "llama.cpp",
+            f"a source tree with {SCRIPT}",
+            "none",
+            _HOW_TO_GET,
+        )
     )
 
 
@@ -85,8 +92,15 @@ def convert_hf(
     environment = python_environment()
     environment.pop("NO_LOCAL_GGUF", None)  # the script needs the gguf-py of its own tree
     run_child(
-        [sys.executable, tree / SCRIPT, hf_dir.resolve(), "--outfile", out_gguf.resolve(),
-         "--outtype", outtype],
+        [
+            sys.executable,
+            tree / SCRIPT,
+            hf_dir.resolve(),
+            "--outfile",
+            out_gguf.resolve(),
+            "--outtype",
+            outtype,
+        ],
         what=f"{SCRIPT} {hf_dir}",
         error=BaseModelError,
         environment=environment,

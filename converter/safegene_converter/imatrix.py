@@ -51,14 +51,21 @@ def _read_gguf(path: Path) -> dict[str, npt.NDArray[np.float32]]:
     found = {}
     for name, info in tensors.items():
         if not name.endswith((SUMS, COUNTS)):
-            problems.add(str(path), name, f"a name that ends in {SUMS} or {COUNTS}", name,
-                         "is it an imatrix file?")
+            problems.add(
+                str(path),
+                name,
+                f"a name that ends in {SUMS} or {COUNTS}",
+                name,
+                "is it an imatrix file?",
+            )
             continue
         if info.type.name != "F32":
             problems.add(str(path), name, "F32", info.type.name)
             continue
-        other = name.removesuffix(SUMS) + COUNTS if name.endswith(SUMS) else (
-            name.removesuffix(COUNTS) + SUMS
+        other = (
+            name.removesuffix(SUMS) + COUNTS
+            if name.endswith(SUMS)
+            else (name.removesuffix(COUNTS) + SUMS)
         )
         if other not in tensors:
             problems.add(str(path), other, "to be present", "nothing", "make the imatrix again")
@@ -88,8 +95,13 @@ def _read_legacy(path: Path) -> dict[str, npt.NDArray[np.float32]]:
         nonlocal position
         if count < 0 or count > len(data) - position:
             raise FormatError(
-                Problem(str(path), f"byte {position}", f"{count} more bytes",
-                        f"{len(data) - position}", "is it an imatrix file?")
+                Problem(
+                    str(path),
+                    f"byte {position}",
+                    f"{count} more bytes",
+                    f"{len(data) - position}",
+                    "is it an imatrix file?",
+                )
             )
         position += count
         return data[position - count : position]

@@ -42,8 +42,13 @@ _HF_CLASSES = {
 }
 
 BLOCK_MODULES = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
 )
 """The linear modules of a block, the same in every architecture of `ARCHITECTURES`."""
 
@@ -90,8 +95,13 @@ class Transform:
     def _check(self, array: npt.NDArray[Any]) -> None:
         if array.ndim == 0 or array.shape[0] % (2 * self.n_heads):
             raise BaseModelError(
-                Problem("base", "rows of q or k", f"a multiple of 2 x {self.n_heads} heads",
-                        str(array.shape), "is this the base the adapter was trained on?")
+                Problem(
+                    "base",
+                    "rows of q or k",
+                    f"a multiple of 2 x {self.n_heads} heads",
+                    str(array.shape),
+                    "is this the base the adapter was trained on?",
+                )
             )
 
 
@@ -103,8 +113,13 @@ def check_architecture(architecture: object, where: str) -> str:
     """
     if architecture not in ARCHITECTURES:
         raise UnsupportedError(
-            Problem(where, "architecture", f"one of {', '.join(ARCHITECTURES)}", str(architecture),
-                    "this architecture is not supported yet")
+            Problem(
+                where,
+                "architecture",
+                f"one of {', '.join(ARCHITECTURES)}",
+                str(architecture),
+                "this architecture is not supported yet",
+            )
         )
     return str(architecture)
 
@@ -119,8 +134,13 @@ def architecture_of_config(config: Mapping[str, Any], where: str) -> str:
     one = classes[0] if isinstance(classes, list) and len(classes) == 1 else None
     if not isinstance(one, str) or one not in _HF_CLASSES:
         raise UnsupportedError(
-            Problem(where, "architectures", f"one of {', '.join(_HF_CLASSES)}", str(classes),
-                    "this architecture is not supported yet")
+            Problem(
+                where,
+                "architectures",
+                f"one of {', '.join(_HF_CLASSES)}",
+                str(classes),
+                "this architecture is not supported yet",
+            )
         )
     return _HF_CLASSES[one]
 
@@ -135,8 +155,13 @@ def gguf_name(architecture: str, module: str) -> str:
     match = _MODULE.fullmatch(module)
     if not match or match[2] not in BLOCK_MODULES:
         raise UnsupportedError(
-            Problem(module, "module", f"model.layers.N. and one of {', '.join(BLOCK_MODULES)}",
-                    module, "embeddings, lm_head, norms and experts are not supported yet")
+            Problem(
+                module,
+                "module",
+                f"model.layers.N. and one of {', '.join(BLOCK_MODULES)}",
+                module,
+                "embeddings, lm_head, norms and experts are not supported yet",
+            )
         )
     return f"blk.{match[1]}.{_block_names(architecture)[match[2]]}"
 
@@ -153,7 +178,7 @@ def module_name(architecture: str, tensor: str) -> str | None:
 
 
 def transform_for(architecture: str, module: str, n_head: int, n_head_kv: int) -> Transform:
-    """The row order of a module's tensor, for a model of `n_head` query and `n_head_kv` kv heads."""
+    """The row order of a module's tensor in a model of `n_head` query and `n_head_kv` kv heads."""
     if check_architecture(architecture, module) == "llama":
         if module.endswith(".q_proj"):
             return Transform(n_head)
@@ -190,7 +215,7 @@ def prove_transform(
 
 @functools.cache
 def _block_names(architecture: str) -> dict[str, str]:
-    """Module below a block -> tensor below a block, from gguf-py; asked for block 0, true for all."""
+    """Module of a block -> tensor of a block, from gguf-py; asked for block 0, true for all."""
     import gguf  # imports in 0.1 s; only needed once a base is looked at
 
     kind = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]

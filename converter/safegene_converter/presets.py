@@ -52,7 +52,7 @@ class Preset:
 
 
 # QUANT_OPTIONS in tools/quantize/quantize.cpp, enum llama_ftype in llama.h and
-# llama_ftype_get_default_type in llama-quant.cpp. MXFP4_MOE and NVFP4 are for experts or need scales.
+# llama_ftype_get_default_type in llama-quant.cpp. Without MXFP4_MOE (experts) and NVFP4 (scales).
 _TABLE = (
     ("f32", 0, "F32"), ("f16", 1, "F16"), ("bf16", 32, "BF16"),
     ("q4_0", 2, "Q4_0"), ("q4_1", 3, "Q4_1"), ("q5_0", 8, "Q5_0"), ("q5_1", 9, "Q5_1"),
@@ -68,7 +68,7 @@ _TABLE = (
     ("iq3_m", 27, "IQ3_S"),
     ("iq4_nl", 25, "IQ4_NL"), ("iq4_xs", 30, "IQ4_XS"),
     ("tq1_0", 36, "TQ1_0"), ("tq2_0", 37, "TQ2_0"),
-)
+)  # fmt: skip
 _ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
 PRESETS: dict[str, Preset] = {
@@ -92,7 +92,7 @@ def preset(name: str) -> Preset:
     found = PRESETS.get(_ALIASES.get(key, key))
     if found is None:
         raise UnsupportedError(
-            Problem("--type", "type", f"auto, keep or one of {', '.join(PRESETS)}", name, "choose one")
+            Problem("--type", "type", f"auto, keep, {', '.join(PRESETS)}", name, "choose one")
         )
     return found
 
@@ -115,8 +115,13 @@ def preset_types(
     }
     if found.keys() != tensors.keys():
         raise EngineError(
-            Problem(str(src), "dry run", f"a type for each of {len(tensors)} tensors",
-                    f"{len(found)} types", "is this the llama-cpp-python we were tested with?")
+            Problem(
+                str(src),
+                "dry run",
+                f"a type for each of {len(tensors)} tensors",
+                f"{len(found)} types",
+                "is this the llama-cpp-python we were tested with?",
+            )
         )
     return {name: found[name] for name in tensors}
 
@@ -167,8 +172,13 @@ def _float_tensors(src: Path) -> Mapping[str, Any]:
     problems = Problems()
     for name, info in tensors.items():
         if info.type.name not in FLOAT_TYPES:
-            problems.add(str(src), name, "F32, F16 or BF16", info.type.name,
-                         "presets start from a float base; or use --type keep or auto")
+            problems.add(
+                str(src),
+                name,
+                "F32, F16 or BF16",
+                info.type.name,
+                "presets start from a float base; or use --type keep or auto",
+            )
             break
     problems.raise_if_any(UnsupportedError)
     return tensors
@@ -185,7 +195,7 @@ def _run(
     """Runs `quantize_child`; without `dst` as a dry run. Returns its log."""
     if overrides and wanted.is_float:
         raise UnsupportedError(
-            Problem("--type", "overrides", "a preset that quantises", wanted.name, "drop one of both")
+            Problem("--type", "overrides", "a preset that quantises", wanted.name, "drop one")
         )
     job = {
         "src": str(src.resolve()),

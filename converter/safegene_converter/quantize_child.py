@@ -21,10 +21,10 @@ def main() -> int:
 
     job: dict[str, Any] = json.load(sys.stdin)
 
-    @llama_cpp.llama_log_callback
-    def log(level: int, text: bytes, user_data: object) -> None:
+    def write(level: int, text: bytes, user_data: object) -> None:
         sys.stdout.write(text.decode("utf-8", "replace"))
 
+    log = llama_cpp.llama_log_callback(write)  # a name keeps it alive
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = job["ftype"]

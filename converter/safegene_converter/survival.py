@@ -5,12 +5,12 @@ Two ways to store it, two ways to fail:
 
 - `Mode.GRID`: the base is kept as stored, on the grid it already is on, and the merged weights go
   back onto a grid of the same kind. Rounding then favours the base: a delta smaller than half a
-  step disappears, everywhere at once. gain = <W_stored - W_base, dW> / <dW, dW> says which share was
-  kept, and relative error = ||W_stored - W_base - dW|| / ||dW|| how much of something else came
-  with it. Both are bounded.
-- `Mode.ONCE`: a float base is merged in float and quantised once. The rounding noise is larger than
-  the delta, but it is the noise that the quantised base has anyway, and it favours nothing. The gain
-  is bounded, and the error against the base's own quantisation error,
+  step disappears, everywhere at once. gain = <W_stored - W_base, dW> / <dW, dW> says which share
+  was kept, and relative error = ||W_stored - W_base - dW|| / ||dW|| how much of something else
+  came with it. Both are bounded.
+- `Mode.ONCE`: a float base is merged in float and quantised once. The rounding noise is larger
+  than the delta, but it is the noise that the quantised base has anyway, and it favours nothing.
+  The gain is bounded, and the error against the base's own quantisation error,
   ||W_stored - (W_base + dW)|| <= 1.1 x ||Q(W_base) - W_base||. A "float" base that secretly lies on
   the grid of the type (weights that were dequantised) has next to no error of its own, so an erased
   delta stands out; where such a store is exact enough to pass the bounds of `GRID`, it passes.
@@ -62,8 +62,13 @@ class Bounds:
             self.gain_min > self.gain_max
         ):
             raise SurvivalError(
-                Problem("bounds", "values", "finite numbers >= 0 with gain_min <= gain_max",
-                        str(values), "correct the options")
+                Problem(
+                    "bounds",
+                    "values",
+                    "finite numbers >= 0 with gain_min <= gain_max",
+                    str(values),
+                    "correct the options",
+                )
             )
 
 
@@ -120,8 +125,12 @@ class Meter:
         """
         if (base_stored is None) == (self._mode is Mode.ONCE):
             raise SurvivalError(
-                Problem("survival", "base_stored", f"what mode {self._mode} needs",
-                        "nothing" if base_stored is None else "an array")
+                Problem(
+                    "survival",
+                    "base_stored",
+                    f"what mode {self._mode} needs",
+                    "nothing" if base_stored is None else "an array",
+                )
             )
         shapes = {array.shape for array in (base, delta, stored, base_stored) if array is not None}
         if len(shapes) != 1:
@@ -147,8 +156,13 @@ class Meter:
         sums = (self._projection, self._delta, self._error, self._base_error)
         if not all(map(math.isfinite, sums)) or self._delta <= 0:
             raise SurvivalError(
-                Problem("survival", "delta", "finite and not zero", str(self._delta),
-                        "leave out modules whose delta is zero")
+                Problem(
+                    "survival",
+                    "delta",
+                    "finite and not zero",
+                    str(self._delta),
+                    "leave out modules whose delta is zero",
+                )
             )
         error = math.sqrt(self._error)
         ratio = None
@@ -174,18 +188,18 @@ def measure(
     return meter.result()
 
 
-# Types worth promoting to, by bytes per element; the better one first where sizes are equal. IQ-quants
-# above 4 bits add nothing that K-quants do not have, and BF16 loses small deltas that F16 keeps.
+# Types worth promoting to, by bytes per element; the better one first where sizes are equal.
+# IQ-quants add nothing here that K-quants do not have, and BF16 loses small deltas that F16 keeps.
 _LADDER = (
     "Q2_K", "Q3_K", "Q4_K", "Q4_0", "Q4_1", "Q5_K", "Q5_0", "Q5_1", "Q6_K", "Q8_0", "F16", "F32",
-)
+)  # fmt: skip
 
 
 def candidates(current: GGMLType, n_cols: int) -> tuple[GGMLType, ...]:
     """The types to try for a tensor stored as `current`, cheapest first, `current` itself leading.
 
-    Only types that can encode rows of `n_cols` elements and are not smaller than `current`. The last
-    one is F32, which always passes.
+    Only types that can encode rows of `n_cols` elements and are not smaller than `current`. The
+    last one is F32, which always passes.
     """
     floor = _bytes_per_element(current)
     larger = [
