@@ -1,0 +1,275 @@
+"""`adapter_config.json` as PEFT 0.21 reads it: every field is honoured, inert, or refused by name.
+
+Each field of `peft.LoraConfig` stands in exactly one of three tables; a test compares them with the
+installed PEFT, so that a field of a later version fails the suite instead of being ignored.
+
+Matching follows PEFT to the letter (peft 0.21.2: `tuners_utils.check_target_module_exists`,
+`utils.other.get_pattern_key`); the tests run both side by side.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from safegene_converter import formula
+from safegene_runtime.errors import AdapterError, Problems, UnsupportedError
+
+__all__ = ["HONOURED", "INERT", "REFUSED", "LoraSettings", "parse_config"]
+
+HONOURED = frozenset(
+    {
+        "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+        "fan_in_fan_out", "init_lora_weights",
+    }
+)  # fmt: skip
+"""Fields that decide which modules are touched, and by how much.
+
+`fan_in_fan_out` is for weights stored (in, out), as GPT-2's Conv1D does; PEFT sets it back to false
+on an nn.Linear, and every module of the architectures we accept is one, so neither value transposes.
+"""
+
+INERT = frozenset(
+    {
+        "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config",
+        # read only by the initialisations named in `_REWRITES_BASE`, which are refused
+        "loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying",
+    }
+)  # fmt: skip
+"""Fields that change nothing about trained weights at inference."""
+
+REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "bias": (("none",), "trained biases are not part of a low-rank delta: train with bias='none'"),
+    "lora_bias": ((False, None), "trained biases are not supported: train with lora_bias=False"),
+    "use_dora": ((False, None), "DoRA rescales the whole weight: train a plain LoRA"),
+    "modules_to_save": ((None, []), "whole saved modules are not a delta: train without them"),
+    "trainable_token_indices": ((None, [], {}), "embedding deltas are not supported yet"),
+    "target_parameters": ((None, []), "expert parameters are not supported yet"),
+    "layer_replication": ((None, []), "replicated layers change the model itself"),
+    "megatron_config": ((None,), "convert the model to plain transformers modules first"),
+    "velora_config": ((None,), "only plain LoRA and rsLoRA are supported"),
+    "alora_invocation_tokens": ((None, []), "activated LoRA switches itself off between prompts"),
+    "use_qalora": ((False, None), "QA-LoRA pools its inputs: train a plain LoRA"),
+    "monteclora_config": ((None,), "only plain LoRA and rsLoRA are supported"),
+    "use_bdlora": ((None, False), "block-diagonal LoRA is not supported yet"),
+    "arrow_config": ((None,), "a router over adapters cannot be folded into weights"),
+    "kasa_config": ((None,), "only plain LoRA and rsLoRA are supported"),
+}
+"""Fields that must hold one of these values; the text says what to do otherwise."""
+
+_HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal")
+_MAX_PATTERN = 512
+_ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The honoured fields, checked; methods answer for one module as PEFT would.
+
+    Attributes:
+        targets: names or suffixes of modules, or one regular expression (a str).
+        layers_to_transform: None, or the only layers that `targets` applies to.
+    """
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    targets: frozenset[str] | str
+    excluded: frozenset[str] | str
+    layers_to_transform: frozenset[int] | None
+    layers_pattern: tuple[str, ...] = field(default=())
+
+    def rank_of(self, module: str) -> int:
+        """The rank PEFT gives a module: the first matching pattern wins."""
+        key = pattern_key(self.rank_pattern, module)
+        return self.rank if key is None else self.rank_pattern[key]
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha PEFT gives a module: the first matching pattern wins."""
+        key = pattern_key(self.alpha_pattern, module)
+        return self.alpha if key is None else self.alpha_pattern[key]
+
+    def scaling_of(self, module: str) -> float:
+        """PEFT's scaling of a module."""
+        return formula.scaling(self.rank_of(module), self.alpha_of(module), self.use_rslora)
+
+    def is_target(self, module: str) -> bool:
+        """Whether PEFT would put a LoRA on this linear module."""
+        if isinstance(self.excluded, str):
+            if self.excluded and re.fullmatch(self.excluded, module):
+                return False
+        elif _names(self.excluded, module):
+            return False
+        if isinstance(self.targets, str):
+            return self.targets.lower() == _ALL_LINEAR or bool(re.fullmatch(self.targets, module))
+        if module in self.targets:
+            return True
+        if not _names(self.targets, module):
+            return False
+        return not self.layers_to_transform or self._layer_of(module) in self.layers_to_transform
+
+    def _layer_of(self, module: str) -> int | None:
+        patterns = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern]
+        for pattern in patterns or [r".*?\.[^.]*"]:
+            if found := re.match(rf"{pattern}\.(?P<idx>\d+)\.", module):
+                return int(found["idx"])
+        return None
+
+
+def pattern_key(patterns: Mapping[str, Any], module: str) -> str | None:
+    """The first pattern that matches a module, as `peft.utils.other.get_pattern_key`."""
+    for pattern in patterns:
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return pattern
+    return None
+
+
+def parse_config(config: Any, where: str) -> LoraSettings:
+    """Checks every field of an adapter_config.json.
+
+    Raises:
+        UnsupportedError: a feature that is refused by name (with everything else that is wrong).
+        AdapterError: unknown fields, or values PEFT would not accept either.
+    """
+    problems, refused = Problems(), Problems()
+    if not isinstance(config, dict):
+        problems.add(where, "value", "a JSON object", type(config).__name__)
+        problems.raise_if_any(AdapterError)
+    known = HONOURED | INERT | REFUSED.keys()
+    for name in sorted(config.keys() - known):
+        problems.add(where, name, "a field of peft 0.21's LoraConfig", "an unknown field",
+                     "remove it if it changes nothing, or save with peft 0.21")  # fmt: skip
+    if config.get("peft_type") != "LORA":
+        refused.add(where, "peft_type", "LORA", repr(config.get("peft_type")),
+                    "only LoRA-shaped adapters can be folded")  # fmt: skip
+    for name, (allowed, fix) in REFUSED.items():
+        value = config.get(name, allowed[0])
+        if not any(value is a or (value == a and type(value) is type(a)) for a in allowed):
+            refused.add(where, name, f"{allowed[0]!r}", repr(value)[:100], fix)
+    init = config.get("init_lora_weights", True)
+    if not any(init is a or (isinstance(a, str) and init == a) for a in _HARMLESS_INITS):
+        refused.add(where, "init_lora_weights", "an initialisation that leaves the base alone",
+                    repr(init)[:100], "it changed the base weights: convert the adapter to plain "
+                    "LoRA (save_pretrained with path_initial_model_for_weight_conversion)")  # fmt: skip
+    settings = _parse_honoured(config, where, problems)
+    if refused:
+        refused.extend(problems)
+    refused.raise_if_any(UnsupportedError)
+    problems.raise_if_any(AdapterError)
+    return settings
+
+
+def _parse_honoured(config: Mapping[str, Any], where: str, problems: Problems) -> LoraSettings:
+    rank = config.get("r")
+    if type(rank) is not int or rank <= 0:
+        problems.add(where, "r", "a positive integer", repr(rank))
+        rank = 1
+    alpha = config.get("lora_alpha")
+    if not _is_scale(alpha):
+        problems.add(where, "lora_alpha", "a number above 0", repr(alpha),
+                     "the scale would be zero or undefined: llama.cpp reads 0 as 1")  # fmt: skip
+        alpha = 1
+    for name in ("use_rslora", "fan_in_fan_out"):
+        if type(config.get(name, False)) is not bool:
+            problems.add(where, name, "true or false", repr(config[name]))
+    ranks = _parse_pattern(config, "rank_pattern", where, problems)
+    for key, value in ranks.items():
+        if type(value) is not int or value <= 0:
+            problems.add(where, f"rank_pattern.{key}", "a positive integer", repr(value))
+    alphas = _parse_pattern(config, "alpha_pattern", where, problems)
+    for key, value in alphas.items():
+        if not _is_scale(value):
+            problems.add(where, f"alpha_pattern.{key}", "a number above 0", repr(value))
+    targets = _parse_modules(config, "target_modules", where, problems)
+    if not targets:
+        problems.add(where, "target_modules", "the modules the adapter was trained on", "none")
+    layers, patterns = _parse_layers(config, where, problems)
+    return LoraSettings(
+        rank=rank,
+        alpha=alpha,  # type: ignore[arg-type]
+        use_rslora=config.get("use_rslora") is True,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        targets=targets,
+        excluded=_parse_modules(config, "exclude_modules", where, problems),
+        layers_to_transform=layers,
+        layers_pattern=patterns,
+    )
+
+
+def _parse_pattern(
+    config: Mapping[str, Any], name: str, where: str, problems: Problems
+) -> dict[str, Any]:
+    value = config.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        problems.add(where, name, "an object of module patterns", repr(value)[:100])
+        return {}
+    return {key: v for key, v in value.items() if _is_pattern(key, where, name, problems)}
+
+
+def _parse_modules(
+    config: Mapping[str, Any], name: str, where: str, problems: Problems
+) -> frozenset[str] | str:
+    value = config.get(name)
+    if value is None:
+        return frozenset()
+    if isinstance(value, str):
+        return value if _is_pattern(value, where, name, problems) else ""
+    if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+        problems.add(where, name, "module names, or one regular expression", repr(value)[:100])
+        return frozenset()
+    return frozenset(value)
+
+
+def _parse_layers(
+    config: Mapping[str, Any], where: str, problems: Problems
+) -> tuple[frozenset[int] | None, tuple[str, ...]]:
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
+    if type(layers) is int:
+        layers = [layers]
+    if layers is not None and not (
+        isinstance(layers, list) and all(type(n) is int and n >= 0 for n in layers)
+    ):
+        problems.add(where, "layers_to_transform", "layer numbers", repr(layers)[:100])
+        layers = None
+    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or []
+    if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+        problems.add(where, "layers_pattern", "names of the list of layers", repr(patterns)[:100])
+        patterns = []
+    patterns = [p for p in patterns if _is_pattern(p, where, "layers_pattern", problems)]
+    if isinstance(config.get("target_modules"), str) and (layers is not None or patterns):
+        problems.add(where, "layers_to_transform", "null beside a regular expression",
+                     repr(layers)[:100], "PEFT refuses it too: list the modules")  # fmt: skip
+    if patterns and layers is None:
+        problems.add(where, "layers_pattern", "layers_to_transform beside it", "null",
+                     "PEFT refuses it too")  # fmt: skip
+    return None if layers is None else frozenset(layers), tuple(patterns)
+
+
+def _is_pattern(pattern: str, where: str, name: str, problems: Problems) -> bool:
+    """Whether a pattern compiles and is short; a long one is no module name but an attack."""
+    try:
+        if len(pattern) > _MAX_PATTERN:
+            raise re.error("too long")
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        problems.add(where, name, "a regular expression", f"{pattern[:80]!r} ({error})")
+        return False
+    return True
+
+
+def _is_scale(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+
+def _names(names: frozenset[str], module: str) -> bool:
+    return module in names or any(module.endswith(f".{name}") for name in names)
