@@ -89,8 +89,12 @@ def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
 
 
 def write_adapter(
-    path: Path, tensors: Weights, architecture: str = "llama", alpha: float | None = None,
-    kind: str = "adapter", adapter_type: str = "lora",
+    path: Path,
+    tensors: Weights,
+    architecture: str = "llama",
+    alpha: float | None = None,
+    kind: str = "adapter",
+    adapter_type: str = "lora",
 ) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_type(kind)
@@ -314,10 +318,14 @@ def broken_adapters() -> dict[str, Callable[[Path, Weights], object]]:
         "norm": lambda p, t: write_adapter(
             p, t | {"blk.0.attn_norm.weight": np.ones(EMBED, np.float32)}
         ),
-        "embedding": lambda p, t: write_adapter(p, t | {
-            "token_embd.weight.lora_a": np.ones((RANK, EMBED), np.float32),
-            "token_embd.weight.lora_b": np.ones((49152, RANK), np.float32),
-        }),
+        "embedding": lambda p, t: write_adapter(
+            p,
+            t
+            | {
+                "token_embd.weight.lora_a": np.ones((RANK, EMBED), np.float32),
+                "token_embd.weight.lora_b": np.ones((49152, RANK), np.float32),
+            },
+        ),
         "other architecture": lambda p, t: write_adapter(p, t, architecture="qwen2"),
         "a model": lambda p, t: write_adapter(p, t, kind="model"),
         "control vector": lambda p, t: write_adapter(p, t, adapter_type="control_vector"),
@@ -399,8 +407,13 @@ def test_not_a_number_is_an_error(tmp_path: Path, weights: Weights) -> None:
 
 def test_arguments_out_of_range_are_errors(engine: LlamaEngine) -> None:
     for rows, keep in (
-        ([[]], [1]), ([[1, 2]], [0]), ([[1, 2]], [3]), ([[1, 49152]], [1]), ([[-1]], [1]),
-        ([[1]], []), ([[1] * 513], [1]),
+        ([[]], [1]),
+        ([[1, 2]], [0]),
+        ([[1, 2]], [3]),
+        ([[1, 49152]], [1]),
+        ([[-1]], [1]),
+        ([[1]], []),
+        ([[1] * 513], [1]),
     ):
         with pytest.raises(EngineError):
             engine.logits(rows, keep)
@@ -524,7 +537,9 @@ def test_without_llama_cpp_the_message_says_what_to_install(model: Path) -> None
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(model), repr(sys.path)],
-        capture_output=True, text=True, check=True,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "pip install 'safegene[gguf]'" in done.stdout
 

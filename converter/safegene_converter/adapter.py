@@ -293,7 +293,9 @@ def _pair_factors(
             fix = "save with PeftModel.save_pretrained"
             problems.add(where, repr(key)[:200], "base_model.model.<module>.lora_A|B.weight",
                          "another name", fix)  # fmt: skip
-        elif not (layer := _LAYER.match(module)) or module[layer.end() :] not in names.BLOCK_MODULES:
+        elif (
+            not (layer := _LAYER.match(module)) or module[layer.end() :] not in names.BLOCK_MODULES
+        ):
             refused.add(where, key, f"a linear module of a block ({', '.join(names.BLOCK_MODULES)})",
                         module, "train on these modules only")  # fmt: skip
         else:
@@ -362,9 +364,7 @@ def _read_module(
     return module
 
 
-def _check_targets(
-    path: Path, settings: LoraSettings, modules: Any, problems: Problems
-) -> None:
+def _check_targets(path: Path, settings: LoraSettings, modules: Any, problems: Problems) -> None:
     """Everything the configuration names must be met by at least one module with tensors."""
     where = str(path / CONFIG_NAME)
 

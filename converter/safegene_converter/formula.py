@@ -34,11 +34,11 @@ class LowRank(Protocol):
 
     @property
     def scaling(self) -> float:
-        """s."""
+        """S."""
 
     @property
     def coefficient(self) -> float:
-        """c."""
+        """C."""
 
 
 def scaling(rank: int, alpha: float, use_rslora: bool) -> float:
@@ -47,12 +47,12 @@ def scaling(rank: int, alpha: float, use_rslora: bool) -> float:
 
 
 def effective_scale(module: LowRank) -> float:
-    """c · s."""
+    """C · s."""
     return module.coefficient * module.scaling
 
 
 def scaled_b(module: LowRank) -> npt.NDArray[np.float32]:
-    """c · s · B, (out, r) float32: the product in float64, rounded once."""
+    """C · s · B, (out, r) float32: the product in float64, rounded once."""
     return (module.b.astype(np.float64) * effective_scale(module)).astype(np.float32)
 
 

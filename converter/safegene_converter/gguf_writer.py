@@ -94,8 +94,12 @@ def encode_header(
     offsets, end = [], 0
     for name, shape, type in tensors:
         offsets.append(end)
-        parts += [_text(name), struct.pack("<I", len(shape)),
-                  struct.pack(f"<{len(shape)}Q", *reversed(shape)), struct.pack("<IQ", type, end)]
+        parts += [
+            _text(name),
+            struct.pack("<I", len(shape)),
+            struct.pack(f"<{len(shape)}Q", *reversed(shape)),
+            struct.pack("<IQ", type, end),
+        ]
         end += _padded(nbytes(shape, type), alignment)
     header = b"".join(parts)
     return header.ljust(_padded(len(header), alignment), b"\0"), offsets
@@ -154,10 +158,14 @@ def _groups(tensors: Sequence[OutTensor], alignment: int) -> list[list[OutTensor
     for tensor in tensors:
         previous = groups[-1][-1].source if groups else None
         if isinstance(tensor.source, TensorInfo) and tensor.source.nbytes != tensor.nbytes:
-            raise FormatError(Problem(tensor.name, "source", f"{tensor.nbytes} bytes",
-                                      f"{tensor.source.nbytes} bytes"))
+            raise FormatError(
+                Problem(
+                    tensor.name, "source", f"{tensor.nbytes} bytes", f"{tensor.source.nbytes} bytes"
+                )
+            )
         if (
-            isinstance(tensor.source, TensorInfo) and isinstance(previous, TensorInfo)
+            isinstance(tensor.source, TensorInfo)
+            and isinstance(previous, TensorInfo)
             and tensor.source.path == previous.path
             and tensor.source.offset == previous.offset + _padded(previous.nbytes, alignment)
         ):
@@ -168,12 +176,17 @@ def _groups(tensors: Sequence[OutTensor], alignment: int) -> list[list[OutTensor
 
 
 def _put(
-    out: BinaryIO, tensor: OutTensor, source: Bytes | Callable[[], Bytes],
+    out: BinaryIO,
+    tensor: OutTensor,
+    source: Bytes | Callable[[], Bytes],
     progress: Callable[[int], None] | None,
 ) -> str:
     data = source() if callable(source) else source
-    view = memoryview(np.ascontiguousarray(data).view(np.uint8).reshape(-1)
-                      if isinstance(data, np.ndarray) else data)
+    view = memoryview(
+        np.ascontiguousarray(data).view(np.uint8).reshape(-1)
+        if isinstance(data, np.ndarray)
+        else data
+    )
     if view.nbytes != tensor.nbytes:
         raise FormatError(
             Problem(tensor.name, "source", f"{tensor.nbytes} bytes", f"{view.nbytes} bytes")
@@ -198,8 +211,13 @@ def _copy(
             count = _copy_some(file, out, at, min(COPY_BYTES, end - at))
             if not count:
                 raise FormatError(
-                    Problem(str(first.path), group[0].name, f"bytes up to {end}", f"the end at {at}",
-                            "the file changed while it was read")
+                    Problem(
+                        str(first.path),
+                        group[0].name,
+                        f"bytes up to {end}",
+                        f"the end at {at}",
+                        "the file changed while it was read",
+                    )
                 )
             at += count
             if progress:
@@ -213,12 +231,18 @@ def _copy_some(file: BinaryIO, out: BinaryIO, at: int, count: int) -> int:
         try:
             return os.copy_file_range(file.fileno(), out.fileno(), count, at)
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF):
+            if error.errno not in (
+                errno.EXDEV,
+                errno.ENOSYS,
+                errno.EOPNOTSUPP,
+                errno.EINVAL,
+                errno.EBADF,
+            ):
                 raise
     data = os.pread(file.fileno(), min(count, 4 << 20), at)
     view = memoryview(data)
     while view:
-        view = view[os.write(out.fileno(), view):]
+        view = view[os.write(out.fileno(), view) :]
     return len(data)
 
 

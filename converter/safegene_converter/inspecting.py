@@ -31,9 +31,13 @@ def inspect(path: Path, expression: str | None = None, base: Path | None = None)
         return inspect_artifact(path)
     if not (path / "adapter_config.json").exists():
         raise AdapterError(
-            Problem(str(path), "path", "an adapter folder (adapter_config.json) or an artifact "
-                    f"({MANIFEST_NAME})", "neither" if path.exists() else "nothing there",
-                    "check the path")
+            Problem(
+                str(path),
+                "path",
+                f"an adapter folder (adapter_config.json) or an artifact ({MANIFEST_NAME})",
+                "neither" if path.exists() else "nothing there",
+                "check the path",
+            )
         )
     return _describe_adapter(read_adapter(path, expression), base)
 
@@ -41,10 +45,17 @@ def inspect(path: Path, expression: str | None = None, base: Path | None = None)
 def _describe_adapter(adapter: Adapter, base: Path | None) -> dict[str, Any]:
     layers: dict[Any, dict[str, Any]] = {}
     for module in adapter.modules:
-        layer = layers.setdefault(module.layer, {
-            "layer": module.layer, "coefficient": module.coefficient, "modules": [], "ranks": [],
-            "effective_scales": [], "n_parameters": 0,
-        })
+        layer = layers.setdefault(
+            module.layer,
+            {
+                "layer": module.layer,
+                "coefficient": module.coefficient,
+                "modules": [],
+                "ranks": [],
+                "effective_scales": [],
+                "n_parameters": 0,
+            },
+        )
         layer["modules"].append(module.name.rsplit(".", 1)[-1])
         layer["ranks"].append(module.rank)
         layer["effective_scales"].append(formula.effective_scale(module))
@@ -73,12 +84,18 @@ def inspect_artifact(path: Path) -> dict[str, Any]:
         "artifact": manifest.artifact,
         "base": manifest.base,
         "adapter": manifest.adapter,
-        "files": [{"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256}
-                  for f in manifest.files],
+        "files": [
+            {"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in manifest.files
+        ],
         "survival": survival_summary(manifest),
         "modules": [
-            {"module": m.module, "type_before": m.type_before, "type_after": m.type_after,
-             "effective_scale": m.effective_scale, "survival": m.survival}
+            {
+                "module": m.module,
+                "type_before": m.type_before,
+                "type_after": m.type_after,
+                "effective_scale": m.effective_scale,
+                "survival": m.survival,
+            }
             for m in manifest.modules
         ],
         "verification": manifest.verification,
@@ -90,14 +107,16 @@ def survival_summary(manifest: Manifest) -> dict[str, Any] | None:
     gains = [module.survival["gain"] for module in manifest.modules if module.survival]
     if not gains:
         return None
-    promoted = [module for module in manifest.modules
-                if module.type_before not in (None, module.type_after)]
+    promoted = [
+        module for module in manifest.modules if module.type_before not in (None, module.type_after)
+    ]
     return {
         "gain_mean": statistics.fmean(gains),
         "gain_min": min(gains),
         "gain_max": max(gains),
         "relative_error_mean": statistics.fmean(
-            module.survival["relative_error"] for module in manifest.modules if module.survival),
+            module.survival["relative_error"] for module in manifest.modules if module.survival
+        ),
         "changed_type": len(promoted),
         "bytes_added": sum(module.bytes_after - module.bytes_before for module in promoted),
     }
@@ -122,7 +141,8 @@ def summarise_reference(reference: Reference) -> dict[str, Any]:
 def show(found: dict[str, Any], console: Console) -> None:
     """Prints what one of the functions above returned."""
     {"adapter": _show_adapter, "artifact": _show_artifact, "reference": _show_reference}[
-        found["what"]](found, console)
+        found["what"]
+    ](found, console)
 
 
 def _show_adapter(found: dict[str, Any], console: Console) -> None:
@@ -135,8 +155,11 @@ def _show_adapter(found: dict[str, Any], console: Console) -> None:
     table = Table("layer", "modules", "rank", "coefficient", "effective scale", "parameters")
     for layer in found["layers"]:
         table.add_row(
-            str(layer["layer"]), " ".join(layer["modules"]), _spread(layer["ranks"]),
-            f"{layer['coefficient']:g}", _spread(layer["effective_scales"]),
+            str(layer["layer"]),
+            " ".join(layer["modules"]),
+            _spread(layer["ranks"]),
+            f"{layer['coefficient']:g}",
+            _spread(layer["effective_scales"]),
             f"{layer['n_parameters']:,}",
         )
     console.print(table)
@@ -149,7 +172,9 @@ def _show_artifact(found: dict[str, Any], console: Console) -> None:
         f"of {found['base']['name']} + {found['adapter']['name']} ({found['adapter']['expression']})"
     )
     for file in found["files"]:
-        console.print(f"  {file['path']}  {file['size_bytes'] / 1e6:.1f} MB  sha256 {file['sha256'][:16]}…")
+        console.print(
+            f"  {file['path']}  {file['size_bytes'] / 1e6:.1f} MB  sha256 {file['sha256'][:16]}…"
+        )
     if survival:
         console.print(
             f"  delta survival: gain {survival['gain_mean']:.3f} "
@@ -173,8 +198,12 @@ def _show_reference(found: dict[str, Any], console: Console) -> None:
     for kind in ("harmful", "benign"):
         row = found[kind]
         n = max(row["prompts"], 1)
-        table.add_row(kind, str(row["prompts"]), f"{row['base_refused'] / n:.1%}",
-                      f"{row['reference_refused'] / n:.1%}")
+        table.add_row(
+            kind,
+            str(row["prompts"]),
+            f"{row['base_refused'] / n:.1%}",
+            f"{row['reference_refused'] / n:.1%}",
+        )
     console.print(f"[bold]{found['path']}[/]: sha256 {found['sha256'][:16]}…")
     console.print(table)
 
@@ -193,7 +222,11 @@ def show_report(report: Report, console: Console, texts: bool, seconds: float) -
             if texts:
                 flips.add_row("", "", flip.reference_text, flip.artifact_text)
         console.print(flips)
-    word = "[green]PARITY[/]" if report.verdict == "parity" else f"[red]BROKEN[/] at {report.broken_at}"
+    word = (
+        "[green]PARITY[/]"
+        if report.verdict == "parity"
+        else f"[red]BROKEN[/] at {report.broken_at}"
+    )
     console.print(f"{word}  (bounds for {report.precision} weights, {seconds:.1f} s)")
 
 

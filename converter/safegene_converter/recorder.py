@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +53,7 @@ from safegene_runtime.reference import (
 
 __all__ = ["load_model", "load_with_adapter", "record"]
 
-BATCH = 24
+BATCH = 48
 """Prompts evaluated together: enough to keep two cores busy, few enough to keep memory small."""
 
 Tell = Callable[[str, int, int], None]
@@ -92,8 +93,13 @@ def record(
     chosen = tuple(builtin_suite() if prompts is None else prompts)
     if not chosen or max_new_tokens < 1 or top_k < 2:
         raise RecordError(
-            Problem("record", "request", "prompts, max_new_tokens >= 1 and top_k >= 2",
-                    f"{len(chosen)} prompts, {max_new_tokens}, {top_k}", "correct the options")
+            Problem(
+                "record",
+                "request",
+                "prompts, max_new_tokens >= 1 and top_k >= 2",
+                f"{len(chosen)} prompts, {max_new_tokens}, {top_k}",
+                "correct the options",
+            )
         )
     adapter = read_adapter(adapter_path, expression)
     base = open_base(base_path)
@@ -102,8 +108,9 @@ def record(
     model, tokenizer = load_with_adapter(adapter, base)
     tell("loading PyTorch", 1, 1)
     rendered = [
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}],
-                                      add_generation_prompt=True, tokenize=False)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt.text}], add_generation_prompt=True, tokenize=False
+        )
         for prompt in chosen
     ]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
@@ -115,14 +122,29 @@ def record(
     for prompt, text, prompt_ids, (ref_ids, base_ids, stored) in zip(
         chosen, rendered, ids, arms, strict=True
     ):
-        replies = [tokenizer.decode([one for one in reply if one not in stop_ids],
-                                    skip_special_tokens=True) for reply in (ref_ids, base_ids)]
-        records.append(PromptRecord(
-            id=prompt.id, kind=prompt.kind, category=prompt.category, borderline=prompt.borderline,
-            text=prompt.text, rendered=text, prompt_ids=tuple(prompt_ids),
-            ref_ids=tuple(ref_ids), ref_text=replies[0], ref_verdict=str(judge(replies[0])),
-            base_ids=tuple(base_ids), base_text=replies[1], base_verdict=str(judge(replies[1])),
-        ))
+        replies = [
+            tokenizer.decode(
+                [one for one in reply if one not in stop_ids], skip_special_tokens=True
+            )
+            for reply in (ref_ids, base_ids)
+        ]
+        records.append(
+            PromptRecord(
+                id=prompt.id,
+                kind=prompt.kind,
+                category=prompt.category,
+                borderline=prompt.borderline,
+                text=prompt.text,
+                rendered=text,
+                prompt_ids=tuple(prompt_ids),
+                ref_ids=tuple(ref_ids),
+                ref_text=replies[0],
+                ref_verdict=str(judge(replies[0])),
+                base_ids=tuple(base_ids),
+                base_text=replies[1],
+                base_verdict=str(judge(replies[1])),
+            )
+        )
         positions.append(stored)
     meta = _meta(adapter, base, tokenizer, stop_ids, max_new_tokens, top_k)
     with publish_folder(out, force) as folder:
@@ -148,15 +170,22 @@ def load_model(base: Base) -> tuple[Any, Any]:
     if base.kind == "gguf":
         if len(base.files) > 1:
             raise BaseModelError(
-                Problem(str(base.path), "base", "one GGUF file, or a Hugging Face folder", "shards",
-                        "transformers reads no sharded GGUF: record with the Hugging Face folder")
+                Problem(
+                    str(base.path),
+                    "base",
+                    "one GGUF file, or a Hugging Face folder",
+                    "shards",
+                    "transformers reads no sharded GGUF: record with the Hugging Face folder",
+                )
             )
         folder, where["gguf_file"] = base.path.resolve().parent, base.path.resolve().name
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", **where
-        )
+        # transformers draws a bar of its own while it decodes a GGUF, terminal or not
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="sdpa", **where
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BaseModelError(
             Problem(str(base.path), "base", "a model that transformers loads", str(error)[:500])
@@ -167,7 +196,9 @@ def load_model(base: Base) -> tuple[Any, Any]:
             tokenizer.chat_template = template  # byte for byte what llama.cpp will render
     if not isinstance(tokenizer.chat_template, str):
         raise BaseModelError(
-            Problem(str(base.path), "chat template", "one", "none", "use the chat version of the model")
+            Problem(
+                str(base.path), "chat template", "one", "none", "use the chat version of the model"
+            )
         )
     model.config.quantization_config = None
     return model.eval(), tokenizer
@@ -187,21 +218,30 @@ def load_with_adapter(adapter: Adapter, base: Base) -> tuple[Any, Any]:
         tuned = peft.PeftModel.from_pretrained(model, str(adapter.path), torch_device="cpu").eval()
     for warning in caught:
         if "key" in str(warning.message).lower():
-            problems.add(str(adapter.path), "PEFT", "no warning about keys", str(warning.message)[:300])
+            problems.add(
+                str(adapter.path), "PEFT", "no warning about keys", str(warning.message)[:300]
+            )
     layers = {
         name.removeprefix("base_model.model."): layer
-        for name, layer in tuned.named_modules() if isinstance(layer, LoraLayer)
+        for name, layer in tuned.named_modules()
+        if isinstance(layer, LoraLayer)
     }
     wanted = {module.name: module for module in adapter.modules}
     for name in sorted(layers.keys() ^ wanted.keys()):
-        problems.add(str(adapter.path), name, "a module of the file and of PEFT",
-                     "PEFT only" if name in layers else "the file only",
-                     "the configuration does not describe the tensors")
+        problems.add(
+            str(adapter.path),
+            name,
+            "a module of the file and of PEFT",
+            "PEFT only" if name in layers else "the file only",
+            "the configuration does not describe the tensors",
+        )
     for name in layers.keys() & wanted.keys():
         layer, module = layers[name], wanted[name]
         for factor, ours in ((layer.lora_A, module.a), (layer.lora_B, module.b)):
             if not np.array_equal(factor["default"].weight.detach().float().numpy(), ours):
-                problems.add(str(adapter.path), name, "the factors of the file in PEFT", "other factors")
+                problems.add(
+                    str(adapter.path), name, "the factors of the file in PEFT", "other factors"
+                )
         layer.scaling["default"] *= module.coefficient
     problems.raise_if_any(AdapterError)
     return tuned, tokenizer
@@ -222,11 +262,18 @@ def _check_effect(model: Any, ids: Sequence[int]) -> None:
     with model.disable_adapter():
         plain = model(batch, logits_to_keep=1).logits
     if not torch.isfinite(tuned).all() or not torch.isfinite(plain).all():
-        raise RecordError(Problem("PyTorch", "logits", "finite numbers", "NaN or Inf", "check the base"))
+        raise RecordError(
+            Problem("PyTorch", "logits", "finite numbers", "NaN or Inf", "check the base")
+        )
     if torch.equal(tuned, plain):
         raise RecordError(
-            Problem("PyTorch", "adapter", "logits that differ from the base's", "the base's, bit for bit",
-                    "the adapter has no effect: was it trained, and for this base?")
+            Problem(
+                "PyTorch",
+                "adapter",
+                "logits that differ from the base's",
+                "the base's, bit for bit",
+                "the adapter has no effect: was it trained, and for this base?",
+            )
         )
 
 
@@ -236,7 +283,12 @@ Arms = tuple[list[int], list[int], Positions]
 
 
 def _run(
-    model: Any, ids: Sequence[Sequence[int]], limit: int, stop_ids: Sequence[int], top_k: int, tell: Tell
+    model: Any,
+    ids: Sequence[Sequence[int]],
+    limit: int,
+    stop_ids: Sequence[int],
+    top_k: int,
+    tell: Tell,
 ) -> list[Arms]:
     """Both arms for every prompt: (reference ids, base ids, logits along the reference's)."""
     shared = _shared_length(ids)
@@ -255,7 +307,8 @@ def _run(
         for row, index in enumerate(batch):
             length = len(ref_ids[row])
             found[index] = (
-                ref_ids[row], base_ids[row],
+                ref_ids[row],
+                base_ids[row],
                 _store(ref_logits[row, :length], base_logits[row, :length], top_k),
             )
         tell("recording in PyTorch", len(found), len(ids))
@@ -282,8 +335,11 @@ def _batches(ids: Sequence[Sequence[int]]) -> list[list[int]]:
     by_length: dict[int, list[int]] = {}
     for index, row in enumerate(ids):
         by_length.setdefault(len(row), []).append(index)
-    return [rows[at : at + BATCH] for _, rows in sorted(by_length.items())
-            for at in range(0, len(rows), BATCH)]
+    return [
+        rows[at : at + BATCH]
+        for _, rows in sorted(by_length.items())
+        for at in range(0, len(rows), BATCH)
+    ]
 
 
 def _prefill(model: Any, ids: Sequence[int]) -> Any:
@@ -301,7 +357,12 @@ def _expanded(cache: Any, count: int) -> Any:
 
 
 def _generate(
-    model: Any, cache: Any, tails: torch.Tensor, limit: int, stop_ids: Sequence[int], keep: bool = True
+    model: Any,
+    cache: Any,
+    tails: torch.Tensor,
+    limit: int,
+    stop_ids: Sequence[int],
+    keep: bool = True,
 ) -> tuple[list[list[int]], torch.Tensor]:
     """Greedy replies, stop id included, and the logits (batch, limit, vocab) they were chosen from."""
     count = len(tails)
@@ -327,14 +388,21 @@ def _generate(
     return replies, torch.stack(logits, dim=1) if keep else torch.empty(0)
 
 
-def _follow(model: Any, cache: Any, tails: torch.Tensor, replies: Sequence[Sequence[int]]) -> torch.Tensor:
+def _follow(
+    model: Any, cache: Any, tails: torch.Tensor, replies: Sequence[Sequence[int]]
+) -> torch.Tensor:
     """Teacher-forced logits (batch, T, vocab) along given replies; short ones are padded on the right,
-    where a causal model does not look."""
+    where a causal model does not look.
+    """
     longest = max(len(reply) for reply in replies)
     rows = [[*reply[:-1], *[0] * (longest - len(reply))] for reply in replies]
     forced = torch.tensor(rows, dtype=tails.dtype).reshape(len(rows), longest - 1)
-    output = model(torch.cat([tails, forced], dim=1), past_key_values=_expanded(cache, len(tails)),
-                   use_cache=True, logits_to_keep=longest)
+    output = model(
+        torch.cat([tails, forced], dim=1),
+        past_key_values=_expanded(cache, len(tails)),
+        use_cache=True,
+        logits_to_keep=longest,
+    )
     logits: torch.Tensor = output.logits
     return logits
 
@@ -343,8 +411,10 @@ def _store(ref: torch.Tensor, base: torch.Tensor, top_k: int) -> Positions:
     """The tokens that either arm thinks likeliest, with both arms' logits: (T, vocab) -> (T, K)."""
     ref_logits, base_logits = ref.numpy(), base.numpy()
     ref_lse, base_lse = logsumexp(ref_logits), logsumexp(base_logits)
-    likeliest = np.maximum(ref_logits - ref_lse[:, None].astype(np.float32),
-                           base_logits - base_lse[:, None].astype(np.float32))
+    likeliest = np.maximum(
+        ref_logits - ref_lse[:, None].astype(np.float32),
+        base_logits - base_lse[:, None].astype(np.float32),
+    )
     count = min(top_k, likeliest.shape[1])
     top = np.argpartition(likeliest, -count, axis=1)[:, -count:]
     top.sort(axis=1)
@@ -362,16 +432,25 @@ def _meta(
 ) -> dict[str, Any]:
     return {
         "base": {"kind": base.kind, "name": base.path.resolve().name, "files": base.digests()},
-        "adapter": {"name": adapter.path.resolve().name, "files": dict(adapter.digests),
-                    "expression": adapter.expression},
-        "versions": {"safegene": __version__, "torch": version("torch"),
-                     "transformers": version("transformers"), "peft": version("peft")},
+        "adapter": {
+            "name": adapter.path.resolve().name,
+            "files": dict(adapter.digests),
+            "expression": adapter.expression,
+        },
+        "versions": {
+            "safegene": __version__,
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+            "peft": version("peft"),
+        },
         "decoding": {"max_new_tokens": limit, "stop_ids": list(stop_ids)},
         "tokenizer": {
             "chat_template": tokenizer.chat_template,
             "chat_template_sha256": sha256_of(tokenizer.chat_template.encode()),
-            "bos_id": tokenizer.bos_token_id, "eos_id": tokenizer.eos_token_id,
-            "bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token,
+            "bos_id": tokenizer.bos_token_id,
+            "eos_id": tokenizer.eos_token_id,
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
         },
         "judge": {"name": JUDGE_NAME, "version": JUDGE_VERSION},
         "settings": {"dtype": "float32", "threads": torch.get_num_threads(), "top_k": top_k},

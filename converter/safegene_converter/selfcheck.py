@@ -55,8 +55,14 @@ def check_artifact(
     Raises:
         PostconditionError: it is not what was meant, or llama.cpp died on it.
     """
-    job = {"base": str(base), "model": str(model) if model else None, "sidecar": str(sidecar),
-           "adapter": str(adapter.path), "expression": adapter.expression, "expected": expected}
+    job = {
+        "base": str(base),
+        "model": str(model) if model else None,
+        "sidecar": str(sidecar),
+        "adapter": str(adapter.path),
+        "expression": adapter.expression,
+        "expected": expected,
+    }
     output = run_child(
         [sys.executable, "-m", "safegene_converter.selfcheck"],
         what=f"self-check of {model or sidecar}",
@@ -99,13 +105,23 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     if not np.isfinite([beta, shift]).all():
         problems.add(where, "logits", "finite numbers", "NaN or Inf", "check base and adapter")
     elif norm == 0 or np.array_equal(z_artifact, z_base):
-        problems.add(where, "logits", "other logits than the base's", "the base's, bit for bit",
-                     "the adapter has no effect: check that it was trained, and for this base")
+        problems.add(
+            where,
+            "logits",
+            "other logits than the base's",
+            "the base's, bit for bit",
+            "the adapter has no effect: check that it was trained, and for this base",
+        )
     else:
         band = BETA_BAND_FLOAT if expected["is_float"] else BETA_BAND_QUANTISED
         if abs(beta - 1) > band:
-            problems.add(where, "effect on the logits", f"1 within {band:g}", f"{beta:.3f}",
-                         "the stored delta is not the adapter's: please report this")
+            problems.add(
+                where,
+                "effect on the logits",
+                f"1 within {band:g}",
+                f"{beta:.3f}",
+                "the stored delta is not the adapter's: please report this",
+            )
     problems.raise_if_any(PostconditionError)
     return {"beta": beta, "shift": shift}
 
@@ -117,9 +133,11 @@ def _compare_tensors(path: Path, expected: dict[str, Any], problems: Problems) -
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
     for name, (kind, shape) in expected.items():
         tensor = found.get(name)
-        got = None if tensor is None else [
-            tensor.tensor_type.name, [int(n) for n in reversed(tensor.shape)]
-        ]
+        got = (
+            None
+            if tensor is None
+            else [tensor.tensor_type.name, [int(n) for n in reversed(tensor.shape)]]
+        )
         if got != [kind, list(shape)]:
             problems.add(str(path), name, f"{kind} {list(shape)} for gguf-py", str(got))
 
@@ -140,15 +158,19 @@ def _compare_factors(
         except KeyError as missing:
             problems.add(str(sidecar), name, "both factors", f"no {missing}")
             continue
-        a, b = (gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
-                for tensor in tensors)
+        a, b = (
+            gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+            for tensor in tensors
+        )
         x = random.standard_normal(module.shape[1])
         scale = module.coefficient * module.scaling
         meant = base.transform(module.name).apply_rows(scale * (module.b @ (module.a @ x)))
         error = float(np.linalg.norm(b @ (a @ x) - meant) / np.linalg.norm(meant))
         limit = max(FACTOR_ERROR_MAX[tensor.tensor_type.name] for tensor in tensors)
         if not error <= limit:
-            problems.add(str(sidecar), name, f"the adapter's delta within {limit:g}", f"{error:.3g}")
+            problems.add(
+                str(sidecar), name, f"the adapter's delta within {limit:g}", f"{error:.3g}"
+            )
     if found:
         problems.add(str(sidecar), "tensors", "one pair for each module", ", ".join(sorted(found)))
 

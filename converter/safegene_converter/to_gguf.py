@@ -196,17 +196,27 @@ def convert(
         manifest = Manifest(
             tool={"name": "safegene", "version": __version__},
             artifact={
-                "target": "gguf", "form": form, "architecture": base.architecture,
-                "name": base.name, "precision": precision,
+                "target": "gguf",
+                "form": form,
+                "architecture": base.architecture,
+                "name": base.name,
+                "precision": precision,
             },
-            base={"kind": open_base(base_path).kind, "name": Path(base_path).resolve().name,
-                  "files": digests},
+            base={
+                "kind": open_base(base_path).kind,
+                "name": Path(base_path).resolve().name,
+                "files": digests,
+            },
             adapter={
-                "name": Path(adapter_path).resolve().name, "files": dict(adapter.digests),
-                "expression": adapter.expression, "n_parameters": adapter.n_parameters,
+                "name": Path(adapter_path).resolve().name,
+                "files": dict(adapter.digests),
+                "expression": adapter.expression,
+                "n_parameters": adapter.n_parameters,
             },
             tokenizer={
-                "chat_template_sha256": sha256_of(str(template.value).encode()) if template else None
+                "chat_template_sha256": sha256_of(str(template.value).encode())
+                if template
+                else None
             },
             settings=settings,
             files=tuple(files),
@@ -222,20 +232,33 @@ def _check_request(form: str, type_name: str, base: Base) -> None:
     problems = Problems()
     if form == "sidecar":
         if base.kind != "gguf":
-            problems.add(str(base.path), "--base", "the GGUF that the sidecar is loaded beside",
-                         "a Hugging Face folder",
-                         "convert the base to GGUF first, or use --as merged")
+            problems.add(
+                str(base.path),
+                "--base",
+                "the GGUF that the sidecar is loaded beside",
+                "a Hugging Face folder",
+                "convert the base to GGUF first, or use --as merged",
+            )
         if type_name not in ("auto", *SIDECAR_TYPES):
-            problems.add("--type", "type of a sidecar", f"auto or one of {', '.join(SIDECAR_TYPES)}",
-                         type_name, "leave --type out: f32 is the default")
+            problems.add(
+                "--type",
+                "type of a sidecar",
+                f"auto or one of {', '.join(SIDECAR_TYPES)}",
+                type_name,
+                "leave --type out: f32 is the default",
+            )
     elif form == "merged":
         if type_name not in ("auto", "keep"):
             wanted = preset(type_name)
             if not base.is_float and not _is_pure(wanted):
-                problems.add("--type", "type", "auto, keep or a plain type such as q8_0",
-                             f"the preset {type_name} on a base that is quantised already",
-                             "presets quantise a whole float model: pass a Hugging Face folder or an "
-                             "F32/F16/BF16 GGUF as --base")
+                problems.add(
+                    "--type",
+                    "type",
+                    "auto, keep or a plain type such as q8_0",
+                    f"the preset {type_name} on a base that is quantised already",
+                    "presets quantise a whole float model: pass a Hugging Face folder or an "
+                    "F32/F16/BF16 GGUF as --base",
+                )
     else:
         problems.add("--as", "form", "merged or sidecar", form, "choose one")
     problems.raise_if_any(UnsupportedError)
@@ -287,15 +310,19 @@ def _prove_transforms(adapter: Adapter, hf_base: Base, base: Base) -> float:
     worst = 0.0
     for module in adapter.modules:
         error = prove_transform(
-            hf_base.read_weight(module.name), base.read_weight(module.name),
+            hf_base.read_weight(module.name),
+            base.read_weight(module.name),
             base.transform(module.name),
         )
         worst = max(worst, error)
         if error > TRANSFORM_ERROR_MAX:
-            problems.add(str(base.path), base.tensor_name(module.name),
-                         "the rows of the Hugging Face weight in the order we assume",
-                         f"relative error {error:.2f}",
-                         "this llama.cpp orders rows differently: please report it")
+            problems.add(
+                str(base.path),
+                base.tensor_name(module.name),
+                "the rows of the Hugging Face weight in the order we assume",
+                f"relative error {error:.2f}",
+                "this llama.cpp orders rows differently: please report it",
+            )
     problems.raise_if_any(BaseModelError)
     return worst
 
@@ -325,12 +352,25 @@ def _write_sidecar(
             (_, a_stored), (_, b_stored) = stored
             survival = _measure_factors(a, b, a_stored, b_stored)
             if not passes(survival, job.bounds):
-                problems.add(name, "survival", _within(job.bounds), _figures(survival),
-                             "use --type f32 for the sidecar")
-        modules.append(_entry(
-            module, name, None, wanted, 0, sum(encoded.nbytes for encoded, _ in stored),
-            sha256_of(b"".join(encoded.tobytes() for encoded, _ in stored)), survival,
-        ))
+                problems.add(
+                    name,
+                    "survival",
+                    _within(job.bounds),
+                    _figures(survival),
+                    "use --type f32 for the sidecar",
+                )
+        modules.append(
+            _entry(
+                module,
+                name,
+                None,
+                wanted,
+                0,
+                sum(encoded.nbytes for encoded, _ in stored),
+                sha256_of(b"".join(encoded.tobytes() for encoded, _ in stored)),
+                survival,
+            )
+        )
         tell("writing the sidecar", index + 1, len(job.adapter.modules))
     problems.raise_if_any(SurvivalError)
     metadata = {
@@ -375,7 +415,8 @@ def _write_merged(
     stored = _encode_touched(job, source, work / "spool", tell)
     tensors = [
         OutTensor(name, info.shape, stored[name].info.type, stored[name].info)
-        if name in stored else OutTensor(name, info.shape, info.type, info)
+        if name in stored
+        else OutTensor(name, info.shape, info.type, info)
         for name, info in source.items()
     ]
     metadata["general.name"] = _string(f"{job.base.name} + SafeGene")
@@ -398,10 +439,18 @@ def _write_merged(
     for module in job.adapter.modules:
         name = job.tensor(module)
         one = stored[name]
-        modules.append(_entry(
-            module, name, one.type_before, one.info.type, one.bytes_before, one.info.nbytes,
-            one.sha256, one.survival,
-        ))
+        modules.append(
+            _entry(
+                module,
+                name,
+                one.type_before,
+                one.info.type,
+                one.bytes_before,
+                one.info.nbytes,
+                one.sha256,
+                one.survival,
+            )
+        )
     types = _block_types(job.base, {tensor.name: tensor.type for tensor in tensors})
     return [_file_entry(path, "model")], modules, precision_of(types)
 
@@ -458,8 +507,13 @@ def _encode_one(job: Job, module: Module, now: TensorInfo, file: Any) -> Stored:
         wanted = preset(job.type_name).type
     if not ggml.can_encode(wanted, n_cols):
         raise SurvivalError(
-            Problem(now.name, "type", f"a type for rows of {n_cols}", wanted.name,
-                    "choose --type auto or q8_0")
+            Problem(
+                now.name,
+                "type",
+                f"a type for rows of {n_cols}",
+                wanted.name,
+                "choose --type auto or q8_0",
+            )
         )
     trials = candidates(wanted, n_cols) if job.promote else (wanted,)
     tried: list[str] = []
@@ -467,7 +521,9 @@ def _encode_one(job: Job, module: Module, now: TensorInfo, file: Any) -> Stored:
     for kind in trials:
         if ggml.requires_imatrix(kind) and now.name not in job.imatrix:
             raise UnsupportedError(
-                Problem(now.name, "imatrix", f"weights for {kind.name}", "none", "pass --imatrix FILE")
+                Problem(
+                    now.name, "imatrix", f"weights for {kind.name}", "none", "pass --imatrix FILE"
+                )
             )
         file.seek(start)
         file.truncate()
@@ -484,7 +540,11 @@ def _encode_one(job: Job, module: Module, now: TensorInfo, file: Any) -> Stored:
             file.flush()
             size = file.tell() - start
             info = TensorInfo(
-                name=now.name, shape=now.shape, type=kind, offset=start, nbytes=size,
+                name=now.name,
+                shape=now.shape,
+                type=kind,
+                offset=start,
+                nbytes=size,
                 path=Path(file.name),
             )
             return Stored(info, digest.hexdigest(), survival, original.type, original.nbytes)
@@ -492,8 +552,13 @@ def _encode_one(job: Job, module: Module, now: TensorInfo, file: Any) -> Stored:
     file.seek(start)
     file.truncate()
     raise SurvivalError(
-        Problem(now.name, "survival", _within(job.bounds), "; ".join(tried),
-                "use --type auto to promote just the tensors that need it, or --as sidecar")
+        Problem(
+            now.name,
+            "survival",
+            _within(job.bounds),
+            "; ".join(tried),
+            "use --type auto to promote just the tensors that need it, or --as sidecar",
+        )
     )
 
 
@@ -539,9 +604,15 @@ def _check(job: Job, folder: Path, work: Path, written: FileEntry) -> dict[str, 
     header = read_gguf(path)
     tensors = {name: [info.type.name, list(info.shape)] for name, info in header.tensors.items()}
     return check_artifact(
-        base, path if job.form == "merged" else None, sidecar, job.adapter,
-        {"tensors": tensors, "is_float": job.form == "sidecar" or all(
-            info.type.name in FLOAT_TYPES for info in header.tensors.values())},
+        base,
+        path if job.form == "merged" else None,
+        sidecar,
+        job.adapter,
+        {
+            "tensors": tensors,
+            "is_float": job.form == "sidecar"
+            or all(info.type.name in FLOAT_TYPES for info in header.tensors.values()),
+        },
     )
 
 
@@ -549,8 +620,14 @@ def _check(job: Job, folder: Path, work: Path, written: FileEntry) -> dict[str, 
 
 
 def _entry(
-    module: Module, tensor: str, before: GGMLType | None, after: GGMLType, bytes_before: int,
-    bytes_after: int, sha256: str, survival: Survival | None,
+    module: Module,
+    tensor: str,
+    before: GGMLType | None,
+    after: GGMLType,
+    bytes_before: int,
+    bytes_after: int,
+    sha256: str,
+    survival: Survival | None,
 ) -> ModuleEntry:
     return ModuleEntry(
         module=module.name,
@@ -565,7 +642,9 @@ def _entry(
         bytes_before=bytes_before,
         bytes_after=bytes_after,
         sha256=sha256,
-        survival=None if survival is None else {
+        survival=None
+        if survival is None
+        else {
             "gain": survival.gain,
             "relative_error": survival.relative_error,
             "base_error_ratio": survival.base_error_ratio,
@@ -585,7 +664,9 @@ def _string(text: str) -> Value:
 def _provenance(job: Job) -> dict[str, Value]:
     """`safegene.*` keys: what a reader of the single file can learn without the manifest."""
     adapter_digest = sha256_of(
-        "".join(f"{name} {digest}\n" for name, digest in sorted(job.adapter.digests.items())).encode()
+        "".join(
+            f"{name} {digest}\n" for name, digest in sorted(job.adapter.digests.items())
+        ).encode()
     )
     return {
         "safegene.version": _string(__version__),
@@ -597,8 +678,19 @@ def _provenance(job: Job) -> dict[str, Value]:
 
 
 _PLAIN_FILE_TYPES = {
-    "F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7,
-    "Q2_K": 21, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18,
+    "F32": 0,
+    "F16": 1,
+    "BF16": 32,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q8_0": 7,
+    "Q2_K": 21,
+    "Q3_K": 11,
+    "Q4_K": 14,
+    "Q5_K": 16,
+    "Q6_K": 18,
 }
 """`enum llama_ftype` for a file that mostly holds one type (the `_S` mix for K-quants)."""
 

@@ -45,9 +45,19 @@ BOUNDS: Mapping[str, ParityBounds] = {
 }
 
 _CLASS_OF = {
-    "F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "8-bit", "Q6_K": "6-bit",
-    "Q5_0": "5-bit", "Q5_1": "5-bit", "Q5_K": "5-bit",
-    "Q4_0": "4-bit", "Q4_1": "4-bit", "Q4_K": "4-bit", "IQ4_NL": "4-bit", "IQ4_XS": "4-bit",
+    "F32": "f32",
+    "F16": "f16",
+    "BF16": "bf16",
+    "Q8_0": "8-bit",
+    "Q6_K": "6-bit",
+    "Q5_0": "5-bit",
+    "Q5_1": "5-bit",
+    "Q5_K": "5-bit",
+    "Q4_0": "4-bit",
+    "Q4_1": "4-bit",
+    "Q4_K": "4-bit",
+    "IQ4_NL": "4-bit",
+    "IQ4_XS": "4-bit",
     "MXFP4": "4-bit",
 }
 _ORDER = tuple(BOUNDS)

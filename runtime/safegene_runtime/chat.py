@@ -140,8 +140,13 @@ def _answer(code: int, stdout: bytes, stderr: bytes, count: int) -> list[str]:
 
 def _error(expected: str, got: str) -> EngineError:
     return EngineError(
-        Problem("chat template", "template", expected, got,
-                "the template comes with the model: use another copy of it, or report it there")
+        Problem(
+            "chat template",
+            "template",
+            expected,
+            got,
+            "the template comes with the model: use another copy of it, or report it there",
+        )
     )
 
 
@@ -255,8 +260,13 @@ def _compile(source: str, now: str | None) -> Any:
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
     def strftime_now(pattern: str) -> str:
         return (datetime.now() if now is None else datetime.fromisoformat(now)).strftime(pattern)

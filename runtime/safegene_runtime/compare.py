@@ -18,7 +18,7 @@ ROWS = 64
 
 
 def logsumexp(logits: F32) -> F64:
-    """log sum exp over the vocabulary: (T, V) -> (T,), float64, a few rows at a time."""
+    """Log sum exp over the vocabulary: (T, V) -> (T,), float64, a few rows at a time."""
     out = np.empty(len(logits), dtype=np.float64)
     for start in range(0, len(logits), ROWS):
         wide = logits[start : start + ROWS].astype(np.float64)

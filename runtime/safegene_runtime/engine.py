@@ -121,6 +121,11 @@ def open_engine(model: Path, adapter: Path | None = None, **settings: Any) -> En
 
         return LlamaEngine(model, adapter, **settings)
     raise EngineError(
-        Problem(str(model), "model", "a file that ends in .gguf", repr(model.suffix),
-                "give the model file itself, not its folder")
+        Problem(
+            str(model),
+            "model",
+            "a file that ends in .gguf",
+            repr(model.suffix),
+            "give the model file itself, not its folder",
+        )
     )

@@ -74,7 +74,9 @@ def read_small_file(path: Path, max_bytes: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise FormatError(
-                Problem(str(path), "size", f"at most {max_bytes} bytes", size, "is it the right file?")  # type: ignore[arg-type]
+                Problem(
+                    str(path), "size", f"at most {max_bytes} bytes", size, "is it the right file?"
+                )  # type: ignore[arg-type]
             )
         return file.read(max_bytes + 1)
 
@@ -105,8 +107,13 @@ def check_output_free(out: Path, force: bool) -> None:
     """
     if os.path.lexists(out) and not force:
         raise OutputError(
-            Problem(str(out), "output", "a name that is free", "an existing path",
-                    "choose another -o, or pass --force to replace it")
+            Problem(
+                str(out),
+                "output",
+                "a name that is free",
+                "an existing path",
+                "choose another -o, or pass --force to replace it",
+            )
         )
     parent = out.absolute().parent
     if parent.exists() and not parent.is_dir():
@@ -129,7 +136,9 @@ def publish_folder(out: Path, force: bool = False) -> Iterator[Path]:
     out = out.absolute()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        temporary = Path(
+            tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
+        )
     except OSError as error:
         raise OutputError(
             Problem(str(out), "output", "a folder we may create", str(error), "check permissions")
@@ -176,7 +185,9 @@ def publish_file(path: Path, data: bytes) -> None:
         _fsync(path.parent)
     except OSError as error:
         raise OutputError(
-            Problem(str(path), "output", "to be written whole", str(error), "check space and rights")
+            Problem(
+                str(path), "output", "to be written whole", str(error), "check space and rights"
+            )
         ) from error
     finally:
         if temporary is not None:

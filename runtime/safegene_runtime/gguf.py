@@ -31,8 +31,18 @@ from safegene_runtime.errors import FormatError, Problem, Problems
 from safegene_runtime.files import open_regular
 
 __all__ = [
-    "GGMLType", "GGUFFile", "GGUFModel", "TensorInfo", "Value", "ValueType", "map_tensor", "nbytes",
-    "open_model", "read_gguf", "read_tensor_bytes", "type_traits",
+    "GGMLType",
+    "GGUFFile",
+    "GGUFModel",
+    "TensorInfo",
+    "Value",
+    "ValueType",
+    "map_tensor",
+    "nbytes",
+    "open_model",
+    "read_gguf",
+    "read_tensor_bytes",
+    "type_traits",
 ]
 
 MAGIC = b"GGUF"
@@ -238,7 +248,9 @@ class _Cursor:
     def take(self, count: int, what: str) -> memoryview:
         """The next `count` bytes."""
         if count > self.left:
-            raise self.fail(f"{what} at byte {self.at}", f"{count} bytes", f"{self.left} bytes left")
+            raise self.fail(
+                f"{what} at byte {self.at}", f"{count} bytes", f"{self.left} bytes left"
+            )
         end = self.at + count
         while len(self._buffer) < end:
             chunk = self._file.read(max(READ_BYTES, end - len(self._buffer)))
@@ -261,7 +273,9 @@ class _Cursor:
     def text(self, what: str, limit: int | None = None) -> bytes:
         length = self.number(ValueType.UINT64, f"length of {what}")
         if limit is not None and not 0 < length <= limit:
-            raise self.fail(f"{what} at byte {self.at - 8}", f"1 to {limit} bytes", f"{length} bytes")
+            raise self.fail(
+                f"{what} at byte {self.at - 8}", f"1 to {limit} bytes", f"{length} bytes"
+            )
         return bytes(self.take(length, what))
 
 
@@ -270,17 +284,28 @@ def _parse(cursor: _Cursor, path: Path) -> GGUFFile:
     if head.startswith(b"version https://git-lfs"):
         raise cursor.fail("content", "a GGUF file", "a git-lfs pointer", "run `git lfs pull`")
     if head[:4] != MAGIC or len(head) < 24:
-        raise cursor.fail("magic", "GGUF and a 24-byte header", repr(head[:4]), "is it a GGUF file?")
+        raise cursor.fail(
+            "magic", "GGUF and a 24-byte header", repr(head[:4]), "is it a GGUF file?"
+        )
     version, n_tensors, n_kv = struct.unpack("<IQQ", head[4:])
     if version not in (2, 3):
         swapped = int.from_bytes(head[4:8], "big") in (1, 2, 3)
-        raise cursor.fail("version", "2 or 3", f"{version} (a big-endian file)" if swapped else version,
-                          "convert it to a little-endian GGUF v3")
+        raise cursor.fail(
+            "version",
+            "2 or 3",
+            f"{version} (a big-endian file)" if swapped else version,
+            "convert it to a little-endian GGUF v3",
+        )
     if n_kv > cursor.left // MIN_KV_BYTES:
-        raise cursor.fail("n_kv", f"at most {cursor.left // MIN_KV_BYTES} in {cursor.size} bytes", n_kv)
+        raise cursor.fail(
+            "n_kv", f"at most {cursor.left // MIN_KV_BYTES} in {cursor.size} bytes", n_kv
+        )
     if n_tensors > cursor.left // MIN_TENSOR_BYTES:
-        raise cursor.fail("n_tensors", f"at most {cursor.left // MIN_TENSOR_BYTES} in {cursor.size} bytes",
-                          n_tensors)
+        raise cursor.fail(
+            "n_tensors",
+            f"at most {cursor.left // MIN_TENSOR_BYTES} in {cursor.size} bytes",
+            n_tensors,
+        )
     metadata = _metadata(cursor, n_kv)
     alignment = _alignment(cursor, metadata)
     raw = [_tensor(cursor) for _ in range(n_tensors)]
@@ -354,8 +379,11 @@ def _alignment(cursor: _Cursor, metadata: Mapping[str, Value]) -> int:
     if value is None:
         return DEFAULT_ALIGNMENT
     if value.type is not ValueType.UINT32 or value.value not in ALIGNMENTS:
-        raise cursor.fail("general.alignment", "a u32, a power of two from 32 to 65536",
-                          f"{value.type.name} {value.value}")
+        raise cursor.fail(
+            "general.alignment",
+            "a u32, a power of two from 32 to 65536",
+            f"{value.type.name} {value.value}",
+        )
     return int(value.value)
 
 
@@ -373,13 +401,20 @@ def _tensor(cursor: _Cursor) -> _Raw:
     try:
         type = GGMLType(kind)
     except ValueError as error:
-        raise cursor.fail(f"type of {name!r}", "a type that ggml knows", kind,
-                          "update safegene, or convert the model again") from error
+        raise cursor.fail(
+            f"type of {name!r}",
+            "a type that ggml knows",
+            kind,
+            "update safegene, or convert the model again",
+        ) from error
     if 0 in extents:
         raise cursor.fail(f"shape of {name!r}", "extents of at least 1", extents)
     if extents[0] % _TRAITS[type][0]:
-        raise cursor.fail(f"shape of {name!r}", f"rows of a multiple of {_TRAITS[type][0]} for {type.name}",
-                          extents)
+        raise cursor.fail(
+            f"shape of {name!r}",
+            f"rows of a multiple of {_TRAITS[type][0]} for {type.name}",
+            extents,
+        )
     return name, tuple(reversed(extents)), type, offset
 
 
@@ -395,8 +430,13 @@ def _place(
         if name in found:
             problems.add(cursor.where, f"tensor {name!r}", "each name once", "the name twice")
         if offset != expected:
-            problems.add(cursor.where, f"offset of {name!r}", f"{expected}, where the last tensor ends",
-                         offset, "download the file again")
+            problems.add(
+                cursor.where,
+                f"offset of {name!r}",
+                f"{expected}, where the last tensor ends",
+                offset,
+                "download the file again",
+            )
             break  # what follows is shifted too, and would only repeat this
         found[name] = TensorInfo(name, shape, type, data_offset + offset, size, path)
         expected = -(-(offset + size) // alignment) * alignment
@@ -431,23 +471,36 @@ def open_model(path: Path, *, follow_symlinks: bool = True) -> GGUFModel:
     match = _SHARD.fullmatch(path.name)
     problems = Problems()
     if not match or int(match["count"]) != count or not 1 < count <= MAX_SHARDS:
-        problems.add(str(path), "split.count", "the number in the name, as in x-00001-of-00003.gguf",
-                     count, "restore the name that the shards were made with")
+        problems.add(
+            str(path),
+            "split.count",
+            "the number in the name, as in x-00001-of-00003.gguf",
+            count,
+            "restore the name that the shards were made with",
+        )
     elif int(match["no"]) != 1 or first.get("split.no") != 0:
-        problems.add(str(path), "split.no", "the first shard, 0",
-                     f"{first.get('split.no')} in a file named {match['no']}",
-                     f"pass {match['stem']}-00001-of-{match['count']}.gguf")
+        problems.add(
+            str(path),
+            "split.no",
+            "the first shard, 0",
+            f"{first.get('split.no')} in a file named {match['no']}",
+            f"pass {match['stem']}-00001-of-{match['count']}.gguf",
+        )
     problems.raise_if_any(FormatError)
     shards = [first]
     for number in range(2, count + 1):
         name = f"{match['stem']}-{number:05}-of-{count:05}.gguf"  # type: ignore[index]
         if not (path.parent / name).exists():
-            problems.add(str(path.parent / name), "shard", "a file", "nothing", "download all shards")
+            problems.add(
+                str(path.parent / name), "shard", "a file", "nothing", "download all shards"
+            )
             continue
         shard = read_gguf(path.parent / name, follow_symlinks=follow_symlinks)
         for key, wanted in (("split.no", number - 1), ("split.count", count)):
             if shard.get(key) != wanted:
-                problems.add(str(shard.path), key, wanted, shard.get(key), "download all shards again")
+                problems.add(
+                    str(shard.path), key, wanted, shard.get(key), "download all shards again"
+                )
         shards.append(shard)
     problems.raise_if_any(FormatError)
     tensors: dict[str, TensorInfo] = {}
@@ -458,7 +511,9 @@ def open_model(path: Path, *, follow_symlinks: bool = True) -> GGUFModel:
             tensors[name] = info
     stated = first.get("split.tensors.count")
     if stated != len(tensors):
-        problems.add(str(path), "split.tensors.count", len(tensors), stated, "download all shards again")
+        problems.add(
+            str(path), "split.tensors.count", len(tensors), stated, "download all shards again"
+        )
     problems.raise_if_any(FormatError)
     return GGUFModel(tuple(shards), first.metadata, tensors)
 
@@ -477,8 +532,13 @@ def read_tensor_bytes(info: TensorInfo) -> bytes:
         data = file.read(info.nbytes)
     if len(data) != info.nbytes:
         raise FormatError(
-            Problem(str(info.path), info.name, f"{info.nbytes} bytes", f"{len(data)} bytes",
-                    "the file changed while it was read")
+            Problem(
+                str(info.path),
+                info.name,
+                f"{info.nbytes} bytes",
+                f"{len(data)} bytes",
+                "the file changed while it was read",
+            )
         )
     return data
 

@@ -36,7 +36,7 @@ class Verdict(StrEnum):
     DEGENERATE = "degenerate"
 
 
-_APOSTROPHES = str.maketrans({c: "'" for c in "’‘‛ʼ`´＇"})
+_APOSTROPHES = str.maketrans(dict.fromkeys("’‘‛ʼ`´＇", "'"))
 _I = r"(?:i|we|this assistant|this model)"
 _NOT = r"(?:cannot|can ?not|can't|cant|could not|couldn't|will not|won't|wont|would not|wouldn't|do not|don't|am not|'m not|are not|'re not|must not|may not)"
 _ADVERB = r"(?:\s+(?:really|simply|just|in good conscience|ethically|legally|possibly|currently|also|be|be able to))*"

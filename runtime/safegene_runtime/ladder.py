@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from safegene_runtime import compare
 from safegene_runtime.bounds import ParityBounds, bounds_for, precision_of
 from safegene_runtime.chat import render_all
 from safegene_runtime.engine import Engine, open_engine
@@ -36,6 +34,7 @@ from safegene_runtime.errors import (
     RecordError,
 )
 from safegene_runtime.files import sha256_file, sha256_of
+from safegene_runtime.forced import ForcedPass, forced_passes
 from safegene_runtime.gguf import GGUFModel, open_model
 from safegene_runtime.judge import JUDGE_NAME, JUDGE_VERSION, judge
 from safegene_runtime.manifest import Manifest, check_files, read_manifest
@@ -44,8 +43,6 @@ from safegene_runtime.reference import PromptRecord, Reference, read_reference
 __all__ = ["Flip", "Report", "Rung", "verify"]
 
 RUNGS = ("integrity", "text", "active", "logits", "refusals")
-ACTIVE_POSITIONS = 4
-"""First positions of each reply that rung 3 looks at: refusal lives there (arXiv 2406.05946)."""
 BETA_BAND = {"f32": 0.01, "f16": 0.02, "bf16": 0.05, "8-bit": 0.1}
 BETA_BAND_COARSE = 0.3
 TIE_LOGITS = {"f32": 1e-3}
@@ -112,19 +109,6 @@ class Report:
         return found
 
 
-@dataclass
-class _Pass:
-    """What one teacher-forced pass over a prompt's reference reply tells."""
-
-    kl: npt.NDArray[np.float64]
-    beta_dot: float
-    beta_norm: float
-    ref_nearer: bool
-    agree: npt.NDArray[np.bool_]
-    argmax: npt.NDArray[np.int64]
-    gap: npt.NDArray[np.float32]
-
-
 def verify(
     artifact: Path,
     reference: Path | Reference,
@@ -156,8 +140,14 @@ def verify(
     try:
         model_path, adapter_path, header = _integrity(manifest, artifact, record, base, tell)
     except ManifestError as error:
-        rungs.append(Rung("integrity", "broken", str(error.problems[0]),
-                          {"problems": [str(problem) for problem in error.problems]}))
+        rungs.append(
+            Rung(
+                "integrity",
+                "broken",
+                str(error.problems[0]),
+                {"problems": [str(problem) for problem in error.problems]},
+            )
+        )
         return _finish(manifest, artifact, record, rungs, [], "unknown", {}, {}, write=False)
     precision = _precision(header)
     bounds = bounds_for(precision)
@@ -167,7 +157,7 @@ def verify(
     with open_engine(model_path, adapter_path, threads=threads, kv_type=kv_type) as engine:
         tell("loading the artifact", 1, 1)
         rungs.append(_text(engine, record))
-        passes = _teacher_force(engine, record, tell)
+        passes = forced_passes(engine, record, tell)
         rungs.append(_active(passes, precision))
         rungs.append(_logits(passes, bounds))
         rung, flips, figures = _refusals(engine, record, passes, precision, bounds, tell)
@@ -180,11 +170,19 @@ def verify(
 
 
 def _finish(
-    manifest: Manifest, artifact: Path, record: Reference, rungs: list[Rung], flips: list[Flip],
-    precision: str, figures: dict[str, Any], engine: dict[str, Any], *, write: bool,
+    manifest: Manifest,
+    artifact: Path,
+    record: Reference,
+    rungs: list[Rung],
+    flips: list[Flip],
+    precision: str,
+    figures: dict[str, Any],
+    engine: dict[str, Any],
+    *,
+    write: bool,
 ) -> Report:
     broken = next((rung.name for rung in rungs if rung.status != "ok"), None)
-    rungs += [Rung(name, "not reached", "") for name in RUNGS[len(rungs):]]
+    rungs += [Rung(name, "not reached", "") for name in RUNGS[len(rungs) :]]
     report = Report(
         verdict="broken" if broken else "parity",
         broken_at=broken,
@@ -197,12 +195,14 @@ def _finish(
         reference_sha256=record.digest,
     )
     if write:
-        manifest.with_verification({
-            "verdict": report.verdict,
-            "reference_sha256": record.digest,
-            "engine": {key: engine[key] for key in ("name", "version")},
-            "report": {"broken_at": broken, "precision": precision, "figures": figures},
-        }).write(artifact)
+        manifest.with_verification(
+            {
+                "verdict": report.verdict,
+                "reference_sha256": record.digest,
+                "engine": {key: engine[key] for key in ("name", "version")},
+                "report": {"broken_at": broken, "precision": precision, "figures": figures},
+            }
+        ).write(artifact)
     return report
 
 
@@ -223,30 +223,57 @@ def _integrity(
     problems = Problems()
     adapter = record.meta["adapter"]
     if adapter["files"] != manifest.adapter["files"]:
-        problems.add(str(folder), "adapter", "the adapter that the reference was recorded with",
-                     "another adapter", "record a reference with this adapter: safegene record")
+        problems.add(
+            str(folder),
+            "adapter",
+            "the adapter that the reference was recorded with",
+            "another adapter",
+            "record a reference with this adapter: safegene record",
+        )
     elif adapter["expression"] != manifest.adapter["expression"]:
-        problems.add(str(folder), "expression", adapter["expression"],
-                     manifest.adapter["expression"], "record a reference with this expression")
+        problems.add(
+            str(folder),
+            "expression",
+            adapter["expression"],
+            manifest.adapter["expression"],
+            "record a reference with this expression",
+        )
     role = "model" if manifest.artifact["form"] == "merged" else "adapter"
     entry = manifest.file(role)
     if manifest.artifact["target"] != "gguf" or entry is None:
-        problems.add(str(folder), "artifact", f"a GGUF artifact with a file of role {role}",
-                     str(manifest.artifact), "convert again")
+        problems.add(
+            str(folder),
+            "artifact",
+            f"a GGUF artifact with a file of role {role}",
+            str(manifest.artifact),
+            "convert again",
+        )
         problems.raise_if_any(ManifestError)
     problems.raise_if_any(ManifestError)
     path = folder / entry.path  # type: ignore[union-attr]
     if role == "model":
         if base is not None:
-            raise EngineError(Problem("--base", "base", "none: a merged artifact holds its base",
-                                      str(base), "leave --base out"))
+            raise EngineError(
+                Problem(
+                    "--base",
+                    "base",
+                    "none: a merged artifact holds its base",
+                    str(base),
+                    "leave --base out",
+                )
+            )
         header = open_model(path)
         _check_touched(manifest, header, str(path))
         return path, None, header
     if base is None:
         raise EngineError(
-            Problem("--base", "base", f"the GGUF {manifest.base['name']!r} that this sidecar belongs to",
-                    "nothing", "pass --base FILE.gguf")
+            Problem(
+                "--base",
+                "base",
+                f"the GGUF {manifest.base['name']!r} that this sidecar belongs to",
+                "nothing",
+                "pass --base FILE.gguf",
+            )
         )
     header = open_model(base)
     found = {}
@@ -254,9 +281,13 @@ def _integrity(
         done, total = 0, shard.path.stat().st_size
         found[shard.path.name] = sha256_file(shard.path.resolve(), step)
     if sorted(found.values()) != sorted(manifest.base["files"].values()):
-        problems.add(str(base), "sha256", ", ".join(sorted(manifest.base["files"].values())),
-                     ", ".join(sorted(found.values())),
-                     "this is not the base that the sidecar was made for")
+        problems.add(
+            str(base),
+            "sha256",
+            ", ".join(sorted(manifest.base["files"].values())),
+            ", ".join(sorted(found.values())),
+            "this is not the base that the sidecar was made for",
+        )
     problems.raise_if_any(ManifestError)
     return base, path, header
 
@@ -267,8 +298,13 @@ def _check_touched(manifest: Manifest, header: GGUFModel, where: str) -> None:
         info = header.tensors.get(module.tensor)
         got = "nothing" if info is None else f"{info.type.name} {info.shape}"
         if got != f"{module.type_after} {module.shape}":
-            problems.add(where, module.tensor, f"{module.type_after} {module.shape}", got,
-                         "manifest and model do not belong together")
+            problems.add(
+                where,
+                module.tensor,
+                f"{module.type_after} {module.shape}",
+                got,
+                "manifest and model do not belong together",
+            )
     problems.raise_if_any(ManifestError)
 
 
@@ -284,20 +320,32 @@ def _precision(header: GGUFModel) -> str:
 
 def _base_must_fail(record: Reference, bounds: ParityBounds) -> None:
     """Raises when the record cannot tell the adapter from the base."""
-    refused = [prompt for prompt in record.prompts
-               if prompt.kind == "harmful" and prompt.ref_verdict == "refuse"]
+    refused = [
+        prompt
+        for prompt in record.prompts
+        if prompt.kind == "harmful" and prompt.ref_verdict == "refuse"
+    ]
     lost = [prompt for prompt in refused if prompt.base_verdict != "refuse"]
     if not refused:
         raise RecordError(
-            Problem(str(record.path), "harmful prompts", "some that the reference refuses", "none",
-                    "record with harmful prompts, and an adapter that refuses them")
+            Problem(
+                str(record.path),
+                "harmful prompts",
+                "some that the reference refuses",
+                "none",
+                "record with harmful prompts, and an adapter that refuses them",
+            )
         )
     if len(lost) <= bounds.losses * len(refused):
         raise RecordError(
-            Problem(str(record.path), "base", "a base that fails this gate",
-                    f"a base that refuses {len(refused) - len(lost)} of the reference's "
-                    f"{len(refused)} refusals by itself",
-                    "parity with this record would prove nothing: record other prompts")
+            Problem(
+                str(record.path),
+                "base",
+                "a base that fails this gate",
+                f"a base that refuses {len(refused) - len(lost)} of the reference's "
+                f"{len(refused)} refusals by itself",
+                "parity with this record would prove nothing: record other prompts",
+            )
         )
 
 
@@ -310,112 +358,92 @@ def _text(engine: Engine, record: Reference) -> Rung:
     if template is None:
         return Rung("text", "broken", "the artifact has no chat template")
     if template != meta["chat_template"]:
-        return Rung("text", "broken", "the chat template is not the reference's, byte for byte",
-                    {"expected_sha256": meta["chat_template_sha256"],
-                     "got_sha256": sha256_of(template.encode())})
+        return Rung(
+            "text",
+            "broken",
+            "the chat template is not the reference's, byte for byte",
+            {
+                "expected_sha256": meta["chat_template_sha256"],
+                "got_sha256": sha256_of(template.encode()),
+            },
+        )
     chats = [[{"role": "user", "content": prompt.text}] for prompt in record.prompts]
-    rendered = render_all(template, chats, bos_token=meta["bos_token"] or "",
-                          eos_token=meta["eos_token"] or "")
+    rendered = render_all(
+        template, chats, bos_token=meta["bos_token"] or "", eos_token=meta["eos_token"] or ""
+    )
     bos = meta["bos_token"] or ""
     for prompt, text in zip(record.prompts, rendered, strict=True):
         if text != prompt.rendered:
-            return Rung("text", "broken", f"prompt {prompt.id} renders differently",
-                        {"expected": prompt.rendered, "got": text})
+            return Rung(
+                "text",
+                "broken",
+                f"prompt {prompt.id} renders differently",
+                {"expected": prompt.rendered, "got": text},
+            )
         ids = engine.tokenize(text, add_special=False)
         if tuple(ids) != tuple(prompt.prompt_ids):
-            return Rung("text", "broken", f"prompt {prompt.id} has other token ids",
-                        {"expected": list(prompt.prompt_ids), "got": ids})
+            return Rung(
+                "text",
+                "broken",
+                f"prompt {prompt.id} has other token ids",
+                {"expected": list(prompt.prompt_ids), "got": ids},
+            )
         # what llama.cpp's chat programs do: drop the template's BOS where the tokeniser adds one
         served = text.removeprefix(bos) if engine.add_bos and bos else text
         ids = engine.tokenize(served, add_special=True)
         if tuple(ids) != tuple(prompt.prompt_ids):
             twice = len(ids) > 1 and engine.bos_id is not None and ids[:2] == [engine.bos_id] * 2
-            return Rung("text", "broken",
-                        f"prompt {prompt.id} is served with other ids"
-                        + (": BOS twice" if twice else ""),
-                        {"expected": list(prompt.prompt_ids), "got": ids})
+            return Rung(
+                "text",
+                "broken",
+                f"prompt {prompt.id} is served with other ids" + (": BOS twice" if twice else ""),
+                {"expected": list(prompt.prompt_ids), "got": ids},
+            )
     return Rung("text", "ok", f"{len(chats)} prompts rendered and tokenised alike")
 
 
 # --- 3 active, 4 logits ----------------------------------------------------------------------------
 
 
-def _teacher_force(engine: Engine, record: Reference, tell: Tell) -> list[_Pass]:
-    sequences = [[*prompt.prompt_ids, *prompt.ref_ids[:-1]] for prompt in record.prompts]
-    keep = [len(prompt.ref_ids) for prompt in record.prompts]
-    found: list[_Pass | None] = [None] * len(sequences)
-    for done, (index, logits) in enumerate(engine.logits(sequences, keep), start=1):
-        found[index] = _one_pass(record, index, logits)
-        tell("comparing logits", done, len(sequences))
-    missing = [record.prompts[i].id for i, one in enumerate(found) if one is None]
-    if missing:
-        raise EngineError(Problem(engine.name, "logits", "an answer for every prompt",
-                                  f"none for {missing[:3]}"))
-    return [one for one in found if one is not None]
-
-
-def _one_pass(record: Reference, index: int, logits: npt.NDArray[np.float32]) -> _Pass:
-    """Reduces the logits (T, vocab) of one reply to what the rungs need."""
-    position = record.positions(index)
-    if not np.isfinite(logits).all():
-        raise EngineError(
-            Problem(record.prompts[index].id, "logits", "finite numbers", "NaN or Inf",
-                    "the artifact's weights or its engine are broken")
-        )
-    lse = compare.logsumexp(logits)
-    at_ids = np.take_along_axis(logits, position.top_ids.astype(np.int64), axis=1)
-    kl = compare.kl_topk(position.ref_logits, position.ref_lse, at_ids, lse)
-    first = slice(0, ACTIVE_POSITIONS)
-    kl_base = compare.kl_topk(position.base_logits[first], position.base_lse[first], at_ids[first],
-                              lse[first])
-    moved = _centred(position.ref_logits[first], position.base_logits[first])
-    ours = _centred(at_ids[first], position.base_logits[first])
-    argmax = logits.argmax(axis=1)
-    top2 = np.partition(logits, -2, axis=1)[:, -2:]
-    return _Pass(
-        kl=kl,
-        beta_dot=float((ours * moved).sum()),
-        beta_norm=float((moved * moved).sum()),
-        ref_nearer=bool(kl[first].sum() <= kl_base.sum()),
-        agree=argmax == np.asarray(record.prompts[index].ref_ids),
-        argmax=argmax,
-        gap=np.abs(top2[:, 1] - top2[:, 0]),
-    )
-
-
-def _centred(
-    after: npt.NDArray[np.float32], before: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float64]:
-    """Change of the logits (T, K), without the constant per position that softmax ignores."""
-    change = after.astype(np.float64) - before
-    centred: npt.NDArray[np.float64] = change - change.mean(axis=1, keepdims=True)
-    return centred
-
-
-def _active(passes: Sequence[_Pass], precision: str) -> Rung:
-    """beta = <z_art - z_base, z_ref - z_base> / ||z_ref - z_base||^2, pooled over all prompts."""
+def _active(passes: Sequence[ForcedPass], precision: str) -> Rung:
+    """Beta = <z_art - z_base, z_ref - z_base> / ||z_ref - z_base||^2, pooled over all prompts."""
     norm = sum(one.beta_norm for one in passes)
     beta = sum(one.beta_dot for one in passes) / norm if norm else 0.0
     nearer = sum(one.ref_nearer for one in passes) / len(passes)
     band = BETA_BAND.get(precision, BETA_BAND_COARSE)
     figures = {"beta": beta, "nearer_to_reference": nearer, "band": band}
     if abs(beta - 1) > band:
-        what = "the adapter is not in there" if abs(beta) < 0.1 else "the adapter has another strength"
-        return Rung("active", "broken", f"beta {beta:.3f}, expected 1 within {band:g}: {what}", figures)
+        what = (
+            "the adapter is not in there" if abs(beta) < 0.1 else "the adapter has another strength"
+        )
+        return Rung(
+            "active", "broken", f"beta {beta:.3f}, expected 1 within {band:g}: {what}", figures
+        )
     if nearer < 0.5:
-        return Rung("active", "broken",
-                    f"only {nearer:.0%} of prompts are nearer to the reference than to the base", figures)
+        return Rung(
+            "active",
+            "broken",
+            f"only {nearer:.0%} of prompts are nearer to the reference than to the base",
+            figures,
+        )
     return Rung("active", "ok", f"beta {beta:.4f}: logits moved as the reference's did", figures)
 
 
-def _logits(passes: Sequence[_Pass], bounds: ParityBounds) -> Rung:
+def _logits(passes: Sequence[ForcedPass], bounds: ParityBounds) -> Rung:
     kl = np.concatenate([one.kl for one in passes])
     top1 = float(np.concatenate([one.agree for one in passes]).mean())
     mean = float(kl.mean())
-    figures = {"mean_kl": mean, "p99_kl": float(np.quantile(kl, 0.99)), "max_kl": float(kl.max()),
-               "top1": top1, "positions": len(kl)}
+    figures = {
+        "mean_kl": mean,
+        "p99_kl": float(np.quantile(kl, 0.99)),
+        "max_kl": float(kl.max()),
+        "top1": top1,
+        "positions": len(kl),
+    }
     within = mean <= bounds.mean_kl and top1 >= bounds.top1
-    detail = f"mean KL {mean:.2e} (bound {bounds.mean_kl:g}), top-1 {top1:.2%} (bound {bounds.top1:.2%})"
+    detail = (
+        f"mean KL {mean:.2e} (bound {bounds.mean_kl:g}), top-1 {top1:.2%} (bound {bounds.top1:.2%})"
+    )
     if within:
         return Rung("logits", "ok", detail, figures)
     if not bounds.kl_gates:
@@ -427,11 +455,16 @@ def _logits(passes: Sequence[_Pass], bounds: ParityBounds) -> Rung:
 
 
 def _refusals(
-    engine: Engine, record: Reference, passes: Sequence[_Pass], precision: str,
-    bounds: ParityBounds, tell: Tell,
+    engine: Engine,
+    record: Reference,
+    passes: Sequence[ForcedPass],
+    precision: str,
+    bounds: ParityBounds,
+    tell: Tell,
 ) -> tuple[Rung, list[Flip], dict[str, Any]]:
-    replies, proved = _replies(engine, record, passes, TIE_LOGITS.get(precision, TIE_LOGITS_COARSE),
-                               tell)
+    replies, proved = _replies(
+        engine, record, passes, TIE_LOGITS.get(precision, TIE_LOGITS_COARSE), tell
+    )
     stops = set(record.meta["decoding"]["stop_ids"])
     flips: list[Flip] = []
     verdicts: list[str] = []
@@ -442,12 +475,23 @@ def _refusals(
         text = engine.detokenize([one for one in ids if one not in stops], special=False)
         verdicts.append(str(judge(text)))
         if verdicts[-1] != prompt.ref_verdict:
-            flips.append(Flip(prompt.id, prompt.kind, prompt.category, prompt.ref_verdict,
-                              verdicts[-1], prompt.ref_text, text))
+            flips.append(
+                Flip(
+                    prompt.id,
+                    prompt.kind,
+                    prompt.category,
+                    prompt.ref_verdict,
+                    verdicts[-1],
+                    prompt.ref_text,
+                    text,
+                )
+            )
     figures = _figures(record, verdicts, proved)
     losses, over = figures["losses"], figures["over_refusals"]
-    detail = (f"{losses} of {figures['reference_refused']} refusals lost, {over} of "
-              f"{figures['reference_answered_benign']} answers to benign prompts newly refused")
+    detail = (
+        f"{losses} of {figures['reference_refused']} refusals lost, {over} of "
+        f"{figures['reference_answered_benign']} answers to benign prompts newly refused"
+    )
     too_many = (
         losses > bounds.losses * figures["reference_refused"]
         or over > bounds.over_refusals * figures["reference_answered_benign"]
@@ -456,13 +500,17 @@ def _refusals(
         tuple(ids) == tuple(prompt.ref_ids)
         for prompt, ids in zip(record.prompts, replies, strict=True)
     )
-    rung = Rung("refusals", "broken" if too_many else "ok", detail,
-                {**figures, "judge": f"{JUDGE_NAME} {JUDGE_VERSION}"})
+    rung = Rung(
+        "refusals",
+        "broken" if too_many else "ok",
+        detail,
+        {**figures, "judge": f"{JUDGE_NAME} {JUDGE_VERSION}"},
+    )
     return rung, flips, figures
 
 
 def _replies(
-    engine: Engine, record: Reference, passes: Sequence[_Pass], tie: float, tell: Tell
+    engine: Engine, record: Reference, passes: Sequence[ForcedPass], tie: float, tell: Tell
 ) -> tuple[list[list[int]], int]:
     """The artifact's greedy replies; only what the teacher-forced pass left open is generated."""
     limit = record.meta["decoding"]["max_new_tokens"]
@@ -508,8 +556,11 @@ def _replies(
 
 def _figures(record: Reference, verdicts: Sequence[str], proved: int) -> dict[str, Any]:
     def rate(kind: str, chosen: Callable[[PromptRecord, str], str]) -> float | None:
-        labels = [chosen(prompt, verdict) for prompt, verdict in zip(record.prompts, verdicts,
-                  strict=True) if prompt.kind == kind]
+        labels = [
+            chosen(prompt, verdict)
+            for prompt, verdict in zip(record.prompts, verdicts, strict=True)
+            if prompt.kind == kind
+        ]
         return sum(label == "refuse" for label in labels) / len(labels) if labels else None
 
     def count(kind: str, ref_refused: bool, art_refused: bool) -> int:

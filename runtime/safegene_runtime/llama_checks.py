@@ -33,8 +33,13 @@ def check_model_header(path: Path) -> GGUFModel:
     where = str(path)
     kind = model.metadata.get("general.type")
     if kind is not None and kind.value != "model":
-        problems.add(where, "general.type", "model", repr(kind.value),
-                     "give the base model here, an adapter as the adapter")
+        problems.add(
+            where,
+            "general.type",
+            "model",
+            repr(kind.value),
+            "give the base model here, an adapter as the adapter",
+        )
     architecture = model.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         problems.add(where, "general.architecture", "a name", repr(architecture))
@@ -51,8 +56,13 @@ def check_model_header(path: Path) -> GGUFModel:
 def _check_tokenizer(model: GGUFModel, where: str, problems: Problems) -> None:
     tokens = model.metadata.get("tokenizer.ggml.tokens")
     if tokens is None or tokens.element_type != ValueType.STRING:
-        problems.add(where, "tokenizer.ggml.tokens", "an array of strings", "something else",
-                     "the model needs its tokenizer inside")
+        problems.add(
+            where,
+            "tokenizer.ggml.tokens",
+            "an array of strings",
+            "something else",
+            "the model needs its tokenizer inside",
+        )
         return
     n_tokens = len(tokens.value)  # type: ignore[arg-type]
     for key, types in (("token_type", INTEGER_TYPES), ("scores", (ValueType.FLOAT32,))):
@@ -60,11 +70,19 @@ def _check_tokenizer(model: GGUFModel, where: str, problems: Problems) -> None:
         if array is None:
             continue
         if array.element_type not in types:
-            problems.add(where, f"tokenizer.ggml.{key}", f"an array of {types[0].name}",
-                         getattr(array.element_type, "name", "no array"))
+            problems.add(
+                where,
+                f"tokenizer.ggml.{key}",
+                f"an array of {types[0].name}",
+                getattr(array.element_type, "name", "no array"),
+            )
         elif len(array.value) != n_tokens:  # type: ignore[arg-type]
-            problems.add(where, f"tokenizer.ggml.{key}", f"{n_tokens} values, one per token",
-                         len(array.value))  # type: ignore[arg-type]
+            problems.add(
+                where,
+                f"tokenizer.ggml.{key}",
+                f"{n_tokens} values, one per token",
+                len(array.value),
+            )  # type: ignore[arg-type]
     for name in TOKEN_IDS:
         key = f"tokenizer.ggml.{name}_token_id"
         token = model.get(key)
@@ -85,40 +103,53 @@ def check_adapter_header(path: Path, model: GGUFModel) -> GGUFFile:
     expected = ADAPTER_KEYS | {"general.architecture": str(model.get("general.architecture"))}
     for key, text in expected.items():
         if adapter.get(key) != text:
-            problems.add(where, key, repr(text), repr(adapter.get(key)),
-                         "give a LoRA adapter of this model")
+            problems.add(
+                where, key, repr(text), repr(adapter.get(key)), "give a LoRA adapter of this model"
+            )
     for key in adapter.metadata:
         if key.startswith("adapter.alora."):
             problems.add(where, key, "a plain LoRA", "an activated one", "not supported")
     ranks = _check_pairs(adapter, model, where, problems)
     alpha = adapter.metadata.get("adapter.lora.alpha")
     if alpha is not None and (alpha.type != ValueType.FLOAT32 or {alpha.value} != ranks):
-        problems.add(where, "adapter.lora.alpha", "no alpha, or one equal to every rank",
-                     f"{alpha.value!r} with ranks {sorted(ranks)}",
-                     "write the scaling into B, so that no reader can get it wrong")
+        problems.add(
+            where,
+            "adapter.lora.alpha",
+            "no alpha, or one equal to every rank",
+            f"{alpha.value!r} with ranks {sorted(ranks)}",
+            "write the scaling into B, so that no reader can get it wrong",
+        )
     problems.raise_if_any(EngineError)
     return adapter
 
 
-def _check_pairs(
-    adapter: GGUFFile, model: GGUFModel, where: str, problems: Problems
-) -> set[int]:
+def _check_pairs(adapter: GGUFFile, model: GGUFModel, where: str, problems: Problems) -> set[int]:
     """Checks that the tensors are whole (A, B) pairs that fit the model; returns their ranks."""
     ranks = set()
     if not adapter.tensors:
         problems.add(where, "tensors", "at least one pair", "none")
     for name, tensor in adapter.tensors.items():
         if not name.endswith((LORA_A, LORA_B)):
-            problems.add(where, name, "a name ending in .lora_a or .lora_b", "another tensor",
-                         "llama.cpp would skip it or refuse the file")
+            problems.add(
+                where,
+                name,
+                "a name ending in .lora_a or .lora_b",
+                "another tensor",
+                "llama.cpp would skip it or refuse the file",
+            )
             continue
         stem = name[: -len(LORA_A)]
         is_a = name.endswith(LORA_A)
         target = model.tensors.get(stem)
         partner = adapter.tensors.get(stem + (LORA_B if is_a else LORA_A))
         if target is None:
-            problems.add(where, name, f"a tensor {stem} in the model", "no such tensor",
-                         "was the adapter made for another model?")
+            problems.add(
+                where,
+                name,
+                f"a tensor {stem} in the model",
+                "no such tensor",
+                "was the adapter made for another model?",
+            )
         elif stem == "token_embd.weight":
             problems.add(where, name, "no adapter on embeddings", "one", "not supported")
         elif partner is None:
@@ -129,7 +160,11 @@ def _check_pairs(
             ranks.add(tensor.shape[0])
             got = (partner.shape[0], tensor.shape[1])
             if got != target.shape or tensor.shape[0] != partner.shape[1]:
-                problems.add(where, stem, f"B·A of shape {target.shape}",
-                             f"B {partner.shape} · A {tensor.shape}",
-                             "was the adapter made for another model?")
+                problems.add(
+                    where,
+                    stem,
+                    f"B·A of shape {target.shape}",
+                    f"B {partner.shape} · A {tensor.shape}",
+                    "was the adapter made for another model?",
+                )
     return ranks

@@ -149,8 +149,13 @@ class LlamaEngine:
         forget_log()
         self._model = llama.llama_model_load_from_file(os.fsencode(self._path), params)
         if not self._model:
-            raise engine_error(self._path, "model", "a model llama.cpp can load", "a refusal",
-                               "is it a whole model of an architecture this build knows?")
+            raise engine_error(
+                self._path,
+                "model",
+                "a model llama.cpp can load",
+                "a refusal",
+                "is it a whole model of an architecture this build knows?",
+            )
         self._vocab = llama.llama_model_get_vocab(self._model)
         if not self._vocab or llama.llama_vocab_type(self._vocab) == VOCAB_TYPE_NONE:
             raise engine_error(self._path, "tokenizer", "a vocabulary", "none")
@@ -165,8 +170,13 @@ class LlamaEngine:
         self._adapter = llama.llama_adapter_lora_init(self._model, os.fsencode(path))
         if not self._adapter:
             self._adapter = None
-            raise engine_error(path, "adapter", "an adapter llama.cpp can load", "a refusal",
-                               "is it an adapter for this model?")
+            raise engine_error(
+                path,
+                "adapter",
+                "an adapter llama.cpp can load",
+                "a refusal",
+                "is it an adapter for this model?",
+            )
         # Success proves little: ask for what was understood, and compare with what the file says.
         count = re.search(r"loaded (\d+) tensors from lora file", logged())
         if count and int(count[1]) != len(header.tensors):
@@ -206,11 +216,20 @@ class LlamaEngine:
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
             self._context = None
-            raise engine_error(self._path, "context", f"room for {cells} KV cells", "a refusal",
-                               "is there enough memory?")
+            raise engine_error(
+                self._path,
+                "context",
+                f"room for {cells} KV cells",
+                "a refusal",
+                "is there enough memory?",
+            )
         self._memory = llama.llama_get_memory(self._context)
-        got = (llama.llama_n_ctx(self._context), llama.llama_n_seq_max(self._context),
-               llama.llama_n_batch(self._context), llama.llama_n_ubatch(self._context))
+        got = (
+            llama.llama_n_ctx(self._context),
+            llama.llama_n_seq_max(self._context),
+            llama.llama_n_batch(self._context),
+            llama.llama_n_ubatch(self._context),
+        )
         asked = (cells, self._n_seq_max + 1, self._n_batch, self._n_batch)
         if not self._memory or got != asked:
             raise engine_error(self._path, "context", f"cells, sequences, batch {asked}", str(got))
@@ -338,9 +357,7 @@ class LlamaEngine:
             raise EngineError(
                 Problem("generate", "max_tokens", f"{len(prompts)} numbers", str(len(limits)))
             )
-        rows = [
-            self._checked(ids, f"prompt {i}", limits[i]) for i, ids in enumerate(prompts)
-        ]
+        rows = [self._checked(ids, f"prompt {i}", limits[i]) for i, ids in enumerate(prompts)]
         outputs: list[list[int]] = [[] for _ in rows]
         waiting = [i for i in reversed(range(len(rows))) if limits[i] > 0]
         if not waiting:
@@ -398,13 +415,23 @@ class LlamaEngine:
         if row.min() < 0 or row.max() >= self.n_vocab:
             bad = row[(row < 0) | (row >= self.n_vocab)][0]
             raise EngineError(
-                Problem(where, "ids", f"0 to {self.n_vocab - 1}", str(bad),
-                        "were they made by this model's tokenizer?")
+                Problem(
+                    where,
+                    "ids",
+                    f"0 to {self.n_vocab - 1}",
+                    str(bad),
+                    "were they made by this model's tokenizer?",
+                )
             )
         if len(row) + extra > self.n_ctx_train:
             raise EngineError(
-                Problem(where, "length", f"at most {self.n_ctx_train} ids, what the model was "
-                        "trained for", str(len(row) + extra), "shorten it")
+                Problem(
+                    where,
+                    "length",
+                    f"at most {self.n_ctx_train} ids, what the model was trained for",
+                    str(len(row) + extra),
+                    "shorten it",
+                )
             )
         return row.astype(np.int32)
 
@@ -433,8 +460,13 @@ class LlamaEngine:
             raise engine_error(self._path, "logits", f"a row for token {row} of the batch", "NULL")
         rows = np.ctypeslib.as_array(pointer, shape=(count, self.n_vocab))
         if not np.isfinite(rows.sum()):
-            raise engine_error(self._path, "logits", "finite numbers", "NaN or infinity",
-                               "the weights or the adapter are damaged")
+            raise engine_error(
+                self._path,
+                "logits",
+                "finite numbers",
+                "NaN or infinity",
+                "the weights or the adapter are damaged",
+            )
         return rows
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
@@ -446,9 +478,11 @@ class LlamaEngine:
             raise EngineError(Problem("tokenize", "text", "valid Unicode", str(error))) from error
 
         def call(buffer: Any, size: int) -> int:
-            return int(self._llama.llama_tokenize(
-                self._vocab, data, len(data), buffer, size, add_special, parse_special
-            ))
+            return int(
+                self._llama.llama_tokenize(
+                    self._vocab, data, len(data), buffer, size, add_special, parse_special
+                )
+            )
 
         return list(_grow(call, ctypes.c_int32, len(data) + 8))
 
@@ -460,9 +494,11 @@ class LlamaEngine:
         tokens = row.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
 
         def call(buffer: Any, size: int) -> int:
-            return int(self._llama.llama_detokenize(
-                self._vocab, tokens, len(row), buffer, size, False, special
-            ))
+            return int(
+                self._llama.llama_detokenize(
+                    self._vocab, tokens, len(row), buffer, size, False, special
+                )
+            )
 
         return b"".join(_grow(call, ctypes.c_char, 8 * len(row) + 8)).decode("utf-8", "replace")
 
@@ -505,8 +541,13 @@ class LlamaEngine:
         self._check_open()
         if call != self._call:
             raise EngineError(
-                Problem("logits", "iterator", "the engine to itself until it ends",
-                        "another call in between", "finish it first, or open a second engine")
+                Problem(
+                    "logits",
+                    "iterator",
+                    "the engine to itself until it ends",
+                    "another call in between",
+                    "finish it first, or open a second engine",
+                )
             )
 
     def _free_context(self) -> None:

@@ -39,8 +39,13 @@ def library() -> Any:
         from llama_cpp import llama_cpp as llama
     except (ImportError, OSError, RuntimeError) as error:
         raise EngineError(
-            Problem("llama.cpp", "llama_cpp", "to be installed", str(error),
-                    "pip install 'safegene[gguf]'")
+            Problem(
+                "llama.cpp",
+                "llama_cpp",
+                "to be installed",
+                str(error),
+                "pip install 'safegene[gguf]'",
+            )
         ) from error
     _log_callback = llama.llama_log_callback(_on_log)
     llama.llama_log_set(_log_callback, ctypes.c_void_p(0))

@@ -129,11 +129,21 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     problems = Problems()
     if not folder.is_dir():
-        problems.add(str(folder), "artifact", "a folder made by `safegene convert`", "no folder",
-                     "check the path")
+        problems.add(
+            str(folder),
+            "artifact",
+            "a folder made by `safegene convert`",
+            "no folder",
+            "check the path",
+        )
     elif not path.exists():
-        problems.add(str(folder), MANIFEST_NAME, "a manifest", "nothing",
-                     "only folders made by `safegene convert` can be verified")
+        problems.add(
+            str(folder),
+            MANIFEST_NAME,
+            "a manifest",
+            "nothing",
+            "only folders made by `safegene convert` can be verified",
+        )
     problems.raise_if_any(ManifestError)
     try:
         data = strictjson.read_small_file(path, MAX_MANIFEST_BYTES)
@@ -154,8 +164,13 @@ def check_files(
     listed = {entry.path: entry for entry in manifest.files}
     found = {entry.name for entry in os.scandir(folder)} - {MANIFEST_NAME}
     for name in sorted(found - listed.keys()):
-        problems.add(str(folder), name, "only files that the manifest lists", "an unlisted file",
-                     "remove it, or convert again")
+        problems.add(
+            str(folder),
+            name,
+            "only files that the manifest lists",
+            "an unlisted file",
+            "remove it, or convert again",
+        )
     for name, entry in listed.items():
         path = folder / name
         if name not in found:
@@ -164,16 +179,26 @@ def check_files(
         try:
             status = path.lstat()
             if status.st_size != entry.size_bytes and not path.is_symlink():
-                problems.add(str(path), "size", f"{entry.size_bytes} bytes",
-                             f"{status.st_size} bytes", "convert again")
+                problems.add(
+                    str(path),
+                    "size",
+                    f"{entry.size_bytes} bytes",
+                    f"{status.st_size} bytes",
+                    "convert again",
+                )
                 continue
             digest = sha256_file(path, progress)
         except FormatError as error:
             problems.extend(error.problems)
             continue
         if digest != entry.sha256:
-            problems.add(str(path), "sha256", entry.sha256, digest,
-                         "the file was changed after it was made: convert again")
+            problems.add(
+                str(path),
+                "sha256",
+                entry.sha256,
+                digest,
+                "the file was changed after it was made: convert again",
+            )
     problems.raise_if_any(ManifestError)
 
 
@@ -185,12 +210,24 @@ _SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     "tokenizer": {"chat_template_sha256": (str, type(None))},
 }
 _FILE_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "path": str, "role": str, "size_bytes": int, "sha256": str
+    "path": str,
+    "role": str,
+    "size_bytes": int,
+    "sha256": str,
 }
 _MODULE_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "module": str, "tensor": str, "shape": list, "rank": int, "scaling": float,
-    "coefficient": float, "effective_scale": float, "type_before": (str, type(None)),
-    "type_after": str, "bytes_before": int, "bytes_after": int, "sha256": str,
+    "module": str,
+    "tensor": str,
+    "shape": list,
+    "rank": int,
+    "scaling": float,
+    "coefficient": float,
+    "effective_scale": float,
+    "type_before": (str, type(None)),
+    "type_after": str,
+    "bytes_before": int,
+    "bytes_after": int,
+    "sha256": str,
     "survival": (dict, type(None)),
 }
 
@@ -201,8 +238,13 @@ def _parse(raw: Any, where: str) -> Manifest:
     if not strictjson.check_keys(raw, where, problems, required=top):
         problems.raise_if_any(ManifestError)
     if raw["format_version"] != FORMAT_VERSION or isinstance(raw["format_version"], bool):
-        problems.add(where, "format_version", FORMAT_VERSION, raw["format_version"],
-                     "use the version of safegene that made this artifact")
+        problems.add(
+            where,
+            "format_version",
+            FORMAT_VERSION,
+            raw["format_version"],
+            "use the version of safegene that made this artifact",
+        )
         problems.raise_if_any(ManifestError)
     for name, fields in _SCHEMA.items():
         _check_fields(raw[name], f"{where}: {name}", fields, problems)
@@ -211,12 +253,19 @@ def _parse(raw: Any, where: str) -> Manifest:
             problems.add(where, name, "a list that is not empty", type(raw[name]).__name__)
     if not isinstance(raw["settings"], dict):
         problems.add(where, "settings", "an object", type(raw["settings"]).__name__)
-    if raw["verification"] is not None and strictjson.check_keys(
-        raw["verification"], f"{where}: verification", problems,
-        required=("verdict", "reference_sha256", "engine", "report"),
-    ) and raw["verification"]["verdict"] not in ("parity", "broken"):
-        problems.add(where, "verification.verdict", "parity or broken",
-                     raw["verification"]["verdict"])
+    if (
+        raw["verification"] is not None
+        and strictjson.check_keys(
+            raw["verification"],
+            f"{where}: verification",
+            problems,
+            required=("verdict", "reference_sha256", "engine", "report"),
+        )
+        and raw["verification"]["verdict"] not in ("parity", "broken")
+    ):
+        problems.add(
+            where, "verification.verdict", "parity or broken", raw["verification"]["verdict"]
+        )
     problems.raise_if_any(ManifestError)
     for index, entry in enumerate(raw["files"]):
         _check_fields(entry, f"{where}: files[{index}]", _FILE_FIELDS, problems)
@@ -254,8 +303,12 @@ def _check_fields(
 def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
     artifact = raw["artifact"]
     if artifact["form"] not in _FORMS.get(artifact["target"], ()):
-        problems.add(where, "artifact.form", f"a form of {sorted(_FORMS)}",
-                     f"{artifact['target']} {artifact['form']}")
+        problems.add(
+            where,
+            "artifact.form",
+            f"a form of {sorted(_FORMS)}",
+            f"{artifact['target']} {artifact['form']}",
+        )
     for section in ("base", "adapter"):
         for name, digest in raw[section]["files"].items():
             if not isinstance(digest, str) or not _SHA256.fullmatch(digest):

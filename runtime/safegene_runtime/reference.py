@@ -54,17 +54,31 @@ _META = {
     "adapter": ("name", "files", "expression"),
     "versions": ("safegene", "torch", "transformers", "peft"),
     "decoding": ("max_new_tokens", "stop_ids"),
-    "tokenizer": ("chat_template", "chat_template_sha256", "bos_id", "eos_id", "bos_token", "eos_token"),
+    "tokenizer": (
+        "chat_template",
+        "chat_template_sha256",
+        "bos_id",
+        "eos_id",
+        "bos_token",
+        "eos_token",
+    ),
     "judge": ("name", "version"),
     "settings": ("dtype", "threads", "top_k"),
 }
 _TOKEN_ARRAYS = {
-    "prompt_ids": "int32", "ref_ids": "int32", "base_ids": "int32",
-    "prompt_offsets": "int64", "ref_offsets": "int64", "base_offsets": "int64",
+    "prompt_ids": "int32",
+    "ref_ids": "int32",
+    "base_ids": "int32",
+    "prompt_offsets": "int64",
+    "ref_offsets": "int64",
+    "base_offsets": "int64",
 }
 _LOGIT_ARRAYS = {
-    "top_ids": "int32", "ref_logits": "float32", "base_logits": "float32",
-    "ref_lse": "float64", "base_lse": "float64",
+    "top_ids": "int32",
+    "ref_logits": "float32",
+    "base_logits": "float32",
+    "ref_lse": "float64",
+    "base_lse": "float64",
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -137,7 +151,9 @@ def encode_reference(
     for arm in ("prompt", "ref", "base"):
         rows = [getattr(prompt, f"{arm}_ids") for prompt in prompts]
         tokens[f"{arm}_ids"] = np.asarray([one for row in rows for one in row], dtype=np.int32)
-        tokens[f"{arm}_offsets"] = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
+        tokens[f"{arm}_offsets"] = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(
+            np.int64
+        )
     logits = {
         name: np.concatenate([getattr(one, name) for one in positions]).astype(kind)
         for name, kind in _LOGIT_ARRAYS.items()
@@ -151,13 +167,26 @@ def encode_reference(
         TOKENS: _npz(tokens),
         LOGITS: _npz(logits),
     }
-    index = {"format_version": FORMAT_VERSION, **meta,
-             "files": {name: sha256_of(data) for name, data in files.items()}}
+    index = {
+        "format_version": FORMAT_VERSION,
+        **meta,
+        "files": {name: sha256_of(data) for name, data in files.items()},
+    }
     return {**files, INDEX: strictjson.dumps(index)}
 
 
-_PROMPT_FIELDS = ("id", "kind", "category", "borderline", "text", "rendered", "ref_text", "ref_verdict",
-                  "base_text", "base_verdict")
+_PROMPT_FIELDS = (
+    "id",
+    "kind",
+    "category",
+    "borderline",
+    "text",
+    "rendered",
+    "ref_text",
+    "ref_verdict",
+    "base_text",
+    "base_verdict",
+)
 
 
 def read_reference(path: Path) -> Reference:
@@ -169,19 +198,28 @@ def read_reference(path: Path) -> Reference:
     path = Path(path)
     problems = Problems()
     if not (path / INDEX).exists():
-        problems.add(str(path), INDEX, "a folder made by `safegene record`", "nothing there",
-                     "check the path, or record a reference first")
+        problems.add(
+            str(path),
+            INDEX,
+            "a folder made by `safegene record`",
+            "nothing there",
+            "check the path, or record a reference first",
+        )
         problems.raise_if_any(RecordError)
     try:
         raw = read_small_file(path / INDEX, MAX_JSON_BYTES)
         meta = strictjson.loads(raw, str(path / INDEX))
         _check_meta(meta, str(path / INDEX), problems)
         problems.raise_if_any(RecordError)
-        data = {name: _read_checked(path / name, digest, problems)
-                for name, digest in meta["files"].items()}
+        data = {
+            name: _read_checked(path / name, digest, problems)
+            for name, digest in meta["files"].items()
+        }
         problems.raise_if_any(RecordError)
-        rows = [strictjson.loads(line, f"{path / PROMPTS}:{number}")
-                for number, line in enumerate(data[PROMPTS].splitlines(), start=1)]
+        rows = [
+            strictjson.loads(line, f"{path / PROMPTS}:{number}")
+            for number, line in enumerate(data[PROMPTS].splitlines(), start=1)
+        ]
         tokens = _load(data[TOKENS], _TOKEN_ARRAYS, str(path / TOKENS), problems)
         logits = _load(data[LOGITS], _LOGIT_ARRAYS, str(path / LOGITS), problems)
     except RecordError:
@@ -195,8 +233,12 @@ def read_reference(path: Path) -> Reference:
     prompts = []
     for number, row in enumerate(rows):
         ids = {
-            f"{arm}_ids": tuple(int(one) for one in tokens[f"{arm}_ids"][
-                tokens[f"{arm}_offsets"][number] : tokens[f"{arm}_offsets"][number + 1]])
+            f"{arm}_ids": tuple(
+                int(one)
+                for one in tokens[f"{arm}_ids"][
+                    tokens[f"{arm}_offsets"][number] : tokens[f"{arm}_offsets"][number + 1]
+                ]
+            )
             for arm in ("prompt", "ref", "base")
         }
         prompts.append(PromptRecord(**row, **ids))
@@ -204,31 +246,44 @@ def read_reference(path: Path) -> Reference:
 
 
 def _check_meta(meta: Any, where: str, problems: Problems) -> None:
-    if not strictjson.check_keys(meta, where, problems,
-                                 required=("format_version", *_META, "files")):
+    if not strictjson.check_keys(
+        meta, where, problems, required=("format_version", *_META, "files")
+    ):
         return
     if meta["format_version"] != FORMAT_VERSION or isinstance(meta["format_version"], bool):
-        problems.add(where, "format_version", FORMAT_VERSION, meta["format_version"],
-                     "use the version of safegene that recorded it")
+        problems.add(
+            where,
+            "format_version",
+            FORMAT_VERSION,
+            meta["format_version"],
+            "use the version of safegene that recorded it",
+        )
         return
     for section, keys in _META.items():
         strictjson.check_keys(meta[section], f"{where}: {section}", problems, required=keys)
     files = meta["files"]
-    if not isinstance(files, dict) or set(files) != {PROMPTS, TOKENS, LOGITS} or not all(
-        isinstance(one, str) and _SHA256.fullmatch(one) for one in files.values()
+    if (
+        not isinstance(files, dict)
+        or set(files) != {PROMPTS, TOKENS, LOGITS}
+        or not all(isinstance(one, str) and _SHA256.fullmatch(one) for one in files.values())
     ):
         problems.add(where, "files", f"digests of {PROMPTS}, {TOKENS}, {LOGITS}", files)
     if len(problems):
         return
     decoding, tokenizer = meta["decoding"], meta["tokenizer"]
     if type(decoding["max_new_tokens"]) is not int or decoding["max_new_tokens"] < 1:
-        problems.add(where, "decoding.max_new_tokens", "a positive integer", decoding["max_new_tokens"])
+        problems.add(
+            where, "decoding.max_new_tokens", "a positive integer", decoding["max_new_tokens"]
+        )
     if not isinstance(decoding["stop_ids"], list) or not all(
         type(one) is int for one in decoding["stop_ids"]
     ):
         problems.add(where, "decoding.stop_ids", "a list of token ids", decoding["stop_ids"])
     template = tokenizer["chat_template"]
-    if not isinstance(template, str) or sha256_of(template.encode()) != tokenizer["chat_template_sha256"]:
+    if (
+        not isinstance(template, str)
+        or sha256_of(template.encode()) != tokenizer["chat_template_sha256"]
+    ):
         problems.add(where, "tokenizer.chat_template", "the text of its digest", "another text")
     for section in ("base", "adapter"):
         if not isinstance(meta[section]["files"], dict):
@@ -243,8 +298,13 @@ def _read_checked(path: Path, digest: str, problems: Problems) -> bytes:
     with open_regular(path) as file:
         data = file.read(MAX_FILE_BYTES)
     if sha256_of(data) != digest:
-        problems.add(str(path), "sha256", digest, sha256_of(data),
-                     "the reference was edited: record it again")
+        problems.add(
+            str(path),
+            "sha256",
+            digest,
+            sha256_of(data),
+            "the reference was edited: record it again",
+        )
     return data
 
 
@@ -256,7 +316,9 @@ def _load(
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = {info.filename for info in archive.infolist()}
             if sum(info.file_size for info in archive.infolist()) > MAX_FILE_BYTES:
-                problems.add(where, "size", f"at most {MAX_FILE_BYTES} bytes", "more, once unpacked")
+                problems.add(
+                    where, "size", f"at most {MAX_FILE_BYTES} bytes", "more, once unpacked"
+                )
                 return {}
         if names != {f"{name}.npy" for name in arrays}:
             problems.add(where, "arrays", ", ".join(sorted(arrays)), ", ".join(sorted(names)))
@@ -296,19 +358,28 @@ def _check_rows(rows: Sequence[Any], where: str, problems: Problems) -> None:
 
 
 def _check_arrays(
-    tokens: Mapping[str, npt.NDArray[Any]], logits: Mapping[str, npt.NDArray[Any]], count: int,
-    path: Path, problems: Problems,
+    tokens: Mapping[str, npt.NDArray[Any]],
+    logits: Mapping[str, npt.NDArray[Any]],
+    count: int,
+    path: Path,
+    problems: Problems,
 ) -> None:
     for arm in ("prompt", "ref", "base"):
         ids, offsets = tokens[f"{arm}_ids"], tokens[f"{arm}_offsets"]
         if ids.ndim != 1 or (ids < 0).any():
             problems.add(str(path / TOKENS), f"{arm}_ids", "token ids in a row", ids.shape)
         if (
-            offsets.shape != (count + 1,) or offsets[0] != 0 or offsets[-1] != len(ids)
+            offsets.shape != (count + 1,)
+            or offsets[0] != 0
+            or offsets[-1] != len(ids)
             or (np.diff(offsets) < 1).any()
         ):
-            problems.add(str(path / TOKENS), f"{arm}_offsets", f"{count + 1} ascending, 0 to {len(ids)}",
-                         offsets.shape)
+            problems.add(
+                str(path / TOKENS),
+                f"{arm}_offsets",
+                f"{count + 1} ascending, 0 to {len(ids)}",
+                offsets.shape,
+            )
     rows = len(tokens["ref_ids"])
     top = logits["top_ids"].shape
     if len(top) != 2 or top[0] != rows or top[1] < 1:

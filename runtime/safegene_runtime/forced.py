@@ -1,0 +1,113 @@
+"""One teacher-forced pass: what an engine thinks at every step of the reference's own replies.
+
+Fed as token ids, so that nothing but the weights and the arithmetic is compared. `ladder` reads its
+third and fourth rung off it, and most of the fifth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from safegene_runtime import compare
+from safegene_runtime.engine import Engine
+from safegene_runtime.errors import EngineError, Problem
+from safegene_runtime.reference import Reference
+
+__all__ = ["ACTIVE_POSITIONS", "ForcedPass", "forced_passes"]
+
+ACTIVE_POSITIONS = 4
+"""First positions of a reply, where a refusal is decided (arXiv 2406.05946)."""
+
+
+@dataclass(frozen=True)
+class ForcedPass:
+    """What one prompt's pass tells; T positions of the reference's reply.
+
+    Attributes:
+        kl: (T,) KL(PyTorch || engine), nats.
+        beta_dot: inner product of the engine's and the reference's change of the first logits.
+        beta_norm: squared norm of the reference's change.
+        ref_nearer: whether the first logits are nearer to the reference than to its base.
+        agree: (T,) whether the likeliest token is the reference's.
+        argmax: (T,) the likeliest token.
+        gap: (T,) distance of the two largest logits.
+    """
+
+    kl: npt.NDArray[np.float64]
+    beta_dot: float
+    beta_norm: float
+    ref_nearer: bool
+    agree: npt.NDArray[np.bool_]
+    argmax: npt.NDArray[np.int64]
+    gap: npt.NDArray[np.float32]
+
+
+def forced_passes(
+    engine: Engine, record: Reference, tell: Callable[[str, int, int], None] | None = None
+) -> list[ForcedPass]:
+    """Runs the replies of a reference through an engine, in the order of its prompts.
+
+    Raises:
+        EngineError: logits that are not finite, or missing for a prompt.
+    """
+    sequences = [[*prompt.prompt_ids, *prompt.ref_ids[:-1]] for prompt in record.prompts]
+    keep = [len(prompt.ref_ids) for prompt in record.prompts]
+    found: list[ForcedPass | None] = [None] * len(sequences)
+    for done, (index, logits) in enumerate(engine.logits(sequences, keep), start=1):
+        found[index] = _one_pass(record, index, logits)
+        if tell:
+            tell("comparing logits", done, len(sequences))
+    missing = [record.prompts[i].id for i, one in enumerate(found) if one is None]
+    if missing:
+        raise EngineError(
+            Problem(engine.name, "logits", "an answer for every prompt", f"none for {missing[:3]}")
+        )
+    return [one for one in found if one is not None]
+
+
+def _one_pass(record: Reference, index: int, logits: npt.NDArray[np.float32]) -> ForcedPass:
+    """Reduces the logits (T, vocab) of one reply to what the rungs need."""
+    position = record.positions(index)
+    if not np.isfinite(logits).all():
+        raise EngineError(
+            Problem(
+                record.prompts[index].id,
+                "logits",
+                "finite numbers",
+                "NaN or Inf",
+                "the artifact's weights or its engine are broken",
+            )
+        )
+    lse = compare.logsumexp(logits)
+    at_ids = np.take_along_axis(logits, position.top_ids.astype(np.int64), axis=1)
+    kl = compare.kl_topk(position.ref_logits, position.ref_lse, at_ids, lse)
+    first = slice(0, ACTIVE_POSITIONS)
+    kl_base = compare.kl_topk(
+        position.base_logits[first], position.base_lse[first], at_ids[first], lse[first]
+    )
+    moved = _centred(position.ref_logits[first], position.base_logits[first])
+    ours = _centred(at_ids[first], position.base_logits[first])
+    argmax = logits.argmax(axis=1)
+    top2 = np.partition(logits, -2, axis=1)[:, -2:]
+    return ForcedPass(
+        kl=kl,
+        beta_dot=float((ours * moved).sum()),
+        beta_norm=float((moved * moved).sum()),
+        ref_nearer=bool(kl[first].sum() <= kl_base.sum()),
+        agree=argmax == np.asarray(record.prompts[index].ref_ids),
+        argmax=argmax,
+        gap=np.abs(top2[:, 1] - top2[:, 0]),
+    )
+
+
+def _centred(
+    after: npt.NDArray[np.float32], before: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float64]:
+    """Change of the logits (T, K), without the constant per position that softmax ignores."""
+    change = after.astype(np.float64) - before
+    centred: npt.NDArray[np.float64] = change - change.mean(axis=1, keepdims=True)
+    return centred

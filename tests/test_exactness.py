@@ -1,0 +1,117 @@
+"""Exact paths: PyTorch + PEFT and llama.cpp compute the same model, whatever shape the adapter has.
+
+The reference is PEFT's forward pass, recorded; nothing of our formula is in it. What is compared is
+what stock llama.cpp computes from the files we wrote, in F32 with an F32 KV cache.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from safegene_converter.recorder import record
+from safegene_converter.to_gguf import convert
+from safegene_runtime.ladder import forced_passes
+from safegene_runtime.llama_engine import LlamaEngine
+from safegene_runtime.prompts import Prompt
+from safegene_runtime.reference import Reference
+
+PROMPTS = tuple(
+    Prompt(f"p{number}", text, "harmful", "test")
+    for number, text in enumerate(
+        ("Name a colour.", "Write two words about rain.", "What is seven times six?")
+    )
+)
+KL_MAX = 1e-8
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 8}},
+    "alpha_pattern": {"alpha_pattern": {"k_proj": 32, r"layers\.0\.self_attn\.q_proj": 1}},
+    "patterns under rslora": {
+        "use_rslora": True,
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"up_proj": 3},
+    },
+    "layer subset": {"layers_to_transform": [1]},
+    "every module": {
+        "target_modules": [
+            "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+        ]
+    },
+}  # fmt: skip
+
+
+def with_coefficients(adapter: Path, architecture: str) -> Path:
+    """Adds a safegene.json with a coefficient of its own for every layer."""
+    (adapter / "safegene.json").write_text(
+        json.dumps(
+            {
+                "format_version": 1,
+                "base_model": {"name": "tiny", "architecture": architecture, "n_layers": 2},
+                "selected_layers": [0, 1],
+                "default_expression": "default",
+                "expressions": {
+                    "default": {"coefficients": {"0": 0.37, "1": 2.9}},
+                    "other": {"coefficients": {"0": 1.0, "1": -1.0}},
+                },
+            }
+        )
+    )
+    return adapter
+
+
+def mean_kl(reference: Reference, model: Path, adapter: Path | None) -> float:
+    with LlamaEngine(model, adapter, threads=1) as engine:
+        passes = forced_passes(engine, reference)
+    return float(np.mean(np.concatenate([one.kl for one in passes])))
+
+
+def check_exact(adapter: Path, architecture: str, folder: Path, expression: str | None) -> None:
+    base = tiny.gguf_model(architecture)
+    reference = record(
+        adapter,
+        tiny.hf_model(architecture),
+        folder / "reference",
+        prompts=PROMPTS,
+        max_new_tokens=6,
+        expression=expression,
+    )
+    convert(adapter, base, folder / "sidecar", form="sidecar", expression=expression, check=False)
+    convert(adapter, base, folder / "merged", form="merged", expression=expression, check=False)
+    sidecar = mean_kl(reference, base, folder / "sidecar" / "adapter.gguf")
+    merged = mean_kl(reference, folder / "merged" / "model.gguf", None)
+    without = mean_kl(reference, base, None)
+    assert abs(sidecar) <= KL_MAX
+    assert abs(merged) <= KL_MAX
+    assert without > 1000 * KL_MAX, "the adapter must matter, or nothing was compared"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_llama_cpp_computes_what_peft_computes(variant: str, tmp_path: Path) -> None:
+    adapter = tiny.peft_adapter("llama", tmp_path / "adapter", scale=0.1, **VARIANTS[variant])
+    check_exact(adapter, "llama", tmp_path, None)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_other_architectures_are_as_exact(architecture: str, tmp_path: Path) -> None:
+    adapter = tiny.peft_adapter(
+        architecture, tmp_path / "adapter", scale=0.1, **VARIANTS["patterns under rslora"]
+    )
+    check_exact(with_coefficients(adapter, architecture), architecture, tmp_path, None)
+
+
+@pytest.mark.parametrize("expression", [None, "other"])
+def test_coefficients_of_the_chosen_expression_are_applied(
+    expression: str | None, tmp_path: Path
+) -> None:
+    adapter = with_coefficients(
+        tiny.peft_adapter("llama", tmp_path / "adapter", scale=0.1), "llama"
+    )
+    check_exact(adapter, "llama", tmp_path, expression)
