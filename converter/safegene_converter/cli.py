@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safegene_runtime import __version__
 from safegene_runtime.errors import SafeGeneError
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 OK, BROKEN, NOT_DONE = 0, 1, 2
 PIPE_COLUMNS = 120
@@ -92,7 +92,7 @@ def _console() -> Console:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     # llama_cpp keeps /dev/null open until the interpreter goes; that is nobody's business here
     warnings.filterwarnings("ignore", category=ResourceWarning)
     try:
@@ -114,18 +114,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return NOT_DONE
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    whole = _Parser(
         prog="safegene",
         description="Ship a SafeGene safety adapter inside a GGUF, and prove that it still refuses.",
         epilog="example:\n  safegene demo\n  safegene convert ADAPTER --base model.gguf -o OUT\n"
         "  safegene verify OUT --reference REFERENCE",
     )
-    parser.add_argument("--version", action="version", version=f"safegene {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    whole.add_argument("--version", action="version", version=f"safegene {__version__}")
+    commands = whole.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for add in (_add_inspect, _add_convert, _add_record, _add_verify, _add_demo):
         add(commands)
-    return parser
+    return whole
 
 
 def _add(

@@ -1,0 +1,195 @@
+"""The command as a new user meets it: help, JSON, and one clear message for every wrong input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from safegene_converter import cli
+from safegene_converter.child import python_environment
+
+EXAMPLE = tiny.REPOSITORY / "examples" / "smollm2-135m-refusal"
+COMMANDS = ("inspect", "convert", "record", "verify", "demo")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.peft_adapter("llama", tmp_path_factory.mktemp("cli") / "adapter", scale=0.05)
+
+
+@pytest.fixture(scope="module")
+def sidecar(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "sidecar"
+    arguments = ["convert", adapter, "--base", tiny.gguf_model("llama"), "--as", "sidecar"]
+    assert cli.main([*map(str, arguments), "-o", str(out)]) == 0
+    return out
+
+
+def run(*arguments: object) -> int:
+    """The exit code, whether it was returned or raised by the parser."""
+    try:
+        return cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_an_example_that_parses(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command, "--help") == 0
+    text = capsys.readouterr().out
+    example = text.split("example:\n")[1].strip().splitlines()[0].split()
+    assert example[:2] == ["safegene", command]
+    cli.parser().parse_args(example[1:])
+
+
+def test_without_a_command_the_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 2
+    assert "--help" in capsys.readouterr().err
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in COMMANDS)
+
+
+def test_inspect_prints_json_that_parses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", EXAMPLE, "--base", tiny.smollm2_gguf(), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["n_parameters"] == 614_400
+    assert 0.004 < found["share_of_base"] < 0.005
+    assert len(found["layers"]) == 20
+
+
+def test_inspect_shows_every_layer_and_scale(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", EXAMPLE) == 0
+    text = capsys.readouterr().out
+    assert "614,400" in text
+    assert "1.25" in text
+    assert "uniform" in text
+
+
+def test_inspect_shows_an_artifact(sidecar: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", sidecar) == 0
+    assert "not verified yet" in capsys.readouterr().out
+
+
+def test_convert_writes_json_to_a_file(adapter: Path, tmp_path: Path) -> None:
+    code = run(
+        "convert", adapter, "--base", tiny.gguf_model("llama"), "--as", "sidecar",
+        "-o", tmp_path / "out", "--json", tmp_path / "out.json",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads((tmp_path / "out.json").read_text())["artifact"]["form"] == "sidecar"
+
+
+def test_no_progress_where_there_is_no_terminal(adapter: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "safegene_converter", "convert", str(adapter), "--base",
+         str(tiny.gguf_model("llama")), "--as", "sidecar", "-o", str(tmp_path / "out")],
+        env=python_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+WRONG = {
+    "missing adapter": (["convert", "{t}/nothing", "--base", "{base}"], "adapter_config.json"),
+    "missing base": (["convert", "{adapter}", "--base", "{t}/nothing.gguf"], "nothing there"),
+    "base is no model": (["convert", "{adapter}", "--base", "{text}"], "check --base"),
+    "adapter as base": (["convert", "{adapter}", "--base", "{adapter}"], "not the adapter"),
+    "adapter for another model": (["convert", "{example}", "--base", "{base}"], "30"),
+    "existing output": (["convert", "{adapter}", "--base", "{base}", "-o", "{full}"], "--force"),
+    "misspelt flag": (["convert", "{adapter}", "--bases", "{base}"], "--help"),
+    "misspelt type": (["convert", "{adapter}", "--base", "{base}", "--type", "q4km"], "q4_k_m"),
+    "misspelt form": (["convert", "{adapter}", "--base", "{base}", "--as", "merge"], "merged"),
+    "unknown expression": (
+        ["convert", "{adapter}", "--base", "{base}", "--expression", "x"],
+        "default",
+    ),
+    "bounds the wrong way round": (
+        ["convert", "{adapter}", "--base", "{base}", "--gain", "2", "1"],
+        "gain_min",
+    ),
+    "missing prompts": (["record", "{adapter}", "--base", "{base}", "--prompts", "{t}/p"], "p:"),
+    "prompts of no kind": (
+        ["record", "{adapter}", "--base", "{base}", "--prompts", "{text}"],
+        ".jsonl",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_input_gets_one_message_and_leaves_nothing(
+    case: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("not a model")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    names = {
+        "t": tmp_path, "base": tiny.gguf_model("llama"), "adapter": adapter, "example": EXAMPLE,
+        "text": tmp_path / "text.txt", "full": tmp_path / "full",
+    }  # fmt: skip
+    arguments, hint = WRONG[case]
+    arguments = [argument.format(**names) for argument in arguments]
+    if "-o" not in arguments:
+        arguments += ["-o", str(tmp_path / "out")]
+    before = sorted(tmp_path.rglob("*"))
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert hint in captured.err
+    assert "Traceback" not in captured.err
+    assert len(captured.err.splitlines()) <= 40
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_sidecar_without_its_base_could_not_be_checked(
+    sidecar: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2, not 1: nothing was found to be broken, and nothing to be in order."""
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"text": "Name a colour."}\n')
+    code = run(
+        "record", adapter, "--base", tiny.hf_model("llama"), "--prompts", prompts,
+        "--max-new-tokens", 4, "-o", tmp_path / "reference",
+    )  # fmt: skip
+    assert code == 0
+    assert run("verify", sidecar, "--reference", tmp_path / "reference") == 2
+    assert "pass --base" in capsys.readouterr().err
+    base = tiny.gguf_model("llama")
+    assert run("verify", sidecar, "--reference", tmp_path / "reference", "--base", base) == 2
+    assert "harmful prompts" in capsys.readouterr().err, "a tiny random model refuses nothing"
+
+
+def test_an_edited_artifact_is_broken_at_integrity(
+    sidecar: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"text": "Name a colour."}\n')
+    assert run(
+        "record", adapter, "--base", tiny.hf_model("llama"), "--prompts", prompts,
+        "--max-new-tokens", 4, "-o", tmp_path / "reference",
+    ) == 0  # fmt: skip
+    shutil.copytree(sidecar, tmp_path / "edited")
+    path = tmp_path / "edited" / "adapter.gguf"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    manifest = (tmp_path / "edited" / "manifest.json").read_bytes()
+    arguments = ("verify", tmp_path / "edited", "--reference", tmp_path / "reference")
+    assert run(*arguments, "--base", tiny.gguf_model("llama")) == 1
+    assert "integrity" in capsys.readouterr().out
+    assert (tmp_path / "edited" / "manifest.json").read_bytes() == manifest
+    wrong = tiny.gguf_model("llama", 256)
+    shutil.copytree(sidecar, tmp_path / "whole")
+    arguments = ("verify", tmp_path / "whole", "--reference", tmp_path / "reference")
+    assert run(*arguments, "--base", wrong, "--json", tmp_path / "r.json") == 1
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["broken_at"] == "integrity"
+    assert "not the base" in report["rungs"][0]["detail"]
