@@ -1,0 +1,83 @@
+"""The README is true: its commands run, its files exist, its table is the demo's."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from safegene_converter import cli, demo
+from safegene_converter.child import python_environment
+from safegene_runtime.bounds import BOUNDS
+
+README = (tiny.REPOSITORY / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    shlex.split(line)
+    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+    for line in block.strip().splitlines()
+]
+
+
+def test_the_commands_parse() -> None:
+    assert [command[1] for command in COMMANDS] == ["inspect", "convert", "record", "verify"]
+    for command in COMMANDS:
+        cli.parser().parse_args(command[1:])
+
+
+def test_every_linked_file_exists() -> None:
+    for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in
+                 (tiny.REPOSITORY / "docs").glob("*.md"))):  # fmt: skip
+        text = (tiny.REPOSITORY / name).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert ((tiny.REPOSITORY / name).parent / link).exists(), f"{name}: {link}"
+
+
+def test_the_table_is_the_demos() -> None:
+    block = re.search(r"<!-- demo output.*?```\n(.*?)```", README, re.S)
+    assert block
+    for label, _, _ in demo.JOBS:
+        assert all(word in block[1] for word in label.split()), label
+    assert "SmolLM2-135M-Instruct" in block[1]
+    assert not [line for line in block[1].splitlines() if len(line) > cli.PIPE_COLUMNS]
+
+
+def test_the_make_targets_exist() -> None:
+    makefile = (tiny.REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"make ([a-z-]+)", README)) - {"are"}:
+        assert f"\n{target}:" in makefile, target
+
+
+def test_the_documented_bounds_are_those_of_the_code() -> None:
+    text = (tiny.REPOSITORY / "docs" / "ladder.md").read_text(encoding="utf-8")
+    for name, bounds in BOUNDS.items():
+        if name == "low-bit":
+            continue
+        row = next(line for line in text.splitlines() if line.startswith("|") and name in line)
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert float(cells[1].split(",")[0]) == bounds.mean_kl
+        assert float(cells[2].split(" ")[0]) == pytest.approx(100 * bounds.top1)
+        assert float(cells[3].split(" ")[0]) == pytest.approx(100 * bounds.losses)
+        assert ("advice" in cells[1]) != bounds.kl_gates
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.xdist_group("demo")
+def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(tiny.REPOSITORY / "examples")
+    (tmp_path / "smollm2.gguf").symlink_to(demo.find_smollm2())
+    for command in COMMANDS:
+        done = subprocess.run(
+            [sys.executable, "-m", "safegene_converter", *command[1:]],
+            cwd=tmp_path, env={**os.environ, **python_environment()},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        assert done.stderr == ""
+    assert (tmp_path / "report.json").exists()
