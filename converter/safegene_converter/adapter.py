@@ -341,7 +341,8 @@ def _read_module(
         factors.append(values)
     if not settings.is_target(name):
         problems.add(where, name, f"a module that {CONFIG_NAME} targets", "one that it does not",
-                     "PEFT would ignore these tensors: fix target_modules or layers_to_transform")  # fmt: skip
+                     "PEFT would ignore the tensors: fix target_modules, layers_to_transform"
+                     )  # fmt: skip
     coefficient = 1.0 if coefficients is None else coefficients.get(layer, math.nan)
     if len(problems) > found or math.isnan(coefficient):
         return None

@@ -235,6 +235,11 @@ def _add_convert(commands: Any) -> None:
         default=1.1,
         help="from float: error relative to the base's own rounding (default: 1.1)",
     )
+    parser.add_argument(
+        "--no-self-check",
+        action="store_true",
+        help="do not run the result in a child process before it is published",
+    )
     gate.add_argument(
         "--promote",
         action=argparse.BooleanOptionalAction,
@@ -252,7 +257,9 @@ def _convert(arguments: argparse.Namespace) -> int:
     from safegene_converter.survival import Bounds
     from safegene_converter.to_gguf import convert
 
-    bounds = Bounds(*arguments.gain, arguments.max_error, arguments.max_base_error)
+    bounds = Bounds(
+        arguments.gain[0], arguments.gain[1], arguments.max_error, arguments.max_base_error
+    )
     with Bars() as bars:
         manifest = convert(
             arguments.adapter,
@@ -265,6 +272,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             promote=arguments.promote,
             imatrix=arguments.imatrix,
             llama_cpp=arguments.llama_cpp,
+            check=not arguments.no_self_check,
             force=arguments.force,
             progress=bars,
         )

@@ -6,12 +6,15 @@ weights are those, decoded; so they lie on a 4-bit grid, which is the hard case 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +25,14 @@ from safegene_converter.inspecting import summarise_reference, survival_summary
 from safegene_converter.to_gguf import convert
 from safegene_runtime.errors import BaseModelError, Problem
 from safegene_runtime.files import publish_folder
-from safegene_runtime.gguf import GGMLType, Value, ValueType, open_model, read_tensor_bytes
+from safegene_runtime.gguf import (
+    GGMLType,
+    TensorInfo,
+    Value,
+    ValueType,
+    open_model,
+    read_tensor_bytes,
+)
 from safegene_runtime.ladder import verify
 
 __all__ = ["find_adapter", "find_smollm2", "run", "show", "write_float_base"]
@@ -30,10 +40,10 @@ __all__ = ["find_adapter", "find_smollm2", "run", "show", "write_float_base"]
 ADAPTER_NAME = "smollm2-135m-refusal"
 REPLY_TOKENS = 20
 """A refusal shows in its first sentence; longer replies cost time and change no verdict here."""
-JOBS = (
-    ("sidecar beside Q4_1", "q4_1", {"form": "sidecar"}),
-    ("merged into Q4_1", "q4_1", {"form": "merged", "type_name": "auto"}),
-    ("merged, then Q4_K_M", "float", {"form": "merged", "type_name": "q4_k_m"}),
+JOBS: tuple[tuple[str, str, tuple[Literal["sidecar", "merged"], str]], ...] = (
+    ("sidecar beside Q4_1", "q4_1", ("sidecar", "auto")),
+    ("merged into Q4_1", "q4_1", ("merged", "auto")),
+    ("merged, then Q4_K_M", "float", ("merged", "q4_k_m")),
 )
 
 
@@ -88,15 +98,14 @@ def write_float_base(source: Path, target: Path) -> None:
         target,
         metadata,
         [
-            OutTensor(
-                name,
-                info.shape,
-                GGMLType.F32,
-                lambda info=info: ggml.dequantize(read_tensor_bytes(info), info.type, info.shape),
-            )
+            OutTensor(name, info.shape, GGMLType.F32, functools.partial(_decoded, info))
             for name, info in model.tensors.items()
         ],
     )
+
+
+def _decoded(info: TensorInfo) -> npt.NDArray[np.float32]:
+    return ggml.dequantize(read_tensor_bytes(info), info.type, info.shape)
 
 
 def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
@@ -123,12 +132,17 @@ def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
     write_float_base(source, bases["float"])
     rows: list[dict[str, Any]] = []
     artifacts = []
-    for number, (label, base, options) in enumerate(JOBS):
+    for number, (label, base, (form, type_name)) in enumerate(JOBS):
         began = time.monotonic()
         out = output / label.replace(" ", "-").replace(",", "").lower()
         manifest = convert(
-            adapter, bases[base], out, progress=bars.named(f"[{number + 1}/4] convert"), **options
-        )  # type: ignore[arg-type]
+            adapter,
+            bases[base],
+            out,
+            form=form,
+            type_name=type_name,
+            progress=bars.named(f"[{number + 1}/4] convert"),
+        )
         artifacts.append((label, out, bases[base], manifest, time.monotonic() - began))
     began = time.monotonic()
     reference = record(
@@ -153,11 +167,10 @@ def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
         )
     for label, out, base_path, manifest, seconds in artifacts:
         began = time.monotonic()
-        form = manifest.artifact["form"]
         report = verify(
             out,
             reference,
-            base=base_path if form == "sidecar" else None,
+            base=base_path if manifest.artifact["form"] == "sidecar" else None,
             on_progress=bars.named(f"verify {label}"),
         )
         figures = report.figures

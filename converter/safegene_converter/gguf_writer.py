@@ -25,6 +25,8 @@ from safegene_runtime.gguf import (
     ALIGNMENTS,
     DEFAULT_ALIGNMENT,
     MAGIC,
+    MAX_DIMS,
+    MAX_KEY_BYTES,
     MAX_NAME_BYTES,
     SCALAR_FORMATS,
     GGMLType,
@@ -32,6 +34,7 @@ from safegene_runtime.gguf import (
     Value,
     ValueType,
     nbytes,
+    type_traits,
 )
 
 __all__ = ["OutTensor", "encode_header", "write_gguf"]
@@ -73,17 +76,23 @@ def encode_header(
     """The header, padded to `alignment`, and each tensor's offset relative to its end.
 
     Raises:
-        FormatError: an alignment, name or value that GGUF cannot hold.
+        FormatError: an alignment, name, shape or value that GGUF cannot hold.
     """
     problems = Problems()
     if alignment not in ALIGNMENTS:
         problems.add("header", "alignment", "a power of two from 32 to 65536", alignment)
-    names = [name for name, _, _ in tensors]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        problems.add("header", name, "each tensor once", "twice")
-    for name in names:
-        if not 0 < len(name.encode()) <= MAX_NAME_BYTES:
-            problems.add("header", name, f"1 to {MAX_NAME_BYTES} bytes", len(name.encode()))
+    for key in metadata:
+        _check_name(key, MAX_KEY_BYTES, problems)
+    seen: set[str] = set()
+    for name, shape, type in tensors:
+        _check_name(name, MAX_NAME_BYTES, problems)
+        if name in seen:
+            problems.add("header", name, "each tensor once", "twice")
+        seen.add(name)
+        block = type_traits(type)[0]
+        if not (1 <= len(shape) <= MAX_DIMS and min(shape) > 0 and shape[-1] % block == 0):
+            wanted = f"1 to {MAX_DIMS} extents, rows of a multiple of {block} for {type.name}"
+            problems.add("header", f"shape of {name}", wanted, shape)
     problems.raise_if_any(FormatError)
     values = dict(metadata)
     if alignment != DEFAULT_ALIGNMENT or "general.alignment" in values:
@@ -114,8 +123,10 @@ def write_gguf(
 ) -> dict[str, str]:
     """Writes a GGUF file; not atomic, publishing is the caller's (`publish_folder`).
 
+    An error leaves no file behind.
+
     Args:
-        path: the file to create.
+        path: the file to create; it must not exist, so that no source can be overwritten.
         metadata: in the order to write it.
         tensors: in the order to write them.
         progress: told bytes as they are written.
@@ -128,21 +139,27 @@ def write_gguf(
         OutputError: the file system said no.
     """
     stated = metadata.get("general.alignment")
-    alignment = int(stated.value) if stated is not None else DEFAULT_ALIGNMENT
+    alignment = stated.value if stated is not None else DEFAULT_ALIGNMENT
     header, _ = encode_header(
         metadata, [(tensor.name, tensor.shape, tensor.type) for tensor in tensors], alignment
     )
+    groups = _groups(tensors, alignment)
     digests: dict[str, str] = {}
     try:
-        with path.open("wb") as out:
-            out.write(header)
-            for group in _groups(tensors, alignment):
-                source = group[0].source
-                if isinstance(source, TensorInfo):
-                    _copy(out, group, progress)
-                else:
-                    digests[group[0].name] = _put(out, group[0], source, progress)
-                out.write(b"\0" * (-out.tell() % alignment))
+        with path.open("xb") as out:
+            try:
+                out.write(header)
+                for group in groups:
+                    source = group[0].source
+                    if isinstance(source, TensorInfo):
+                        _copy(out, group, progress)
+                    else:
+                        digests[group[0].name] = _put(out, group[0], source, progress)
+                    out.write(b"\0" * (-out.tell() % alignment))
+                out.flush()
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -150,6 +167,16 @@ def write_gguf(
             Problem(str(path), "output", "to be written", str(error), "free some space and retry")
         ) from error
     return digests
+
+
+def _check_name(name: str, limit: int, problems: Problems) -> None:
+    try:
+        raw = name.encode()
+    except UnicodeEncodeError as error:
+        problems.add("header", name, "a name in UTF-8", error.reason)
+        return
+    if not 0 < len(raw) <= limit or b"\0" in raw:
+        problems.add("header", name, f"a name of 1 to {limit} bytes, none of them NUL", len(raw))
 
 
 def _groups(tensors: Sequence[OutTensor], alignment: int) -> list[list[OutTensor]]:
@@ -182,11 +209,10 @@ def _put(
     progress: Callable[[int], None] | None,
 ) -> str:
     data = source() if callable(source) else source
-    view = memoryview(
-        np.ascontiguousarray(data).view(np.uint8).reshape(-1)
-        if isinstance(data, np.ndarray)
-        else data
-    )
+    if isinstance(data, np.ndarray):
+        view = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+    else:
+        view = memoryview(data)
     if view.nbytes != tensor.nbytes:
         raise FormatError(
             Problem(tensor.name, "source", f"{tensor.nbytes} bytes", f"{view.nbytes} bytes")
@@ -229,7 +255,9 @@ def _copy_some(file: BinaryIO, out: BinaryIO, at: int, count: int) -> int:
     """One step: in the kernel where it can, else through memory."""
     if hasattr(os, "copy_file_range"):
         try:
-            return os.copy_file_range(file.fileno(), out.fileno(), count, at)
+            copied = os.copy_file_range(file.fileno(), out.fileno(), count, at)
+            if copied:  # 0 is the end of the file, or a file system that cannot
+                return copied
         except OSError as error:
             if error.errno not in (
                 errno.EXDEV,
@@ -237,6 +265,7 @@ def _copy_some(file: BinaryIO, out: BinaryIO, at: int, count: int) -> int:
                 errno.EOPNOTSUPP,
                 errno.EINVAL,
                 errno.EBADF,
+                errno.EPERM,
             ):
                 raise
     data = os.pread(file.fileno(), min(count, 4 << 20), at)
@@ -248,7 +277,10 @@ def _copy_some(file: BinaryIO, out: BinaryIO, at: int, count: int) -> int:
 
 def _encode(key: str, value: Value) -> bytes:
     if value.type is ValueType.STRING:
-        return _text(value.value)
+        text = _string(key, value.value)
+        if b"\0" in text[8:]:
+            raise FormatError(Problem("header", key, "a STRING without NUL", repr(value.value)))
+        return text
     if value.type is not ValueType.ARRAY:
         return _scalar(key, value.type, value.value)
     element = value.element_type
@@ -256,16 +288,32 @@ def _encode(key: str, value: Value) -> bytes:
         raise FormatError(Problem("header", key, "an array of plain values", str(element)))
     head = struct.pack("<IQ", element, len(value.value))
     if element is ValueType.STRING:
-        return head + b"".join(_text(text) for text in value.value)
-    code = SCALAR_FORMATS[element]
-    return head + np.asarray(value.value, dtype=np.dtype(code)).tobytes()
+        return head + b"".join(_string(key, text) for text in value.value)
+    try:
+        if element is ValueType.BOOL:
+            return head + b"".join(_scalar(key, element, each) for each in value.value)
+        return head + struct.pack(f"<{len(value.value)}{SCALAR_FORMATS[element][1]}", *value.value)
+    except (struct.error, OverflowError) as error:
+        expected = f"an array of {element.name}"
+        raise FormatError(Problem("header", key, expected, str(error))) from error
 
 
 def _scalar(key: str, type: ValueType, value: Any) -> bytes:
     try:
+        if type is ValueType.BOOL and value not in (False, True):
+            raise OverflowError
         return struct.pack(SCALAR_FORMATS[type], value)
-    except struct.error as error:
+    except (struct.error, OverflowError) as error:
         raise FormatError(Problem("header", key, f"a {type.name}", repr(value))) from error
+
+
+def _string(key: str, value: Any) -> bytes:
+    if not isinstance(value, str):
+        raise FormatError(Problem("header", key, "a STRING", repr(value)))
+    try:
+        return _text(value)
+    except UnicodeEncodeError as error:
+        raise FormatError(Problem("header", key, "a STRING", error.reason)) from error
 
 
 def _text(text: str) -> bytes:

@@ -391,8 +391,9 @@ def _generate(
 def _follow(
     model: Any, cache: Any, tails: torch.Tensor, replies: Sequence[Sequence[int]]
 ) -> torch.Tensor:
-    """Teacher-forced logits (batch, T, vocab) along given replies; short ones are padded on the right,
-    where a causal model does not look.
+    """Teacher-forced logits (batch, T, vocab) along given replies.
+
+    Short ones are padded on the right, where a causal model does not look.
     """
     longest = max(len(reply) for reply in replies)
     rows = [[*reply[:-1], *[0] * (longest - len(reply))] for reply in replies]

@@ -52,11 +52,13 @@ from safegene_runtime.files import (
 )
 from safegene_runtime.gguf import (
     GGMLType,
+    GGUFModel,
     TensorInfo,
     Value,
     ValueType,
     map_tensor,
     nbytes,
+    open_model,
     read_gguf,
     type_traits,
 )
@@ -79,7 +81,7 @@ Rows = npt.NDArray[np.float32]
 class Progress(Protocol):
     """Told what is being done: stage, amount done so far, total (bytes or items)."""
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, stage: str, done: int, total: int, /) -> None:
         """One step."""
 
 
@@ -402,9 +404,7 @@ def _measure_factors(a: Rows, b: Rows, a_stored: Rows, b_stored: Rows) -> Surviv
 def _write_merged(
     job: Job, folder: Path, work: Path, tell: Progress
 ) -> tuple[list[FileEntry], list[ModuleEntry], str]:
-    model = job.base.model
-    if model is None:
-        raise BaseModelError(Problem(str(job.base.path), "base", "GGUF headers", "none"))
+    model = _headers(job.base)
     source, file_type = model.tensors, None
     metadata = {key: value for key, value in model.metadata.items() if not key.startswith("split.")}
     if _starts_from_float(job.base, job.type_name):
@@ -461,10 +461,9 @@ def _quantise_base(job: Job, target: Path, tell: Progress) -> Any:
     Which type a tensor gets does not depend on its values, so the mix is upstream's, and the touched
     tensors give the base's own quantisation error for free.
     """
-    from safegene_runtime.gguf import open_model
-
-    first = job.base.model.shards[0].path  # type: ignore[union-attr]
-    total, done = sum(info.nbytes for info in job.base.model.tensors.values()), 0  # type: ignore[union-attr]
+    model = _headers(job.base)
+    first = model.shards[0].path
+    total, done = sum(info.nbytes for info in model.tensors.values()), 0
 
     def step(count: int) -> None:
         nonlocal done
@@ -499,7 +498,7 @@ def _encode_one(job: Job, module: Module, now: TensorInfo, file: Any) -> Stored:
     `now` is the tensor as the untouched artifact would have it: in the base, or in the quantised
     base when a float base is quantised once.
     """
-    original = job.base.model.tensors[now.name]  # type: ignore[union-attr]
+    original = _headers(job.base).tensors[now.name]
     once = now.path != original.path
     n_cols = now.shape[1]
     wanted = now.type
@@ -588,9 +587,7 @@ def _imatrix_for(job: Job, name: str) -> Rows | None:
 
 def _check(job: Job, folder: Path, work: Path, written: FileEntry) -> dict[str, Any]:
     """The postcondition, in a child process; a merged model is compared with an F32 sidecar."""
-    model = job.base.model
-    if model is None:
-        raise BaseModelError(Problem(str(job.base.path), "base", "GGUF headers", "none"))
+    model = _headers(job.base)
     path = folder / written.path
     base, sidecar = model.shards[0].path, path
     if job.form == "merged":
@@ -617,6 +614,13 @@ def _check(job: Job, folder: Path, work: Path, written: FileEntry) -> dict[str, 
 
 
 # --- small pieces ----------------------------------------------------------------------------------
+
+
+def _headers(base: Base) -> GGUFModel:
+    """The GGUF headers of a base; a Hugging Face folder has been converted by now."""
+    if base.model is None:
+        raise BaseModelError(Problem(str(base.path), "base", "GGUF headers", "none"))
+    return base.model
 
 
 def _entry(
@@ -709,10 +713,9 @@ def _file_type(
         if len(tensor.shape) == 2 and tensor.name.startswith("blk."):
             elements[tensor.type.name] = elements.get(tensor.type.name, 0) + math.prod(tensor.shape)
     main = max(elements, key=lambda name: (elements[name], name)) if elements else "F32"
-    before = metadata.get("general.file_type")
-    if before is not None and _main_type_of(int(before.value)) == main:  # type: ignore[arg-type]
-        return int(before.value)  # type: ignore[arg-type]
-    return _PLAIN_FILE_TYPES.get(main, int(before.value) if before is not None else 0)  # type: ignore[arg-type]
+    value = metadata["general.file_type"].value if "general.file_type" in metadata else 0
+    before = value if isinstance(value, int) else 0
+    return before if _main_type_of(before) == main else _PLAIN_FILE_TYPES.get(main, before)
 
 
 def _main_type_of(file_type: int) -> str | None:

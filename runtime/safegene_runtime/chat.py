@@ -211,7 +211,7 @@ def _compile(source: str, now: str | None) -> Any:
     class Generation(jinja2.ext.Extension):
         """`{% generation %}` marks the assistant's words for training; here it only renders."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]  # as jinja2 documents it
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["beta_logit", "kl_topk", "logsumexp"]
+__all__ = ["change", "kl_topk", "logsumexp"]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -52,26 +52,18 @@ def kl_topk(ref_logits: F32, ref_lse: F64, art_logits: F32, art_lse: F64) -> F64
     # p log(p/q) - p + q is >= 0 for every term and sums to the KL: no cancellation near equality
     kl = (p * (log_p - log_q) - p + q).sum(axis=1)
     kl += p_rest * (np.log(p_rest) - np.log(q_rest)) - p_rest + q_rest
-    return np.maximum(kl, 0.0)
+    positive: F64 = np.maximum(kl, 0.0)
+    return positive
 
 
-def beta_logit(artifact: F32, reference: F32, base: F32) -> float:
-    """<z_art - z_base, z_ref - z_base> / ||z_ref - z_base||^2, each (T, K), centred per position.
-
-    1: the artifact moved away from the base as the reference did; 0: it is the base; 2: twice.
-    NaN where the reference is the base.
-    """
-    ours = _centred(artifact.astype(np.float64) - base)
-    theirs = _centred(reference.astype(np.float64) - base)
-    norm = float((theirs * theirs).sum())
-    return float((ours * theirs).sum()) / norm if norm else float("nan")
+def change(after: F32, before: F32) -> F64:
+    """After - before, (T, K), without the constant per position that softmax ignores."""
+    moved = after.astype(np.float64) - before
+    centred: F64 = moved - moved.mean(axis=1, keepdims=True)
+    return centred
 
 
 def _rest(p: F64) -> F64:
     """What the other tokens have; never quite zero, so that its logarithm exists."""
-    return np.maximum(1.0 - p.sum(axis=1), 1e-12)
-
-
-def _centred(change: F64) -> F64:
-    centred: F64 = change - change.mean(axis=1, keepdims=True)
-    return centred
+    rest: F64 = np.maximum(1.0 - p.sum(axis=1), 1e-12)
+    return rest

@@ -89,8 +89,8 @@ def _one_pass(record: Reference, index: int, logits: npt.NDArray[np.float32]) ->
     kl_base = compare.kl_topk(
         position.base_logits[first], position.base_lse[first], at_ids[first], lse[first]
     )
-    moved = _centred(position.ref_logits[first], position.base_logits[first])
-    ours = _centred(at_ids[first], position.base_logits[first])
+    moved = compare.change(position.ref_logits[first], position.base_logits[first])
+    ours = compare.change(at_ids[first], position.base_logits[first])
     argmax = logits.argmax(axis=1)
     top2 = np.partition(logits, -2, axis=1)[:, -2:]
     return ForcedPass(
@@ -102,12 +102,3 @@ def _one_pass(record: Reference, index: int, logits: npt.NDArray[np.float32]) ->
         argmax=argmax,
         gap=np.abs(top2[:, 1] - top2[:, 0]),
     )
-
-
-def _centred(
-    after: npt.NDArray[np.float32], before: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float64]:
-    """Change of the logits (T, K), without the constant per position that softmax ignores."""
-    change = after.astype(np.float64) - before
-    centred: npt.NDArray[np.float64] = change - change.mean(axis=1, keepdims=True)
-    return centred

@@ -64,7 +64,7 @@ def _check_tokenizer(model: GGUFModel, where: str, problems: Problems) -> None:
             "the model needs its tokenizer inside",
         )
         return
-    n_tokens = len(tokens.value)  # type: ignore[arg-type]
+    n_tokens = len(tokens.value)
     for key, types in (("token_type", INTEGER_TYPES), ("scores", (ValueType.FLOAT32,))):
         array = model.metadata.get(f"tokenizer.ggml.{key}")
         if array is None:
@@ -76,13 +76,13 @@ def _check_tokenizer(model: GGUFModel, where: str, problems: Problems) -> None:
                 f"an array of {types[0].name}",
                 getattr(array.element_type, "name", "no array"),
             )
-        elif len(array.value) != n_tokens:  # type: ignore[arg-type]
+        elif len(array.value) != n_tokens:
             problems.add(
                 where,
                 f"tokenizer.ggml.{key}",
                 f"{n_tokens} values, one per token",
                 len(array.value),
-            )  # type: ignore[arg-type]
+            )
     for name in TOKEN_IDS:
         key = f"tokenizer.ggml.{name}_token_id"
         token = model.get(key)

@@ -93,6 +93,7 @@ class LlamaEngine:
         self._model: Any = None
         self._adapter: Any = None
         self._context: Any = None
+        self._memory: Any = None
         self._call = 0
         if threads is None:
             threads = min(_usable_cpus(), MAX_THREADS)
@@ -589,7 +590,7 @@ def _shared_length(rows: list[np.ndarray], keep: list[int]) -> int:
     return limit
 
 
-def _grow(call: Callable[[Any, int], int], element: type, size: int) -> Any:
+def _grow(call: Callable[[Any, int], int], element: Any, size: int) -> Any:
     """Calls a function that fills a buffer, again with a larger one if it says so."""
     buffer = (element * size)()
     count = call(buffer, size)

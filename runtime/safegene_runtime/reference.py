@@ -232,7 +232,7 @@ def read_reference(path: Path) -> Reference:
     problems.raise_if_any(RecordError)
     prompts = []
     for number, row in enumerate(rows):
-        ids = {
+        ids: dict[str, Any] = {
             f"{arm}_ids": tuple(
                 int(one)
                 for one in tokens[f"{arm}_ids"][

@@ -1,0 +1,183 @@
+"""Conversion beside its peers, in one run: wall time, peak memory, output size.
+
+    python benchmarks/convert.py [--repeat 3] [--big-gb 2]
+
+Peers: `cp` of the base; llama.cpp's `convert_lora_to_gguf.py` (sidecar) and `llama-export-lora` (merge;
+built from the same tree into .cache/bench, minutes, once); PEFT's merge followed by
+`convert_hf_to_gguf.py`. The big base is SmolLM2's header with tensors widened by zeros: a synthetic
+file whose size, not content, matters. Ratios are what counts; absolute times drift with the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from safegene_converter.demo import find_adapter, find_smollm2, write_float_base
+from safegene_converter.gguf_writer import OutTensor, write_gguf
+from safegene_converter.hf_to_gguf import find_llama_cpp
+from safegene_runtime.gguf import GGMLType, open_model
+
+ROOT = Path(__file__).resolve().parents[1]
+PEFT_MERGE = """
+import sys, torch
+from pathlib import Path
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, adapter, out = map(Path, sys.argv[1:])
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+AutoTokenizer.from_pretrained(base).save_pretrained(out)
+"""
+
+
+def measure(command: list[str], output: Path, repeat: int) -> tuple[float, float, float]:
+    """Median wall seconds, peak MiB of the process and its children, MB written."""
+    times, peaks = [], []
+    for _ in range(repeat):
+        shutil.rmtree(output, ignore_errors=True)
+        output.unlink(missing_ok=True)
+        start = time.monotonic()
+        child = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment()
+        )
+        error = child.stderr.read() if child.stderr else b""
+        _, status, usage = os.wait4(child.pid, 0)
+        times.append(time.monotonic() - start)
+        peaks.append(usage.ru_maxrss / 1024)
+        if os.waitstatus_to_exitcode(status) != 0:
+            raise SystemExit(f"{' '.join(command)}\n{error.decode()[-2000:]}")
+    files = [output] if output.is_file() else [p for p in output.rglob("*") if p.is_file()]
+    return statistics.median(times), max(peaks), sum(p.stat().st_size for p in files) / 1e6
+
+
+def environment() -> dict[str, str]:
+    """Ours importable, llama.cpp's gguf-py for its scripts, nothing from the network."""
+    paths = [str(ROOT / "converter"), str(ROOT / "runtime")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+
+
+def export_lora(tree: Path) -> Path | None:
+    """Builds llama-export-lora from the tree; None (and why) when that fails."""
+    folder = ROOT / ".cache" / "bench"
+    binary = folder / "bin" / "llama-export-lora"
+    if not binary.exists():
+        print("building llama-export-lora (minutes, once) ...", file=sys.stderr)
+        configure = ["cmake", "-S", str(tree), "-B", str(folder), "-DLLAMA_CURL=OFF",
+                     "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF",
+                     "-DCMAKE_BUILD_TYPE=Release"]  # fmt: skip
+        build = ["cmake", "--build", str(folder), "--target", "llama-export-lora", "-j2"]
+        for command in (configure, build):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(f"no llama-export-lora: {done.stderr[-300:]}", file=sys.stderr)
+                return None
+    return binary
+
+
+def write_big_base(source: Path, target: Path, gigabytes: float) -> None:
+    """`source` with its embedding in F32 grown until the file has the wanted size."""
+    model = open_model(source)
+    embedding = model.tensors["token_embd.weight"]
+    others = sum(t.nbytes for t in model.tensors.values()) - embedding.nbytes
+    rows = int((gigabytes * 1e9 - others) / (4 * embedding.shape[1]))
+    tensors = [
+        OutTensor(
+            name, (rows, info.shape[1]) if name == embedding.name else info.shape,
+            GGMLType.F32 if name == embedding.name else info.type,
+            (lambda: np.zeros((rows, embedding.shape[1]), np.float32))
+            if name == embedding.name else info,
+        )
+        for name, info in model.tensors.items()
+    ]  # fmt: skip
+    write_gguf(target, dict(model.metadata), tensors)
+
+
+def main() -> None:
+    """Prints one table per job."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument(
+        "--big-gb", type=float, default=2.0, help="size of the synthetic base; 0: none"
+    )
+    arguments = parser.parse_args()
+    tree, adapter, q4_1 = find_llama_cpp(), find_adapter(), find_smollm2()
+    python, module = sys.executable, [sys.executable, "-m", "safegene_converter"]
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}; "
+          f"median of {arguments.repeat}")  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        f32, hf, out = folder / "f32.gguf", folder / "hf", folder / "out"
+        write_float_base(q4_1, f32)
+        subprocess.run(
+            [python, "-c", "import sys; from transformers import AutoModelForCausalLM as M, "
+             "AutoTokenizer as T; p, n, o = sys.argv[1:]; m = M.from_pretrained(p, gguf_file=n); "
+             "m.config.quantization_config = None; m.save_pretrained(o); "
+             "T.from_pretrained(p, gguf_file=n).save_pretrained(o)",
+             str(q4_1.parent), q4_1.name, str(hf)],
+            check=True, env=environment(), capture_output=True,
+        )  # fmt: skip
+        ours = [*module, "convert", str(adapter), "-o", str(out), "--base"]
+        export = export_lora(tree)
+        sidecar = folder / "sidecar"
+        subprocess.run([*module, "convert", str(adapter), "--base", str(q4_1), "--as", "sidecar",
+                        "-o", str(sidecar)], check=True, env=environment(), capture_output=True)  # fmt: skip
+        lora = str(sidecar / "adapter.gguf")
+        rows: list[tuple[str, str, list[str]]] = [
+            ("sidecar", "safegene", [*ours, str(q4_1), "--as", "sidecar"]),
+            ("sidecar", "safegene, no self-check",
+             [*ours, str(q4_1), "--as", "sidecar", "--no-self-check"]),
+            ("sidecar", "convert_lora_to_gguf.py",
+             [python, str(tree / "convert_lora_to_gguf.py"), str(adapter), "--base", str(hf),
+              "--outfile", str(out)]),
+        ]  # fmt: skip
+        bases = {"merge, 98 MB Q4_1": q4_1, "merge, 540 MB F32": f32}
+        if arguments.big_gb:
+            big = folder / "big.gguf"
+            write_big_base(q4_1, big, arguments.big_gb)
+            bases[f"merge, {big.stat().st_size / 1e9:.1f} GB synthetic"] = big
+        for job, base in bases.items():
+            rows.append((job, "cp", ["cp", str(base), str(out)]))
+            if "synthetic" not in job:
+                rows.append((job, "safegene", [*ours, str(base), "--as", "merged"]))
+            rows.append((job, "safegene, no self-check",
+                         [*ours, str(base), "--as", "merged", "--no-self-check"]))  # fmt: skip
+            if export and "synthetic" not in job:
+                rows.append((job, "llama-export-lora",
+                             [str(export), "-m", str(base), "--lora", lora, "-o", str(out)]))  # fmt: skip
+        merged = folder / "merged-hf"
+        script = (
+            f'"{python}" -c \'{PEFT_MERGE}\' "$1" "$2" "$3" && "{python}" "$4" "$3" --outfile "$5"'
+        )
+        rows.append(("merge, 540 MB F32", "PEFT merge + convert_hf_to_gguf.py",
+                     ["bash", "-c", script, "-", str(hf), str(adapter), str(merged),
+                      str(tree / "convert_hf_to_gguf.py"), str(out)]))  # fmt: skip
+        print("| job | tool | wall s | x safegene | peak MiB | MB out |\n|---|---|---|---|---|---|")
+        own: dict[str, float] = {}
+        for job, tool, command in rows:
+            shutil.rmtree(merged, ignore_errors=True)
+            wall, peak, size = measure(command, out, arguments.repeat)
+            if tool.startswith("safegene"):
+                own.setdefault(job, wall)
+            ratio = f"{wall / own[job]:.2f}" if job in own else "-"
+            print(
+                f"| {job} | {tool} | {wall:.2f} | {ratio} | {peak:.0f} | {size:.1f} |", flush=True
+            )
+    print(
+        f"(this script's own peak: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB)"
+    )
+
+
+if __name__ == "__main__":
+    main()
