@@ -1,0 +1,214 @@
+"""Every field of PEFT's LoraConfig is honoured, inert or refused; matching is PEFT's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import peft
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+
+from safegene_converter.peft_config import HONOURED, INERT, REFUSED, parse_config
+from safegene_runtime.errors import AdapterError, SafeGeneError, UnsupportedError
+
+FIELDS = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+MODULES = [
+    f"model.layers.{layer}.{name}"
+    for layer in (0, 1, 2, 10, 11)
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
+]
+
+
+def config(**changed: Any) -> dict[str, Any]:
+    """A plain configuration as PEFT saves it, with changes."""
+    made = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", r=8, lora_alpha=16)
+    found = {k: list(v) if isinstance(v, set) else v for k, v in made.to_dict().items()}
+    found["peft_type"] = "LORA"
+    return {**found, **changed}
+
+
+def test_every_field_of_the_installed_peft_stands_in_one_table() -> None:
+    assert FIELDS - (HONOURED | INERT | REFUSED.keys()) == set()
+    assert not HONOURED & INERT
+    assert not (HONOURED | INERT) & REFUSED.keys()
+
+
+def test_the_tables_name_only_fields_of_peft() -> None:
+    assert (HONOURED | INERT | REFUSED.keys()) - FIELDS == set()
+
+
+def test_pefts_defaults_are_accepted() -> None:
+    parsed = parse_config(config(), "c")
+    assert parsed.scaling_of("model.layers.0.self_attn.q_proj") == 2.0
+
+
+VALUES: dict[str, Any] = {
+    "bias": "all", "lora_bias": True, "use_dora": True, "modules_to_save": ["lm_head"],
+    "trainable_token_indices": [1], "target_parameters": ["mlp.experts"],
+    "layer_replication": [[0, 2]], "megatron_config": {}, "velora_config": {"num_groups": 2},
+    "alora_invocation_tokens": [1, 2], "use_qalora": True, "monteclora_config": {"a": 1},
+    "use_bdlora": {"nblocks": 2}, "arrow_config": {"top_k": 2}, "kasa_config": {"a": 1},
+}  # fmt: skip
+
+
+def test_there_is_a_case_for_every_refused_field() -> None:
+    assert VALUES.keys() == REFUSED.keys()
+
+
+@pytest.mark.parametrize("name", sorted(VALUES))
+def test_a_refused_field_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        parse_config(config(**{name: VALUES[name]}), "c")
+    assert [problem.field for problem in caught.value.problems] == [name]
+    assert caught.value.problems[0].fix
+
+
+@pytest.mark.parametrize(
+    "init", ["pissa", "pissa_niter_4", "olora", "corda", "eva", "loftq", "lora_ga", "new", 3, []]
+)
+def test_an_initialisation_that_changes_the_base_is_refused(init: Any) -> None:
+    with pytest.raises(UnsupportedError, match="init_lora_weights"):
+        parse_config(config(init_lora_weights=init), "c")
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+def test_an_initialisation_that_leaves_the_base_alone_is_fine(init: Any) -> None:
+    parse_config(config(init_lora_weights=init), "c")
+
+
+HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
+    "another type": ({"peft_type": "LOHA"}, "peft_type"),
+    "unknown field": ({"lora_beta": 1}, "lora_beta"),
+    "r zero": ({"r": 0}, "r"),
+    "r true": ({"r": True}, "r"),
+    "r float": ({"r": 8.0}, "r"),
+    "alpha zero": ({"lora_alpha": 0}, "lora_alpha"),
+    "alpha negative": ({"lora_alpha": -1}, "lora_alpha"),
+    "alpha nan": ({"lora_alpha": float("nan")}, "lora_alpha"),
+    "alpha text": ({"lora_alpha": "16"}, "lora_alpha"),
+    "alpha true": ({"lora_alpha": True}, "lora_alpha"),
+    "rslora text": ({"use_rslora": "yes"}, "use_rslora"),
+    "no targets": ({"target_modules": None}, "target_modules"),
+    "empty targets": ({"target_modules": []}, "target_modules"),
+    "targets of numbers": ({"target_modules": [1]}, "target_modules"),
+    "targets no regex": ({"target_modules": "(q_proj"}, "target_modules"),
+    "excluded no regex": ({"exclude_modules": "["}, "exclude_modules"),
+    "long regex": ({"target_modules": "q" * 600}, "target_modules"),
+    "rank pattern list": ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
+    "rank pattern zero": ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj"),
+    "rank pattern no regex": ({"rank_pattern": {"(": 2}}, "rank_pattern"),
+    "alpha pattern zero": ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern.q_proj"),
+    "layers negative": ({"layers_to_transform": [-1]}, "layers_to_transform"),
+    "layers text": ({"layers_to_transform": "all"}, "layers_to_transform"),
+    "regex with layers": (
+        {"target_modules": ".*q_proj", "layers_to_transform": [1]},
+        "layers_to_transform",
+    ),
+    "pattern without layers": ({"layers_pattern": "layers"}, "layers_pattern"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_value_peft_would_not_understand_is_refused_by_name(case: str) -> None:
+    changed, field = HOSTILE[case]
+    with pytest.raises((AdapterError, UnsupportedError)) as caught:
+        parse_config(config(**changed), "c")
+    assert field in {problem.field for problem in caught.value.problems}
+
+
+@pytest.mark.parametrize("raw", [None, [], "LORA", 3])
+def test_what_is_no_object_is_refused(raw: Any) -> None:
+    with pytest.raises(AdapterError):
+        parse_config(raw, "c")
+
+
+def test_everything_wrong_is_told_at_once() -> None:
+    with pytest.raises(SafeGeneError) as caught:
+        parse_config(config(r=0, lora_alpha=0, use_dora=True, bias="all", nonsense=1), "c")
+    fields = {problem.field for problem in caught.value.problems}
+    assert fields == {"r", "lora_alpha", "use_dora", "bias", "nonsense"}
+
+
+NAMES = st.sampled_from(
+    ["q_proj", "k_proj", "up_proj", "proj", "self_attn.q_proj", "layers.1.self_attn.q_proj",
+     "model.layers.1.mlp.up_proj", "model.layers.10.mlp.down_proj", "down_proj", "mlp"]
+)  # fmt: skip
+REGEXES = st.sampled_from(
+    [r".*q_proj", r"model\.layers\.(0|1)\..*", r".*\.(up|down)_proj", "q_proj", "layers"]
+)
+LAYERS = st.none() | st.integers(0, 11) | st.lists(st.integers(0, 11), max_size=4)
+PATTERNS = st.sampled_from([None, "layers", ["layers"], ["h", "layers"], "h", []])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(NAMES, min_size=1, max_size=3),
+    st.none() | st.lists(NAMES, max_size=2) | REGEXES,
+    LAYERS,
+    PATTERNS,
+)
+def test_listed_modules_are_those_peft_would_touch(
+    targets: list[str], excluded: Any, layers: Any, pattern: Any
+) -> None:
+    if layers is None:
+        pattern = None  # PEFT refuses it, and so do we
+    ours = parse_config(
+        config(target_modules=targets, exclude_modules=excluded, layers_to_transform=layers,
+               layers_pattern=pattern), "c",
+    )  # fmt: skip
+    theirs = peft.LoraConfig(
+        target_modules=targets, exclude_modules=excluded, layers_to_transform=layers,
+        layers_pattern=pattern,
+    )  # fmt: skip
+    for module in MODULES:
+        assert ours.is_target(module) == bool(check_target_module_exists(theirs, module)), module
+
+
+@settings(max_examples=60, deadline=None)
+@given(REGEXES, st.none() | st.lists(NAMES, max_size=2) | REGEXES)
+def test_a_regular_expression_matches_as_in_peft(pattern: str, excluded: Any) -> None:
+    ours = parse_config(config(target_modules=pattern, exclude_modules=excluded), "c")
+    theirs = peft.LoraConfig(target_modules=pattern, exclude_modules=excluded)
+    for module in MODULES:
+        assert ours.is_target(module) == bool(check_target_module_exists(theirs, module)), module
+
+
+def test_all_linear_is_every_linear_module() -> None:
+    assert all(map(parse_config(config(target_modules="all-linear"), "c").is_target, MODULES))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(NAMES | REGEXES, st.integers(1, 64), max_size=3),
+    st.dictionaries(NAMES | REGEXES, st.integers(1, 64), max_size=3),
+    st.booleans(),
+)
+def test_rank_alpha_and_scaling_are_pefts(
+    ranks: dict[str, int], alphas: dict[str, int], rslora: bool
+) -> None:
+    parsed = parse_config(config(rank_pattern=ranks, alpha_pattern=alphas, use_rslora=rslora), "c")
+    for module in MODULES:
+        rank = ranks.get(get_pattern_key(list(ranks), module), 8)
+        alpha = alphas.get(get_pattern_key(list(alphas), module), 16)
+        assert parsed.rank_of(module) == rank
+        assert parsed.alpha_of(module) == alpha
+        assert parsed.scaling_of(module) == pytest.approx(alpha / (rank**0.5 if rslora else rank))
+
+
+def test_fan_in_fan_out_changes_nothing_on_a_linear_layer() -> None:
+    """PEFT sets it back, with a warning; we read it the same way."""
+    import torch
+    from peft.tuners.lora.layer import Linear
+
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        model = peft.get_peft_model(
+            torch.nn.Sequential(torch.nn.Linear(4, 6)),
+            peft.LoraConfig(target_modules=["0"], fan_in_fan_out=True),
+        )
+    layer = next(module for module in model.modules() if isinstance(module, Linear))
+    assert layer.fan_in_fan_out is False
+    assert isinstance(parse_config(config(fan_in_fan_out=True), "c").rank, int)

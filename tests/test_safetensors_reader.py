@@ -1,0 +1,151 @@
+"""Strict safetensors: what the library writes is read alike; what is ambiguous is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from safegene_converter.safetensors_reader import MAX_HEADER_BYTES, read_safetensors
+from safegene_runtime.errors import FormatError
+
+
+def file_of(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
+
+
+def entry(begin: int = 0, end: int = 8, shape: Any = (2,), dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+GOOD = file_of({"a": entry(), "b": entry(8, 16)}, bytes(16))
+
+
+def test_every_float_type_reads_as_the_library_reads_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tensors = {
+        f"{dtype}-{index}".replace("torch.", ""): (torch.randn(shape) * 10).to(dtype)
+        for index, shape in enumerate([(3, 5), (1,), (2, 3, 4), ()])
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    }
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    for data in (None, path.read_bytes()):
+        found = read_safetensors(path, data)
+        assert found.tensors.keys() == tensors.keys()
+        for name, tensor in load_file(path).items():
+            assert found.tensors[name].shape == tuple(tensor.shape)
+            assert (found.read_float32(name) == tensor.to(torch.float32).numpy()).all()
+
+
+def test_integers_are_listed_and_not_read_as_floats(tmp_path: Path) -> None:
+    save_file({"i": torch.arange(4), "m": torch.ones(3, dtype=torch.bool)}, tmp_path / "x")
+    found = read_safetensors(tmp_path / "x")
+    assert {name: info.dtype for name, info in found.tensors.items()} == {"i": "I64", "m": "BOOL"}
+    with pytest.raises(FormatError, match="float type"):
+        found.read_float32("i")
+
+
+HOSTILE: dict[str, bytes] = {
+    "empty": b"",
+    "seven bytes": b"\x00" * 7,
+    "no header": (0).to_bytes(8, "little"),
+    "header length 2^63": file_of({"a": entry()}, bytes(8), 1 << 63),
+    "header length past the end": file_of({"a": entry()}, b"", 10_000),
+    "header length over the cap": file_of(b"{" + b" " * 64, b"", MAX_HEADER_BYTES + 1),
+    "not JSON": file_of(b"{a: 1}"),
+    "a list": file_of([]),
+    "leading space": file_of(b" {}"),
+    "not UTF-8": file_of(b'{"\xff": 1}'),
+    "NaN": file_of(b'{"a": NaN}'),
+    "deep": file_of(b'{"a":' + b"[" * 50_000),
+    "duplicate name": file_of(
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}', bytes(16)),
+    "duplicate field": file_of(
+        b'{"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
+    "overlap": file_of({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)),
+    "the same bytes twice": file_of({"a": entry(0, 8), "b": entry(0, 8)}, bytes(8)),
+    "hole": file_of({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20)),
+    "hole at the start": file_of({"a": entry(8, 16)}, bytes(16)),
+    "trailing bytes": GOOD + b"\x00",
+    "truncated": GOOD[:-1],
+    "unknown dtype": file_of({"a": entry(dtype="F33")}, bytes(8)),
+    "dtype a number": file_of({"a": {**entry(), "dtype": 3}}, bytes(8)),
+    "wrong length": file_of({"a": entry(0, 8, (3,))}, bytes(8)),
+    "negative shape": file_of({"a": entry(0, 8, (-2,))}, bytes(8)),
+    "true in shape": file_of({"a": entry(0, 4, (True,))}, bytes(4)),
+    "float in shape": file_of({"a": entry(0, 8, (2.0,))}, bytes(8)),
+    "huge shape": file_of({"a": entry(0, 8, (1 << 40, 1 << 40))}, bytes(8)),
+    "too many dimensions": file_of({"a": entry(0, 4, (1,) * 9)}, bytes(4)),
+    "negative offsets": file_of({"a": entry(-8, 0)}, bytes(8)),
+    "reversed offsets": file_of({"a": entry(8, 0)}, bytes(8)),
+    "one offset": file_of({"a": {**entry(), "data_offsets": [0]}}, bytes(8)),
+    "missing field": file_of({"a": {"dtype": "F32", "shape": [2]}}, bytes(8)),
+    "unknown field": file_of({"a": {**entry(), "checksum": 1}}, bytes(8)),
+    "entry a list": file_of({"a": [1]}),
+    "metadata of numbers": file_of({"__metadata__": {"a": 1}, "a": entry()}, bytes(8)),
+    "git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+    "a pickle": b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x02os",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("whole", [False, True], ids=["by path", "by bytes"])
+def test_a_malformed_file_is_one_typed_error(case: str, whole: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(HOSTILE[case])
+    with pytest.raises(FormatError) as caught:
+        read_safetensors(path, HOSTILE[case] if whole else None)
+    assert str(path) in str(caught.value)
+
+
+def test_a_header_over_the_cap_is_refused_whole(tmp_path: Path) -> None:
+    raw = file_of(b"{" + b" " * (MAX_HEADER_BYTES + 10) + b"}")
+    with pytest.raises(FormatError, match="header length"):
+        read_safetensors(tmp_path / "x", raw)
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder", "nothing"])
+def test_what_is_no_regular_file_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    if kind == "link":
+        (tmp_path / "y").write_bytes(GOOD)
+        path.symlink_to(tmp_path / "y")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    with pytest.raises(FormatError):
+        read_safetensors(path)
+
+
+def test_any_changed_byte_of_the_header_is_an_error_or_a_consistent_file(tmp_path: Path) -> None:
+    length = int.from_bytes(GOOD[:8], "little")
+    for at in range(8 + length):
+        for value in (0x00, 0xFF, GOOD[at] ^ 1, ord("9")):
+            data = GOOD[:at] + bytes([value]) + GOOD[at + 1 :]
+            try:
+                found = read_safetensors(tmp_path / "x", data)
+            except FormatError:
+                continue
+            spans = sorted((info.begin, info.end) for info in found.tensors.values())
+            assert spans[0][0] == 8 + int.from_bytes(data[:8], "little")
+            assert spans[-1][1] == len(data)
+            assert all(one[1] == two[0] for one, two in itertools.pairwise(spans))
+
+
+def test_a_file_that_shrank_after_its_header_was_read_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(GOOD)
+    found = read_safetensors(path)
+    path.write_bytes(GOOD[:-4])
+    with pytest.raises(FormatError, match="changed"):
+        found.read_float32("b")
