@@ -1,0 +1,349 @@
+"""An adapter folder is one consistent thing, or it is refused, with everything that is wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from safegene_converter.adapter import check_base_fits, read_adapter
+from safegene_converter.base import open_base
+from safegene_runtime.errors import AdapterError, FormatError, SafeGeneError, UnsupportedError
+
+EXAMPLE = tiny.REPOSITORY / "examples" / "smollm2-135m-refusal"
+PREFIX = "base_model.model."
+Q0 = "model.layers.0.self_attn.q_proj"
+Q1 = "model.layers.1.self_attn.q_proj"
+
+
+class Folder:
+    """An adapter folder in pieces: change one, save it, read it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        random = np.random.default_rng(0)
+        self.config: dict[str, Any] = {
+            "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "k_proj"],
+            "bias": "none", "task_type": "CAUSAL_LM",
+        }  # fmt: skip
+        self.tensors: dict[str, np.ndarray] = {}
+        for layer in (0, 1):
+            for name in ("q_proj", "k_proj"):
+                key = f"{PREFIX}model.layers.{layer}.self_attn.{name}"
+                self.tensors[f"{key}.lora_A.weight"] = random.standard_normal((2, 8), np.float32)
+                self.tensors[f"{key}.lora_B.weight"] = random.standard_normal((6, 2), np.float32)
+        self.safegene: dict[str, Any] = {
+            "format_version": 1,
+            "base_model": {"name": "tiny", "architecture": "llama", "n_layers": 2},
+            "selected_layers": [0, 1],
+            "default_expression": "default",
+            "expressions": {
+                "default": {"coefficients": {"0": 0.5, "1": 1.5}, "target": "t", "n_shots": 3},
+                "other": {"coefficients": {"0": 1, "1": -2.0}},
+            },
+        }
+
+    def key(self, module: str, factor: str) -> str:
+        return f"{PREFIX}{module}.lora_{factor}.weight"
+
+    def rename(self, old: str, new: str) -> None:
+        self.tensors[new] = self.tensors.pop(old)
+
+    def save(self) -> Path:
+        self.path.mkdir(exist_ok=True)
+        (self.path / "adapter_config.json").write_text(json.dumps(self.config))
+        (self.path / "safegene.json").write_text(json.dumps(self.safegene))
+        save_file(self.tensors, self.path / "adapter_model.safetensors")
+        return self.path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "adapter")
+
+
+def test_the_example_is_what_its_files_say() -> None:
+    adapter = read_adapter(EXAMPLE)
+    tensors = load_file(EXAMPLE / "adapter_model.safetensors")
+    notes = json.loads((EXAMPLE / "safegene.json").read_text())
+    assert adapter.n_parameters == sum(tensor.size for tensor in tensors.values())
+    assert 2 * len(adapter.modules) == len(tensors)
+    for module in adapter.modules:
+        assert np.array_equal(module.a, tensors[f"{PREFIX}{module.name}.lora_A.weight"])
+        assert np.array_equal(module.b, tensors[f"{PREFIX}{module.name}.lora_B.weight"])
+        expected = notes["expressions"]["default"]["coefficients"][str(module.layer)]
+        assert module.coefficient == expected
+    assert adapter.expressions == ("default", "uniform")
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_what_peft_saves_is_a_plain_lora(architecture: str, tmp_path: Path) -> None:
+    path = tiny.peft_adapter(architecture, tmp_path / "adapter", use_rslora=True)
+    adapter = read_adapter(path)
+    assert adapter.expressions == ("default",)
+    assert adapter.base_model is None
+    assert {module.coefficient for module in adapter.modules} == {1.0}
+    assert {module.scaling for module in adapter.modules} == {4.0}
+    assert len(adapter.modules) == 6
+    base = open_base(tiny.gguf_model(architecture))
+    check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
+
+
+def test_the_default_expression_is_taken_and_others_by_name(folder: Folder) -> None:
+    path = folder.save()
+    assert [m.coefficient for m in read_adapter(path).modules] == [0.5, 0.5, 1.5, 1.5]
+    assert [m.coefficient for m in read_adapter(path, "other").modules] == [1, 1, -2, -2]
+    assert read_adapter(path).target == "t"
+    with pytest.raises(AdapterError, match="one of default, other"):
+        read_adapter(path, "oter")
+
+
+def test_modules_are_in_the_order_of_layers(folder: Folder) -> None:
+    names = [module.name for module in read_adapter(folder.save()).modules]
+    assert names == sorted(names, key=lambda name: (int(name.split(".")[2]), name))
+
+
+Change = Callable[[Folder], None]
+
+
+def config(**values: Any) -> Change:
+    return lambda folder: folder.config.update(values)
+
+
+def notes(*path: str, value: Any) -> Change:
+    def change(folder: Folder) -> None:
+        place = folder.safegene
+        for name in path[:-1]:
+            place = place[name]
+        place[path[-1]] = value
+
+    return change
+
+
+def without(*path: str) -> Change:
+    def change(folder: Folder) -> None:
+        place = folder.safegene
+        for name in path[:-1]:
+            place = place[name]
+        del place[path[-1]]
+
+    return change
+
+
+def tensor(module: str, factor: str, value: Any) -> Change:
+    def change(folder: Folder) -> None:
+        folder.tensors[folder.key(module, factor)] = np.asarray(value, np.float32)
+
+    return change
+
+
+def extra(key: str) -> Change:
+    return lambda folder: folder.tensors.update({key: np.ones((2, 2), np.float32)})
+
+
+def drop(module: str, *factors: str) -> Change:
+    return lambda folder: [folder.tensors.pop(folder.key(module, f)) for f in factors] and None
+
+
+def renamed(change: Callable[[str], str]) -> Change:
+    def apply(folder: Folder) -> None:
+        for key in list(folder.tensors):
+            folder.rename(key, change(key))
+
+    return apply
+
+
+COEFFICIENTS = ("expressions", "default", "coefficients")
+HOSTILE: dict[str, tuple[Change, type[SafeGeneError], str]] = {
+    "NaN": (tensor(Q0, "A", np.full((2, 8), np.nan)), AdapterError, "NaN or Inf"),
+    "Inf": (tensor(Q0, "B", np.full((6, 2), np.inf)), AdapterError, "NaN or Inf"),
+    "B never trained": (tensor(Q0, "B", np.zeros((6, 2))), AdapterError, "no effect"),
+    "A zero": (tensor(Q0, "A", np.zeros((2, 8))), AdapterError, "no effect"),
+    "no tensors": (lambda folder: folder.tensors.clear(), AdapterError, "at least one pair"),
+    "B missing": (drop(Q0, "B"), AdapterError, "lora_B"),
+    "A missing": (drop(Q0, "A"), AdapterError, "lora_A"),
+    "rank other than the config": (config(r=4), AdapterError, "rank 4"),
+    "rank_pattern other": (config(rank_pattern={"q_proj": 3}), AdapterError, "rank 3"),
+    "ranks of A and B differ": (tensor(Q0, "B", np.ones((6, 3))), AdapterError, "rank 2"),
+    "three dimensions": (tensor(Q0, "A", np.ones((1, 2, 8))), AdapterError, "factors"),
+    "no columns": (tensor(Q0, "A", np.ones((2, 0))), AdapterError, "factors"),
+    "not targeted": (config(target_modules=["k_proj"]), AdapterError, "PEFT would ignore"),
+    "excluded": (config(exclude_modules=["q_proj"]), AdapterError, "PEFT would ignore"),
+    "layer not to transform": (config(layers_to_transform=[0]), AdapterError, "would ignore"),
+    "target without tensors": (
+        config(target_modules=["q_proj", "k_proj", "v_proj"]), AdapterError, "v_proj"),
+    "pattern without tensors": (config(alpha_pattern={"v_proj": 2}), AdapterError, "v_proj"),
+    "layer without tensors": (config(layers_to_transform=[0, 1, 7]), AdapterError, "7"),
+    "no prefix": (renamed(lambda key: key.removeprefix(PREFIX)), AdapterError, "another name"),
+    "adapter name in the key": (
+        renamed(lambda key: key.replace(".weight", ".default.weight")), AdapterError, "another"),
+    "a path as name": (extra("../../etc/passwd"), AdapterError, "another name"),
+    "DoRA": (extra(f"{PREFIX}{Q0}.lora_magnitude_vector"), UnsupportedError, "DoRA"),
+    "bias of B": (extra(f"{PREFIX}{Q0}.lora_B.bias"), UnsupportedError, "bias"),
+    "trained bias": (extra(f"{PREFIX}{Q0}.bias"), UnsupportedError, "bias"),
+    "embedding": (
+        extra(f"{PREFIX}model.embed_tokens.lora_embedding_A"), UnsupportedError, "embedding"),
+    "output head": (extra(f"{PREFIX}lm_head.lora_A.weight"), UnsupportedError, "lm_head"),
+    "norm": (extra(f"{PREFIX}model.layers.0.input_layernorm.lora_A.weight"),
+             UnsupportedError, "norm"),
+    "experts": (extra(f"{PREFIX}model.layers.0.mlp.experts.0.up_proj.lora_A.weight"),
+                UnsupportedError, "experts"),
+    "saved module": (
+        extra(f"{PREFIX}model.norm.modules_to_save.weight"), UnsupportedError, "norm"),
+    "another block": (extra(f"{PREFIX}transformer.h.0.attn.c_attn.lora_A.weight"),
+                      UnsupportedError, "linear module"),
+    "scale too large": (config(lora_alpha=1e39), AdapterError, "float32"),
+    "scale too small": (config(lora_alpha=1e-60), AdapterError, "float32"),
+    "selected without tensors": (
+        notes("selected_layers", value=[0, 1, 5]), AdapterError, "layer 5"),
+    "tensors not selected": (notes("selected_layers", value=[0]), AdapterError, "layer 1"),
+    "selected twice": (notes("selected_layers", value=[0, 1, 1]), AdapterError, "each once"),
+    "selected nothing": (notes("selected_layers", value=[]), AdapterError, "selected_layers"),
+    "coefficient for no layer": (notes(*COEFFICIENTS, "9", value=1.0), AdapterError, "layer 9"),
+    "coefficient missing": (without(*COEFFICIENTS, "1"), AdapterError, "coefficient for layer 1"),
+    "coefficient zero": (notes(*COEFFICIENTS, "1", value=0), AdapterError, "not 0"),
+    "coefficient text": (notes(*COEFFICIENTS, "1", value="1"), AdapterError, "finite number"),
+    "coefficient true": (notes(*COEFFICIENTS, "1", value=True), AdapterError, "finite number"),
+    "coefficient of a name": (notes(*COEFFICIENTS, "one", value=1), AdapterError, "layer numbers"),
+    "coefficient of 01": (notes(*COEFFICIENTS, "01", value=1), AdapterError, "layer numbers"),
+    "other expression incomplete": (
+        without("expressions", "other", "coefficients", "1"), AdapterError, "other.coefficients"),
+    "no coefficients": (without(*COEFFICIENTS), AdapterError, "coefficients"),
+    "unknown default": (notes("default_expression", value="x"), AdapterError, "default, other"),
+    "no expressions": (notes("expressions", value={}), AdapterError, "expressions"),
+    "format of tomorrow": (notes("format_version", value=2), AdapterError, "format_version"),
+    "format true": (notes("format_version", value=True), AdapterError, "format_version"),
+    "unknown key": (notes("scale", value=2), AdapterError, "unknown key"),
+    "missing key": (without("selected_layers"), AdapterError, "selected_layers"),
+    "layers a text": (notes("base_model", "n_layers", value="2"), AdapterError, "n_layers"),
+    "negative shots": (notes("expressions", "other", "n_shots", value=-1), AdapterError, "n_shots"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_contradiction_is_refused_by_name(case: str, folder: Folder) -> None:
+    change, error, words = HOSTILE[case]
+    change(folder)
+    with pytest.raises(error) as caught:
+        read_adapter(folder.save())
+    assert words in str(caught.value)
+    assert all(problem.where and problem.expected for problem in caught.value.problems)
+
+
+def test_everything_wrong_is_told_in_one_error(folder: Folder) -> None:
+    for name in ("NaN", "B missing", "selected without tensors", "coefficient for no layer"):
+        if name == "NaN":
+            tensor(Q1, "A", np.full((2, 8), np.nan))(folder)
+        else:
+            HOSTILE[name][0](folder)
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(folder.save())
+    text = str(caught.value)
+    assert all(word in text for word in ("NaN or Inf", "lora_B", "layer 5", "layer 9"))
+
+
+def test_json_that_means_two_things_is_refused(folder: Folder) -> None:
+    path = folder.save()
+    for name in ("adapter_config.json", "safegene.json"):
+        good = (path / name).read_text()
+        for bad in (good[:-1] + ', "r": 1, "r": 2}', "{", "version https://git-lfs.x\n", "[]"):
+            (path / name).write_text(bad)
+            with pytest.raises(FormatError if bad != "[]" else AdapterError):
+                read_adapter(path)
+        (path / name).write_text(good)
+    read_adapter(path)
+
+
+class Touch:
+    """Unpickling it leaves a mark."""
+
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.mark, "w")
+
+
+def test_a_pickle_is_never_opened(folder: Folder, tmp_path: Path) -> None:
+    path = folder.save()
+    (path / "adapter_model.safetensors").unlink()
+    mark = tmp_path / "mark"
+    (path / "adapter_model.bin").write_bytes(pickle.dumps(Touch(str(mark))))
+    with pytest.raises(AdapterError, match="never opened"):
+        read_adapter(path)
+    (path / "adapter_model.bin").rename(path / "adapter_model.safetensors")
+    with pytest.raises(FormatError):
+        read_adapter(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file_is_named(name: str, folder: Folder) -> None:
+    path = folder.save()
+    (path / name).unlink()
+    with pytest.raises(AdapterError, match=name):
+        read_adapter(path)
+
+
+def test_no_folder_is_no_adapter(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "nothing", tmp_path / "file"):
+        with pytest.raises(AdapterError, match="a folder"):
+            read_adapter(path)
+
+
+def test_without_notes_it_is_a_plain_lora(folder: Folder) -> None:
+    path = folder.save()
+    (path / "safegene.json").unlink()
+    adapter = read_adapter(path)
+    assert {module.coefficient for module in adapter.modules} == {1.0}
+    with pytest.raises(AdapterError, match="one of default"):
+        read_adapter(path, "other")
+
+
+SHAPES = {
+    f"model.layers.{layer}.self_attn.{name}": (6, 8)
+    for layer in (0, 1)
+    for name in ("q_proj", "k_proj", "v_proj")
+}
+FITS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "another architecture": (lambda fit: {**fit, "architecture": "qwen2"}, "architecture"),
+    "another depth": (lambda fit: {**fit, "n_layers": 3}, "n_layers"),
+    "another width": (
+        lambda fit: {**fit, "shapes": dict.fromkeys(fit["shapes"], (6, 9))},
+        "(6, 9)",
+    ),
+    "a module the base lacks": (
+        lambda fit: {**fit, "shapes": {k: v for k, v in fit["shapes"].items() if k != Q0}},
+        "no such module",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FITS)
+def test_another_base_is_refused(case: str, folder: Folder) -> None:
+    adapter = read_adapter(folder.save())
+    fit: dict[str, Any] = {"shapes": SHAPES, "architecture": "llama", "n_layers": 2}
+    check_base_fits(adapter, **fit)
+    change, words = FITS[case]
+    with pytest.raises(AdapterError) as caught:
+        check_base_fits(adapter, **change(copy.deepcopy(fit)))
+    assert words in str(caught.value)
+
+
+def test_a_targeted_module_of_the_base_without_tensors_is_refused(folder: Folder) -> None:
+    """PEFT would initialise it at random, or warn at most."""
+    for factor in "AB":
+        del folder.tensors[folder.key(Q1, factor)]
+    adapter = read_adapter(folder.save())
+    with pytest.raises(AdapterError) as caught:
+        check_base_fits(adapter, SHAPES, "llama", 2)
+    assert [problem.field for problem in caught.value.problems] == [Q1]
