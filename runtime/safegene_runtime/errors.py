@@ -49,8 +49,13 @@ class Problem:
     fix: str = ""
 
     def __str__(self) -> str:
-        line = f"{self.where}: {self.field}: expected {self.expected}, got {self.got}"
-        return f"{line}\n    -> {self.fix}" if self.fix else line
+        line = _printable(f"{self.where}: {self.field}: expected {self.expected}, got {self.got}")
+        return f"{line}\n    -> {_printable(self.fix)}" if self.fix else line
+
+
+def _printable(text: str) -> str:
+    """Escapes what could steer a terminal: parts of a message come from hostile files."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class SafeGeneError(Exception):

@@ -46,13 +46,15 @@ def open_regular(path: Path, *, follow_symlinks: bool = False) -> BinaryIO:
     Raises:
         FormatError: missing, not a regular file, or a symbolic link.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     if not follow_symlinks:
         flags |= os.O_NOFOLLOW
     try:
         descriptor = os.open(path, flags)
-    except OSError as error:
-        got = "a symbolic link" if error.errno == errno.ELOOP else os.strerror(error.errno or 0)
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte or half a surrogate pair
+        got = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            got = "a symbolic link"
         raise FormatError(
             Problem(str(path), "file", "a readable regular file", got, "check the path")
         ) from error
@@ -68,17 +70,20 @@ def read_small_file(path: Path, max_bytes: int) -> bytes:
     """Reads a whole file of at most `max_bytes` bytes.
 
     Raises:
-        FormatError: as `open_regular`, or the file is larger.
+        FormatError: as `open_regular`, the file is larger, or it changed while it was read.
     """
+
+    def wrong_size(expected: str, got: int, fix: str) -> FormatError:
+        return FormatError(Problem(str(path), "size", expected, f"{got} bytes", fix))
+
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
-            raise FormatError(
-                Problem(
-                    str(path), "size", f"at most {max_bytes} bytes", size, "is it the right file?"
-                )  # type: ignore[arg-type]
-            )
-        return file.read(max_bytes + 1)
+            raise wrong_size(f"at most {max_bytes} bytes", size, "is it the right file?")
+        data = file.read(size + 1)
+    if len(data) != size:
+        raise wrong_size(f"{size} bytes", len(data), "the file changed while it was read")
+    return data
 
 
 def sha256_of(data: bytes | memoryview) -> str:
@@ -103,7 +108,8 @@ def check_output_free(out: Path, force: bool) -> None:
     """Refuses an output that exists, before any work is done for it.
 
     Raises:
-        OutputError: `out` exists and `force` is not given, or its parent is not a folder.
+        OutputError: `out` exists and `force` is not given, or it is a folder that nobody means to
+            replace; or a folder above it is a file.
     """
     if os.path.lexists(out) and not force:
         raise OutputError(
@@ -115,8 +121,20 @@ def check_output_free(out: Path, force: bool) -> None:
                 "choose another -o, or pass --force to replace it",
             )
         )
-    parent = out.absolute().parent
-    if parent.exists() and not parent.is_dir():
+    if out.is_dir() and not out.is_symlink():
+        for place in (Path.cwd(), Path(os.path.expanduser("~"))):
+            if place.resolve().is_relative_to(out.resolve()):
+                raise OutputError(
+                    Problem(
+                        str(out),
+                        "output",
+                        "a folder of its own",
+                        f"one that holds {place}",
+                        "--force would delete all of it: choose another -o",
+                    )
+                )
+    parent = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
+    if not parent.is_dir():
         raise OutputError(
             Problem(str(parent), "output", "a folder to write into", "a file", "choose another -o")
         )
@@ -196,15 +214,25 @@ def publish_file(path: Path, data: bytes) -> None:
 
 
 def _rename_over(source: Path, out: Path, force: bool) -> None:
-    """Moves the finished folder to its name; an old one is moved aside first, then removed."""
+    """Moves the finished folder to its name; an old one is moved aside first, then removed.
+
+    An error in between puts the old one back.
+    """
     if not os.path.lexists(out):
         os.rename(source, out)
         return
     check_output_free(out, force)
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    os.rename(out, old / out.name)
-    os.rename(source, out)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.rename(out, old / out.name)
+        os.rename(source, out)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.rename(old / out.name, out)
+        raise
+    finally:
+        if os.path.lexists(out):  # else the old one is in `old`, and all there is
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:
@@ -216,6 +244,6 @@ def _fsync(path: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    mask = os.umask(0o077)  # to read it is to set it; meanwhile other threads get private files
     os.umask(mask)
     return mask

@@ -9,7 +9,8 @@ gguf-py 0.19 hangs on a 49-byte file and accepts overlapping offsets; libllama a
 some metadata. Nothing native or third-party sees a file before this reader has accepted it.
 
 Rules beyond the format: unique keys and names, offsets contiguous and ascending without gaps or
-overlap, no bytes after the last tensor's padding, alignment a power of two.
+overlap, no bytes after the last tensor's padding, alignment a power of two, no NUL in a string that
+a C reader would cut there.
 """
 
 from __future__ import annotations
@@ -48,13 +49,14 @@ __all__ = [
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 ALIGNMENTS = frozenset(1 << n for n in range(5, 17))
-MAX_HEADER_BYTES = 512 << 20
+MAX_HEADER_BYTES = 128 << 20  # the largest vocabularies take 16 MiB
 MAX_DIMS = 4
 MAX_NAME_BYTES = 63
 MAX_KEY_BYTES = 65535
 MIN_KV_BYTES = 8 + 1 + 4 + 1
 MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 READ_BYTES = 1 << 20
+SHOWN_CHARACTERS = 80
 
 
 class GGMLType(IntEnum):
@@ -145,6 +147,7 @@ SCALAR_FORMATS: Mapping[ValueType, str] = {
     ValueType.UINT32: "<I", ValueType.INT32: "<i", ValueType.FLOAT32: "<f", ValueType.BOOL: "<B",
     ValueType.UINT64: "<Q", ValueType.INT64: "<q", ValueType.FLOAT64: "<d",
 }  # fmt: skip
+_STRUCTS = {kind: struct.Struct(code) for kind, code in SCALAR_FORMATS.items()}
 
 
 @dataclass(frozen=True)
@@ -233,37 +236,50 @@ class _Cursor:
         self._file = file
         self.where = where
         self.size = os.fstat(file.fileno()).st_size
-        self._buffer = bytearray()
-        self.at = 0
+        self._limit = min(self.size, MAX_HEADER_BYTES)
+        self._window = b""  # the bytes of the file from `_start`; `_next` is an index into it
+        self._start = self._next = 0
+
+    @property
+    def at(self) -> int:
+        return self._start + self._next
 
     @property
     def left(self) -> int:
-        return min(self.size, MAX_HEADER_BYTES) - self.at
+        return self._limit - self.at
 
     def fail(self, what: str, expected: object, got: object, fix: str = "") -> FormatError:
         return FormatError(
             Problem(self.where, what, str(expected), str(got), fix or "download the file again")
         )
 
-    def take(self, count: int, what: str) -> memoryview:
+    def take(self, count: int, what: str) -> bytes:
         """The next `count` bytes."""
+        end = self._next + count
+        if end > len(self._window):
+            self._slide(count, what)
+            end = count
+        piece = self._window[self._next : end]
+        self._next = end
+        return piece
+
+    def _slide(self, count: int, what: str) -> None:
+        """Moves the window forward, so that it starts here and holds `count` bytes."""
         if count > self.left:
-            raise self.fail(
-                f"{what} at byte {self.at}", f"{count} bytes", f"{self.left} bytes left"
-            )
-        end = self.at + count
-        while len(self._buffer) < end:
-            chunk = self._file.read(max(READ_BYTES, end - len(self._buffer)))
-            if not chunk:
-                raise self.fail(what, f"{count} bytes", "the end of the file")
-            self._buffer += chunk
-        view = memoryview(bytes(self._buffer[self.at : end]))
-        self.at = end
-        return view
+            left = f"{self.left} bytes left"
+            if self.size > self._limit:
+                left += f" of the {self._limit} that a header may take"
+            raise self.fail(f"{what} at byte {self.at}", f"{count} bytes", left)
+        rest = self._window[self._next :]
+        self._start, self._next = self.at, 0
+        wanted = min(max(READ_BYTES, count), self.left) - len(rest)
+        self._window = rest + self._file.read(wanted)
+        if len(self._window) < count:
+            raise self.fail(what, f"{count} bytes", "the end of the file")
 
     def number(self, kind: ValueType, what: str) -> Any:
-        code = SCALAR_FORMATS[kind]
-        value = struct.unpack(code, self.take(struct.calcsize(code), what))[0]
+        code = _STRUCTS[kind]
+        value = code.unpack(self.take(code.size, what))[0]
         if kind is ValueType.BOOL:
             if value > 1:
                 raise self.fail(f"{what} at byte {self.at - 1}", "a bool (0 or 1)", value)
@@ -276,17 +292,17 @@ class _Cursor:
             raise self.fail(
                 f"{what} at byte {self.at - 8}", f"1 to {limit} bytes", f"{length} bytes"
             )
-        return bytes(self.take(length, what))
+        return self.take(length, what)
 
 
 def _parse(cursor: _Cursor, path: Path) -> GGUFFile:
-    head = bytes(cursor.take(min(24, cursor.left), "header"))
+    head = cursor.take(min(24, cursor.left), "header")
     if head.startswith(b"version https://git-lfs"):
         raise cursor.fail("content", "a GGUF file", "a git-lfs pointer", "run `git lfs pull`")
-    if head[:4] != MAGIC or len(head) < 24:
-        raise cursor.fail(
-            "magic", "GGUF and a 24-byte header", repr(head[:4]), "is it a GGUF file?"
-        )
+    if head[:4] != MAGIC:
+        raise cursor.fail("magic", repr(MAGIC), repr(head[:4]), "is it a GGUF file?")
+    if len(head) < 24:
+        raise cursor.fail("header", "24 bytes", f"{len(head)} bytes")
     version, n_tensors, n_kv = struct.unpack("<IQQ", head[4:])
     if version not in (2, 3):
         swapped = int.from_bytes(head[4:8], "big") in (1, 2, 3)
@@ -319,7 +335,7 @@ def _metadata(cursor: _Cursor, n_kv: int) -> dict[str, Value]:
     for _ in range(n_kv):
         key = _name(cursor, "key", MAX_KEY_BYTES)
         if key in found:
-            raise cursor.fail(f"key {key!r}", "each key once", "the key twice")
+            raise cursor.fail(f"key {_shown(key)!r}", "each key once", "the key twice")
         found[key] = _value(cursor, key)
     if "general.architecture" in found:
         kind = found["general.architecture"].type
@@ -333,16 +349,25 @@ def _name(cursor: _Cursor, what: str, limit: int) -> str:
     try:
         name = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise cursor.fail(f"{what} {raw[:40]!r}", "UTF-8", str(error)) from error
+        raise cursor.fail(f"{what} {raw[:40]!r}", "UTF-8", error.reason) from error
     if "\0" in name:
-        raise cursor.fail(f"{what} {name[:40]!r}", "no NUL byte", "a NUL byte")
+        raise cursor.fail(f"{what} {_shown(name)!r}", "no NUL byte", "a NUL byte")
     return name
 
 
+def _shown(name: str) -> str:
+    """A name as messages show it: a key may have 64 KiB."""
+    return name if len(name) <= SHOWN_CHARACTERS else name[: SHOWN_CHARACTERS - 3] + "..."
+
+
 def _value(cursor: _Cursor, key: str) -> Value:
+    key = _shown(key)
     kind = _value_type(cursor, f"type of {key!r}")
     if kind is ValueType.STRING:
-        return Value(kind, cursor.text(key).decode("utf-8", "surrogateescape"))
+        text = cursor.text(key)
+        if b"\0" in text:
+            raise cursor.fail(key, "a string without NUL bytes", f"one at {text.index(0)}")
+        return Value(kind, text.decode("utf-8", "surrogateescape"))
     if kind is not ValueType.ARRAY:
         return Value(kind, cursor.number(kind, key))
     element = _value_type(cursor, f"element type of {key!r}")
@@ -354,11 +379,10 @@ def _value(cursor: _Cursor, key: str) -> Value:
             raise cursor.fail(f"length of {key!r}", f"at most {cursor.left // 8} strings", count)
         texts = [cursor.text(key).decode("utf-8", "surrogateescape") for _ in range(count)]
         return Value(kind, tuple(texts), element)
-    code = SCALAR_FORMATS[element]
-    size = struct.calcsize(code)
+    size = _STRUCTS[element].size
     if count > cursor.left // size:
         raise cursor.fail(f"length of {key!r}", f"at most {cursor.left // size} elements", count)
-    array = np.frombuffer(cursor.take(count * size, key), dtype=np.dtype(code))
+    array = np.frombuffer(cursor.take(count * size, key), dtype=SCALAR_FORMATS[element])
     if element is ValueType.BOOL:
         if (array > 1).any():
             raise cursor.fail(key, "bools (0 or 1)", int(array.max()))
@@ -422,25 +446,18 @@ def _place(
     cursor: _Cursor, raw: list[_Raw], alignment: int, data_offset: int, path: Path
 ) -> dict[str, TensorInfo]:
     """Checks that the tensors tile the data section exactly, in order."""
-    problems = Problems()
     found: dict[str, TensorInfo] = {}
     expected = 0
     for name, shape, type, offset in raw:
         size = nbytes(shape, type)
         if name in found:
-            problems.add(cursor.where, f"tensor {name!r}", "each name once", "the name twice")
+            raise cursor.fail(f"tensor {name!r}", "each name once", "the name twice")
         if offset != expected:
-            problems.add(
-                cursor.where,
-                f"offset of {name!r}",
-                f"{expected}, where the last tensor ends",
-                offset,
-                "download the file again",
+            raise cursor.fail(
+                f"offset of {name!r}", f"{expected}, where the last tensor ends", offset
             )
-            break  # what follows is shifted too, and would only repeat this
         found[name] = TensorInfo(name, shape, type, data_offset + offset, size, path)
         expected = -(-(offset + size) // alignment) * alignment
-    problems.raise_if_any(FormatError)
     last = raw[-1][3] + nbytes(raw[-1][1], raw[-1][2]) if raw else 0
     smallest, largest = data_offset + last, data_offset + expected
     if not raw:
@@ -453,7 +470,7 @@ def _place(
 
 # --- shards ----------------------------------------------------------------------------------------
 
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII)
 MAX_SHARDS = 10_000
 
 
@@ -470,7 +487,12 @@ def open_model(path: Path, *, follow_symlinks: bool = True) -> GGUFModel:
         return GGUFModel((first,), first.metadata, first.tensors)
     match = _SHARD.fullmatch(path.name)
     problems = Problems()
-    if not match or int(match["count"]) != count or not 1 < count <= MAX_SHARDS:
+    if (
+        not match
+        or type(count) is not int  # 3.0 would equal the number in the name
+        or int(match["count"]) != count
+        or not 1 < count <= MAX_SHARDS
+    ):
         problems.add(
             str(path),
             "split.count",
@@ -507,7 +529,13 @@ def open_model(path: Path, *, follow_symlinks: bool = True) -> GGUFModel:
     for shard in shards:
         for name, info in shard.tensors.items():
             if name in tensors:
-                problems.add(str(shard.path), f"tensor {name!r}", "in one shard", "in two shards")
+                problems.add(
+                    str(shard.path),
+                    f"tensor {name!r}",
+                    "in one shard",
+                    "in two shards",
+                    "download all shards again",
+                )
             tensors[name] = info
     stated = first.get("split.tensors.count")
     if stated != len(tensors):
@@ -531,18 +559,32 @@ def read_tensor_bytes(info: TensorInfo) -> bytes:
         file.seek(info.offset)
         data = file.read(info.nbytes)
     if len(data) != info.nbytes:
-        raise FormatError(
-            Problem(
-                str(info.path),
-                info.name,
-                f"{info.nbytes} bytes",
-                f"{len(data)} bytes",
-                "the file changed while it was read",
-            )
-        )
+        raise _shorter(info, len(data))
     return data
 
 
 def map_tensor(info: TensorInfo) -> npt.NDArray[np.uint8]:
-    """The stored bytes of a tensor, (nbytes,) uint8, read-only, paged in as they are touched."""
-    return np.memmap(info.path, dtype=np.uint8, mode="r", offset=info.offset, shape=(info.nbytes,))
+    """The stored bytes of a tensor, (nbytes,) uint8, read-only, paged in as they are touched.
+
+    A file that becomes shorter while it is mapped kills the process (SIGBUS).
+
+    Raises:
+        FormatError: the file became shorter since its header was read.
+    """
+    with open_regular(info.path, follow_symlinks=True) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < info.offset + info.nbytes:
+            raise _shorter(info, size - info.offset)
+        return np.memmap(file, dtype=np.uint8, mode="r", offset=info.offset, shape=(info.nbytes,))
+
+
+def _shorter(info: TensorInfo, left: int) -> FormatError:
+    return FormatError(
+        Problem(
+            str(info.path),
+            info.name,
+            f"{info.nbytes} bytes",
+            f"{max(0, left)} bytes",
+            "the file changed while it was read",
+        )
+    )

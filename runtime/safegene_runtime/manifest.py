@@ -17,7 +17,7 @@ manifest does not list is refused as well: something a loader might pick up.
     modules          [{"module", "tensor", "shape": [out, in], "rank", "scaling", "coefficient",
                        "effective_scale", "type_before", "type_after", "bytes_before",
                        "bytes_after", "sha256", "survival": {...} or null}]
-    verification     null, or {"verdict", "reference_sha256", "engine", "report": {...}}
+    verification     null, or {"verdict", "reference_sha256", "engine": {...}, "report": {...}}
 
 Law: `Manifest.from_json(m.to_json()) == m`.
 """
@@ -34,12 +34,14 @@ from typing import Any
 
 from safegene_runtime import strictjson
 from safegene_runtime.errors import FormatError, ManifestError, Problems
-from safegene_runtime.files import MANIFEST_NAME, publish_file, sha256_file
+from safegene_runtime.files import MANIFEST_NAME, publish_file, read_small_file, sha256_file
 
 __all__ = ["FileEntry", "Manifest", "ModuleEntry", "check_files", "read_manifest"]
 
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 32 << 20
+MAX_INTEGER = (1 << 63) - 1
+RESTORE = "the manifest was edited or damaged: restore it, or convert again"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
@@ -102,10 +104,11 @@ class Manifest:
         """
         try:
             return _parse(strictjson.loads(data, where), where)
-        except ManifestError:
-            raise
         except FormatError as error:
-            raise ManifestError(error.problems) from error
+            raise ManifestError(
+                problem if problem.fix else dataclasses.replace(problem, fix=RESTORE)
+                for problem in error.problems
+            ) from error
 
     def with_verification(self, verification: dict[str, Any] | None) -> Manifest:
         """A copy with another verdict."""
@@ -146,7 +149,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     problems.raise_if_any(ManifestError)
     try:
-        data = strictjson.read_small_file(path, MAX_MANIFEST_BYTES)
+        data = read_small_file(path, MAX_MANIFEST_BYTES)
     except FormatError as error:
         raise ManifestError(error.problems) from error
     return Manifest.from_json(data, str(path))
@@ -191,6 +194,9 @@ def check_files(
         except FormatError as error:
             problems.extend(error.problems)
             continue
+        except OSError as error:
+            problems.add(str(path), "file", "to be readable", error.strerror, "check the disk")
+            continue
         if digest != entry.sha256:
             problems.add(
                 str(path),
@@ -208,6 +214,12 @@ _SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     "base": {"kind": str, "name": str, "files": dict},
     "adapter": {"name": str, "files": dict, "expression": str, "n_parameters": int},
     "tokenizer": {"chat_template_sha256": (str, type(None))},
+}
+_VERIFICATION: dict[str, type | tuple[type, ...]] = {
+    "verdict": str,
+    "reference_sha256": str,
+    "engine": dict,
+    "report": dict,
 }
 _FILE_FIELDS: dict[str, type | tuple[type, ...]] = {
     "path": str,
@@ -230,6 +242,14 @@ _MODULE_FIELDS: dict[str, type | tuple[type, ...]] = {
     "sha256": str,
     "survival": (dict, type(None)),
 }
+_KINDS = {
+    str: "text", int: "an integer", float: "a number", bool: "true or false",
+    list: "a list", dict: "an object", type(None): "null",
+}  # fmt: skip
+
+
+def _kind_of(value: Any) -> str:
+    return f"{_KINDS[type(value)]} that is empty" if value in ([], {}) else _KINDS[type(value)]
 
 
 def _parse(raw: Any, where: str) -> Manifest:
@@ -250,22 +270,11 @@ def _parse(raw: Any, where: str) -> Manifest:
         _check_fields(raw[name], f"{where}: {name}", fields, problems)
     for name in ("files", "modules"):
         if not isinstance(raw[name], list) or not raw[name]:
-            problems.add(where, name, "a list that is not empty", type(raw[name]).__name__)
+            problems.add(where, name, "a list that is not empty", _kind_of(raw[name]))
     if not isinstance(raw["settings"], dict):
-        problems.add(where, "settings", "an object", type(raw["settings"]).__name__)
-    if (
-        raw["verification"] is not None
-        and strictjson.check_keys(
-            raw["verification"],
-            f"{where}: verification",
-            problems,
-            required=("verdict", "reference_sha256", "engine", "report"),
-        )
-        and raw["verification"]["verdict"] not in ("parity", "broken")
-    ):
-        problems.add(
-            where, "verification.verdict", "parity or broken", raw["verification"]["verdict"]
-        )
+        problems.add(where, "settings", "an object", _kind_of(raw["settings"]))
+    if raw["verification"] is not None:
+        _check_fields(raw["verification"], f"{where}: verification", _VERIFICATION, problems)
     problems.raise_if_any(ManifestError)
     for index, entry in enumerate(raw["files"]):
         _check_fields(entry, f"{where}: files[{index}]", _FILE_FIELDS, problems)
@@ -290,17 +299,24 @@ def _check_fields(
     if not strictjson.check_keys(entry, where, problems, required=fields):
         return
     for name, kind in fields.items():
-        value = entry[name]
-        accepted = (float, int) if kind is float else kind
-        if isinstance(value, bool) or not isinstance(value, accepted):
-            problems.add(where, name, kind, type(value).__name__)
-        elif "sha256" in name and isinstance(value, str) and not _SHA256.fullmatch(value):
+        value: Any = entry[name]
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if type(value) not in kinds and not (kind is float and type(value) is int):
+            problems.add(where, name, " or ".join(_KINDS[k] for k in kinds), _kind_of(value))
+        elif type(value) is int and not -MAX_INTEGER <= value <= MAX_INTEGER:
+            problems.add(where, name, "an integer of 64 bits", f"{value.bit_length()} bits")
+        elif "sha256" in name and value is not None and not _SHA256.fullmatch(value):
             problems.add(where, name, "64 hexadecimal digits", value)
         elif name.endswith("bytes") and value < 0:
             problems.add(where, name, "a size in bytes", value)
 
 
 def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
+    verification = raw["verification"]
+    if verification and verification["verdict"] not in ("parity", "broken"):
+        problems.add(where, "verification.verdict", "parity or broken", verification["verdict"])
+    if raw["base"]["kind"] not in ("gguf", "hf"):
+        problems.add(where, "base.kind", "gguf or hf", raw["base"]["kind"])
     artifact = raw["artifact"]
     if artifact["form"] not in _FORMS.get(artifact["target"], ()):
         problems.add(
@@ -317,7 +333,7 @@ def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
             problems.add(where, f"{section}.files", "at least one file", "none")
     seen: set[str] = set()
     for entry in raw["files"]:
-        if not _NAME.fullmatch(entry["path"]) or entry["path"] == MANIFEST_NAME:
+        if not _NAME.fullmatch(entry["path"]) or entry["path"].casefold() == MANIFEST_NAME:
             problems.add(where, "files.path", "a plain file name", repr(entry["path"]))
         if entry["path"].casefold() in seen:
             problems.add(where, "files.path", "each file once", entry["path"])
@@ -325,7 +341,7 @@ def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
     tensors: set[str] = set()
     for entry in raw["modules"]:
         shape = entry["shape"]
-        if len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
+        if len(shape) != 2 or not all(type(n) is int and 0 < n <= MAX_INTEGER for n in shape):
             problems.add(where, f"modules.{entry['module']}.shape", "[out, in]", shape)
         if entry["tensor"] in tensors:
             problems.add(where, "modules.tensor", "each tensor once", entry["tensor"])

@@ -8,11 +8,12 @@ project.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import functools
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 from safegene_runtime import strictjson
 from safegene_runtime.errors import FormatError, Problem, Problems
-from safegene_runtime.files import read_small_file, sha256_of
+from safegene_runtime.files import open_regular, sha256_of
 
 __all__ = ["HAZARDS", "Prompt", "builtin_suite", "load_prompts", "suite_digest"]
 
@@ -39,12 +40,15 @@ HAZARDS = (
 
 MAX_FILE_BYTES = 16 << 20
 MAX_TEXT_CHARACTERS = 16_000
+MAX_PROBLEMS = 100
 KINDS = ("harmful", "benign")
 
 _COLUMNS = ("id", "text", "prompt", "kind", "category", "borderline")
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}")
-_HELP = 'each row needs "text" (or "prompt"); id, kind, category and borderline are optional'
+_HELP = "text (or prompt) is needed; id, kind, category and borderline are optional"
+
+_Row = tuple[int, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,11 @@ class Prompt:
 def builtin_suite() -> tuple[Prompt, ...]:
     """Our own suite, harmful prompts first."""
     folder = resources.files("safegene_runtime") / "suite"
-    rows = []
-    for name in ("harmful.jsonl", "benign.jsonl"):
-        rows += list(_jsonl_rows((folder / name).read_bytes(), name, Problems()))
-    return _prompts(rows, "suite")
+    data = b"".join((folder / f"{kind}.jsonl").read_bytes() for kind in KINDS)
+    return _prompts(_jsonl_rows, data, "suite")
 
 
+@functools.cache
 def suite_digest() -> str:
     """SHA-256 over the content of the suite."""
     return sha256_of(strictjson.dumps([asdict(prompt) for prompt in builtin_suite()]))
@@ -83,83 +86,124 @@ def load_prompts(path: Path) -> tuple[Prompt, ...]:
         FormatError: everything that is wrong with the file, with line numbers.
     """
     path = Path(path)
-    data = read_small_file(path, MAX_FILE_BYTES)
+    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise FormatError(
+            Problem(
+                str(path),
+                "name",
+                "a .jsonl or .csv file",
+                path.suffix or "no suffix",
+                "rename it, or export the prompts as JSONL",
+            )
+        )
+    with open_regular(path, follow_symlinks=True) as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise FormatError(
+            Problem(str(path), "size", f"at most {MAX_FILE_BYTES} bytes", "more", "split the file")
+        )
     if data.startswith(b"version https://git-lfs"):
         raise FormatError(
             Problem(str(path), "content", "prompts", "a git-lfs pointer", "run `git lfs pull`")
         )
-    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
-    if path.suffix.lower() not in readers:
-        raise FormatError(
-            Problem(str(path), "name", "a .jsonl or .csv file", path.suffix or "no suffix",
-                    "rename it, or export the prompts as JSONL")
-        )  # fmt: skip
-    problems = Problems()
-    rows = list(readers[path.suffix.lower()](data, str(path), problems))
-    problems.raise_if_any(FormatError)
-    return _prompts(rows, str(path))
+    return _prompts(reader, data.removeprefix(codecs.BOM_UTF8), str(path))
 
 
-def _jsonl_rows(
-    data: bytes, where: str, problems: Problems
-) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _jsonl_rows(data: bytes, where: str, problems: Problems) -> Iterator[_Row]:
     for number, line in enumerate(data.splitlines(), 1):
         if not line.strip():
             continue
+        here = f"{where}:{number}"
         try:
-            row = strictjson.loads(line, f"{where}:{number}")
+            row = strictjson.loads(line, here)
         except FormatError as error:
             problems.extend(error.problems)
             continue
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            problems.add(f"{where}:{number}", "value", "a JSON object", type(row).__name__, _HELP)
+        if not isinstance(row, dict):
+            problems.add(here, "value", "a JSON object", type(row).__name__, _HELP)
+            continue
+        for key in sorted(row.keys() - set(_COLUMNS)):
+            problems.add(here, key, f"one of {', '.join(_COLUMNS)}", "an unknown key", "remove it")
+        yield number, row
 
 
-def _csv_rows(
-    data: bytes, where: str, problems: Problems
-) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _csv_rows(data: bytes, where: str, problems: Problems) -> Iterator[_Row]:
+    number = 0
     try:
-        text = data.decode("utf-8-sig")
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        reader = csv.reader(io.StringIO(data.decode("utf-8"), newline=""), strict=True)
         header = [name.strip().lower() for name in next(reader, [])]
-        if not {"text", "prompt"} & set(header) or len(set(header)) != len(header):
-            problems.add(f"{where}:1", "header", "a header row with a column named text or prompt",
-                         ", ".join(header)[:100] or "nothing", _HELP)  # fmt: skip
+        if not {"text", "prompt"} & set(header):
+            problems.add(
+                f"{where}:1",
+                "header",
+                "a header row with a column named text or prompt",
+                ", ".join(header)[:100] or "nothing",
+                f"add a first row such as id,text,kind,category: {_HELP}",
+            )
             return
+        for name in sorted(set(header)):
+            if header.count(name) > 1:
+                problems.add(f"{where}:1", name, "each column once", "it twice", "remove one")
+            if name not in _COLUMNS:
+                problems.add(
+                    f"{where}:1",
+                    name or "header",
+                    f"one of {', '.join(_COLUMNS)}",
+                    "an unknown column",
+                    "remove it",
+                )
+        number = reader.line_num
         for cells in reader:
-            if not any(cells):
+            # a quoted text may span lines: the row is where it begins
+            number, previous = reader.line_num, number
+            if not any(cell.strip() for cell in cells):
                 continue
             if len(cells) != len(header):
-                problems.add(f"{where}:{reader.line_num}", "columns", len(header), len(cells),
-                             "quote texts that hold commas")  # fmt: skip
+                problems.add(
+                    f"{where}:{previous + 1}",
+                    "columns",
+                    len(header),
+                    len(cells),
+                    "put texts that hold commas in double quotes",
+                )
                 continue
-            row = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+            row: dict[str, Any] = {
+                name: cell for name, cell in zip(header, cells, strict=True) if cell
+            }
             if "borderline" in row:
                 spelled = {"true": True, "false": False, "1": True, "0": False}
-                row["borderline"] = spelled.get(row["borderline"].lower(), row["borderline"])  # type: ignore[assignment]
-            yield reader.line_num, row
-    except (UnicodeDecodeError, csv.Error) as error:
-        problems.add(where, "content", "CSV in UTF-8", str(error), "export it as UTF-8 CSV")
+                row["borderline"] = spelled.get(row["borderline"].lower(), row["borderline"])
+            yield previous + 1, row
+    except UnicodeDecodeError as error:
+        problems.add(where, "content", "UTF-8", str(error), "export it as UTF-8")
+    except csv.Error as error:
+        problems.add(f"{where}:{number + 1}", "content", "CSV", str(error), "check the quotes")
 
 
-def _prompts(rows: list[tuple[int, Mapping[str, Any]]], where: str) -> tuple[Prompt, ...]:
+def _prompts(
+    reader: Callable[[bytes, str, Problems], Iterator[_Row]], data: bytes, where: str
+) -> tuple[Prompt, ...]:
     problems = Problems()
-    found = []
-    for number, row in rows:
-        prompt = _prompt(row, f"{where}:{number}", f"line-{number}", problems)
+    found: list[Prompt] = []
+    seen: dict[tuple[str, str], int] = {}
+    for number, row in reader(data, where, problems):
+        here = f"{where}:{number}"
+        prompt = _prompt(row, here, f"line-{number}", problems)
         if prompt is not None:
+            for name, value in (("id", prompt.id), ("text", " ".join(prompt.text.split()))):
+                first = seen.setdefault((name, value), number)
+                if first != number:
+                    got = f"that of line {first} again: {value[:60]!r}"
+                    problems.add(here, name, f"each {name} once", got, "remove one of the two")
             found.append(prompt)
-    for name in ("id", "text"):
-        seen: set[str] = set()
-        for prompt in found:
-            value = getattr(prompt, name)
-            if value in seen:
-                problems.add(where, name, f"each {name} once", value[:80], "remove one of the two")
-            seen.add(value)
-    if not rows:
-        problems.add(where, "prompts", "at least one", "none", _HELP)
+        if len(problems) >= MAX_PROBLEMS:
+            problems.add(here, "file", "fewer problems", "too many: stopped here")
+            break
+    if not found and not problems:
+        got = "none" if data.strip() else "an empty file"
+        problems.add(where, "prompts", "at least one prompt", got, _HELP)
     problems.raise_if_any(FormatError)
     return tuple(found)
 
@@ -168,29 +212,32 @@ def _prompt(
     row: Mapping[str, Any], where: str, default_id: str, problems: Problems
 ) -> Prompt | None:
     before = len(problems)
-    for key in sorted(row.keys() - set(_COLUMNS)):
-        problems.add(where, key, f"one of {', '.join(_COLUMNS)}", "an unknown column", "remove it")
     if "text" in row and "prompt" in row:
         problems.add(where, "prompt", "text or prompt", "both", "remove one of the two")
     text = row.get("text", row.get("prompt"))
     if not isinstance(text, str) or not text.strip():
-        problems.add(where, "text", "a request", repr(text)[:80], _HELP)
-    elif len(text) > MAX_TEXT_CHARACTERS or _CONTROL.search(text):
-        got = f"{len(text)} characters" if not _CONTROL.search(text) else "control characters"
-        problems.add(where, "text", f"at most {MAX_TEXT_CHARACTERS} printable characters", got)
+        got = repr(text)[:80] if {"text", "prompt"} & row.keys() else "nothing"
+        problems.add(where, "text", "a request", got, _HELP)
+    elif _CONTROL.search(text):
+        problems.add(where, "text", "printable characters", "control characters", "remove them")
+    elif len(text) > MAX_TEXT_CHARACTERS:
+        wanted = f"at most {MAX_TEXT_CHARACTERS} characters"
+        problems.add(where, "text", wanted, len(text), "shorten it")
     kind = row.get("kind", "harmful")
     if kind not in KINDS:
-        problems.add(where, "kind", " or ".join(KINDS), repr(kind)[:80])
+        problems.add(where, "kind", " or ".join(KINDS), repr(kind)[:80], "correct it")
     identity = row.get("id", default_id)
     if not isinstance(identity, str) or not _ID.fullmatch(identity):
-        problems.add(where, "id", "letters, digits and . _ : / -", repr(identity)[:80])
+        wanted = "up to 200 letters, digits and . _ : / -"
+        problems.add(where, "id", wanted, repr(identity)[:80], "rename it")
     category = row.get("category", "uncategorised")
     if not isinstance(category, str) or not category.strip() or _CONTROL.search(category):
-        problems.add(where, "category", "a name", repr(category)[:80])
+        problems.add(where, "category", "a name", repr(category)[:80], "correct it")
     borderline = row.get("borderline", False)
-    if type(borderline) is not bool or (borderline and kind == "harmful"):
-        problems.add(where, "borderline", "true or false, true only for benign prompts",
-                     repr(borderline)[:80])  # fmt: skip
+    if type(borderline) is not bool:
+        problems.add(where, "borderline", "true or false", repr(borderline)[:80], "correct it")
+    elif borderline and kind == "harmful":
+        problems.add(where, "borderline", "false: the prompt is harmful", "true", "correct one")
     if len(problems) > before:
         return None
-    return Prompt(identity, text, kind, category, borderline)  # type: ignore[arg-type]
+    return Prompt(identity, text, kind, category, borderline)

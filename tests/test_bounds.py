@@ -1,0 +1,72 @@
+"""The table of bounds: what is more precise is held to more."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safegene_runtime.bounds import BOUNDS, bounds_for, precision_of
+from safegene_runtime.gguf import GGMLType, type_traits
+
+CLASSES = list(BOUNDS)
+
+
+@pytest.mark.parametrize(("finer", "coarser"), itertools.pairwise(CLASSES))
+def test_a_finer_class_is_never_allowed_more(finer: str, coarser: str) -> None:
+    strict, loose = BOUNDS[finer], BOUNDS[coarser]
+    assert strict.mean_kl <= loose.mean_kl
+    assert strict.top1 >= loose.top1
+    assert strict.kl_gates >= loose.kl_gates
+    assert strict.losses <= loose.losses
+    assert strict.over_refusals <= loose.over_refusals
+
+
+def test_float_may_lose_nothing() -> None:
+    assert BOUNDS[CLASSES[0]].losses == BOUNDS[CLASSES[0]].over_refusals == 0.0
+
+
+def test_an_unknown_class_is_held_to_the_strictest() -> None:
+    assert bounds_for("3.5-bit") == bounds_for("") == BOUNDS["f32"]
+
+
+@pytest.mark.parametrize("type", [t for t in GGMLType if t.name[0] not in "I" or t.name[1] == "Q"])
+def test_more_bits_are_never_a_coarser_class(type: GGMLType) -> None:
+    """F64 and the 8-bit types for activations hold no weights."""
+    if type.name in ("F64", "Q8_1", "Q8_K"):
+        pytest.skip("no weights are stored as this")
+    elements, size = type_traits(type)
+    bits = 8 * size / elements
+    floors = {"f32": 32, "f16": 16, "bf16": 16, "8-bit": 8, "6-bit": 6, "5-bit": 5, "4-bit": 4}
+    found = precision_of({type.name: 1})
+    assert bits >= floors.get(found, 0)
+    assert found != "low-bit" or bits < 5
+
+
+_COUNTS = st.dictionaries(
+    st.sampled_from(["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q2_K", "new type"]),
+    st.integers(0, 10**12),
+)
+
+
+@given(counts=_COUNTS)
+def test_a_mixture_is_as_coarse_as_its_coarsest_tenth(counts: dict[str, int]) -> None:
+    found = precision_of(counts)
+    total = sum(counts.values())
+    ranks = {name: CLASSES.index(precision_of({name: 1})) for name in counts}
+    coarse = [ranks[name] for name, count in counts.items() if count and count * 10 >= total]
+    assert CLASSES.index(found) >= max(coarse, default=0)
+    if total:
+        assert found in {CLASSES[rank] for rank in ranks.values()}
+
+
+def test_a_model_without_weights_is_the_coarsest() -> None:
+    assert precision_of({}) == precision_of({"F32": 0}) == CLASSES[-1]
+
+
+def test_a_few_fine_tensors_do_not_make_a_model_fine() -> None:
+    assert precision_of({"F32": 90, "Q4_K": 10}) == "4-bit"
+    assert precision_of({"F32": 91, "Q4_K": 9}) == "f32"
+    assert precision_of({"Q4_K": 1, "F16": 8, "Q8_0": 1}) == "4-bit"
