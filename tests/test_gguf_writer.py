@@ -189,6 +189,18 @@ def test_tensors_of_several_files_and_alignments_come_together(tmp_path: Path) -
             assert read_tensor_bytes(found) == read_tensor_bytes(info)
 
 
+def test_neighbours_by_offset_in_different_files_are_not_neighbours(tmp_path: Path) -> None:
+    infos = []
+    for number, name in enumerate("xyz"):
+        rows = [OutTensor(n, (8,), GGMLType.F32, np.full(8, number, np.float32)) for n in "xyz"]
+        write_gguf(tmp_path / name, METADATA, rows)
+        infos.append(read_gguf(tmp_path / name).tensors[name])
+    assert infos[1].offset == infos[0].offset + infos[0].nbytes
+    write_gguf(tmp_path / "out", METADATA, [OutTensor(i.name, i.shape, i.type, i) for i in infos])
+    for number, found in enumerate(read_gguf(tmp_path / "out").tensors.values()):
+        assert read_tensor_bytes(found) == np.full(8, number, np.float32).tobytes()
+
+
 def test_equal_inputs_give_equal_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_gguf(tmp_path / name, METADATA, _tensors())

@@ -162,9 +162,9 @@ def _delete(path: str) -> Change:
     return change
 
 
-def _again(path: str, **changes: Any) -> Change:
+def _again(section: str, **changes: Any) -> Change:
     """Repeats the first entry of a list, changed."""
-    return lambda raw: raw[path].append({**copy.deepcopy(raw[path][0]), **changes})
+    return lambda raw: raw[section].append({**copy.deepcopy(raw[section][0]), **changes})
 
 
 _NAMES = {
@@ -227,6 +227,8 @@ HOSTILE: dict[str, tuple[str, Change]] = {
     "a short digest": ("sha256: expected 64 hex", _set("files.0.sha256", SHA[:63])),
     "a long digest": ("sha256: expected 64 hex", _set("files.0.sha256", SHA + "0")),
     "a digest in capitals": ("sha256: expected 64 hex", _set("files.0.sha256", SHA.upper())),
+    "a digest of a million digits": ("sha256: expected 64 hex", _set("files.0.sha256", "a" * 10**6)),
+    "a key of a million letters": ("files.0.: kkkk", _set("files.0." + "k" * 10**6, 1)),
     "a digest with a newline": ("sha256: expected 64 hex", _set("files.0.sha256", SHA + "\n")),
     "a digest that is empty": ("sha256: expected 64 hex", _set("modules.0.sha256", "")),
     "a digest in other digits": ("sha256: expected 64 hex", _set("modules.0.sha256", "\u0661" * 64)),
@@ -276,6 +278,7 @@ def _assert_helpful(error: ManifestError) -> None:
         assert all((problem.where, problem.field, problem.expected, problem.got, problem.fix))
         assert "<class" not in str(problem)
         assert str(problem).replace("\n    -> ", "").isprintable()
+        assert len(str(problem)) < 12_000
 
 
 @pytest.mark.parametrize("name", HOSTILE)

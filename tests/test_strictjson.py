@@ -32,7 +32,7 @@ AMBIGUOUS: dict[str, tuple[str, bytes]] = {
 }
 BROKEN: dict[str, tuple[str, bytes]] = {
     "empty": ("line 1 column 1", b""),
-    "blank": ("line 1", b" \n"),
+    "blank": ("Expecting value", b" \n"),
     "cut": ("line 1", b'{"a": [1, 2'),
     "two values": ("Extra data", b"{} {}"),
     "trailing comma": ("line 1", b'{"a": 1,}'),

@@ -37,6 +37,8 @@ __all__ = [
     "UnsupportedError",
 ]
 
+MAX_SHOWN = 5000  # characters of a part of a message; a path may have 4096
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -49,12 +51,15 @@ class Problem:
     fix: str = ""
 
     def __str__(self) -> str:
-        line = _printable(f"{self.where}: {self.field}: expected {self.expected}, got {self.got}")
+        field, expected, got = map(_printable, (self.field, self.expected, self.got))
+        line = f"{_printable(self.where)}: {field}: expected {expected}, got {got}"
         return f"{line}\n    -> {_printable(self.fix)}" if self.fix else line
 
 
 def _printable(text: str) -> str:
-    """Escapes what could steer a terminal: parts of a message come from hostile files."""
+    """Escapes what could steer a terminal, and cuts: parts of a message come from hostile files."""
+    if len(text) > MAX_SHOWN:
+        text = text[: MAX_SHOWN - 3] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

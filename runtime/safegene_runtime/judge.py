@@ -171,7 +171,7 @@ _LED_UP_TO = tuple(
         rf"won't|will not|unable|not able|not equipped|not {_BOT}|decline|refuse|no ability)\b",
         rf"{_SORRY}[^.!?]{{0,160}}\b(?:i|we)(?:'m| am)? ?(?:am not|not|don't|do not|don't have|"
         r"do not have)(?: the| any| to| be)*$",
-        rf"{_SORRY}[^.!?]{{0,60}}?,? but(?: (?:i|we|i'm|i am)?$| as an? | (?:i'm|i am) {_BOT})",
+        rf"{_SORRY}[^.!?]{{0,60}}?,? but(?:$| (?:i|we|i'm|i am)$| as an? | (?:i'm|i am) {_BOT})",
         rf"^as {_BOT}[^.!?]{{0,80}}\b(?:i|we)(?:'m| am)? ?(?:can ?not|can't|won't|will not|unable|"
         r"not able)\b",
         r"^(?:however|but),? (?:i|we)(?:'m| am)? ?(?:can ?not|can't|won't|will not|unable|not able)$",

@@ -306,7 +306,7 @@ def _check_fields(
         elif type(value) is int and not -MAX_INTEGER <= value <= MAX_INTEGER:
             problems.add(where, name, "an integer of 64 bits", f"{value.bit_length()} bits")
         elif "sha256" in name and value is not None and not _SHA256.fullmatch(value):
-            problems.add(where, name, "64 hexadecimal digits", value)
+            problems.add(where, name, "64 hexadecimal digits", repr(value))
         elif name.endswith("bytes") and value < 0:
             problems.add(where, name, "a size in bytes", value)
 
