@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -93,8 +92,6 @@ def _console() -> Console:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     arguments = parser().parse_args(argv)
-    # llama_cpp keeps /dev/null open until the interpreter goes; that is nobody's business here
-    warnings.filterwarnings("ignore", category=ResourceWarning)
     try:
         run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)

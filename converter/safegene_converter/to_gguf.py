@@ -216,7 +216,9 @@ def convert(
                 "n_parameters": adapter.n_parameters,
             },
             tokenizer={
-                "chat_template_sha256": sha256_of(str(template.value).encode())
+                "chat_template_sha256": sha256_of(
+                    str(template.value).encode("utf-8", "surrogateescape")
+                )
                 if template
                 else None
             },

@@ -364,7 +364,7 @@ def _text(engine: Engine, record: Reference) -> Rung:
             "the chat template is not the reference's, byte for byte",
             {
                 "expected_sha256": meta["chat_template_sha256"],
-                "got_sha256": sha256_of(template.encode()),
+                "got_sha256": sha256_of(template.encode("utf-8", "surrogateescape")),
             },
         )
     chats = [[{"role": "user", "content": prompt.text}] for prompt in record.prompts]

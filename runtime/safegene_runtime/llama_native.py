@@ -7,6 +7,7 @@ arguments, and takes the NULL of an adapter that failed to load for an adapter.
 from __future__ import annotations
 
 import collections
+import atexit
 import ctypes
 import functools
 from collections.abc import Callable
@@ -47,6 +48,12 @@ def library() -> Any:
                 "pip install 'safegene[gguf]'",
             )
         ) from error
+    # the binding keeps two handles of /dev/null open, and Python complains about them at its end
+    from llama_cpp import _utils
+
+    for name in ("outnull_file", "errnull_file"):
+        if (handle := getattr(_utils, name, None)) is not None:
+            atexit.register(handle.close)
     _log_callback = llama.llama_log_callback(_on_log)
     llama.llama_log_set(_log_callback, ctypes.c_void_p(0))
     llama.llama_backend_init()
