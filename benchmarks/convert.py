@@ -75,7 +75,8 @@ def export_lora(tree: Path) -> Path | None:
     if not binary.exists():
         print("building llama-export-lora (minutes, once) ...", file=sys.stderr)
         configure = ["cmake", "-S", str(tree), "-B", str(folder), "-DLLAMA_CURL=OFF",
-                     "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF",
+                     "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_APP=OFF",
+                     "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_OPENSSL=OFF",
                      "-DCMAKE_BUILD_TYPE=Release"]  # fmt: skip
         build = ["cmake", "--build", str(folder), "--target", "llama-export-lora", "-j2"]
         for command in (configure, build):

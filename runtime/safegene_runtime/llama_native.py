@@ -6,8 +6,8 @@ arguments, and takes the NULL of an adapter that failed to load for an adapter.
 
 from __future__ import annotations
 
-import collections
 import atexit
+import collections
 import ctypes
 import functools
 from collections.abc import Callable
