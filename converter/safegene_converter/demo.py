@@ -214,7 +214,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         "harmful\nrefused",
         "benign\nrefused",
         "refusals\nlost/gained",
-        "benign newly\nrefused/freed",
+        "answers\nlost/gained",
         "mean KL",
         "delta\nkept",
         "MB",
