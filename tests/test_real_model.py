@@ -18,7 +18,7 @@ from safegene_converter.child import python_environment
 from safegene_converter.demo import find_adapter, find_smollm2
 from safegene_converter.gguf_writer import OutTensor, write_gguf
 from safegene_converter.to_gguf import convert
-from safegene_runtime.errors import RecordError, SurvivalError
+from safegene_runtime.errors import EngineError, RecordError, SurvivalError
 from safegene_runtime.files import sha256_file
 from safegene_runtime.gguf import Value, ValueType, open_model
 from safegene_runtime.ladder import Report, verify
@@ -150,14 +150,6 @@ def coefficients_ignored(demo: Path, out: Path) -> tuple[Path, Path | None]:
     return rewritten(out / "uniform", out / "forged", expression="default"), base
 
 
-def other_scale(demo: Path, out: Path) -> tuple[Path, Path | None]:
-    """llama.cpp multiplies by alpha / r when alpha is there: here by two."""
-    alpha = Value(ValueType.FLOAT32, 16.0, None)
-    base = find_smollm2()
-    forged = rewritten(demo / "sidecar-beside-q4_1", out / "forged", {"adapter.lora.alpha": alpha})
-    return forged, base
-
-
 def base_served(demo: Path, out: Path) -> tuple[Path, Path | None]:
     """The base under the artifact's name, its types promoted so that the header agrees."""
     source = demo / "merged-into-q4_1"
@@ -185,7 +177,6 @@ def base_served(demo: Path, out: Path) -> tuple[Path, Path | None]:
     [
         (other_template, "text"),
         (coefficients_ignored, "active"),
-        (other_scale, "active"),
         (base_served, "active"),
     ],
 )
@@ -200,6 +191,16 @@ def test_a_forged_artifact_is_broken_at_the_rung_that_sees_it(
     report = verify(forged, reference, base=base)
     assert report.verdict == "broken"
     assert report.broken_at == rung, rung_of(report, rung)
+
+
+def test_a_scale_that_llama_cpp_would_apply_could_not_be_checked(
+    demo: tuple[Path, dict[str, Any]], reference: Path, tmp_path: Path
+) -> None:
+    """llama.cpp multiplies by alpha / r where alpha is there: here by two."""
+    alpha = {"adapter.lora.alpha": Value(ValueType.FLOAT32, 16.0, None)}
+    forged = rewritten(demo[0] / "sidecar-beside-q4_1", tmp_path / "forged", alpha)
+    with pytest.raises(EngineError, match="alpha"):
+        verify(forged, reference, base=find_smollm2())
 
 
 def test_a_record_that_the_base_passes_gates_nothing(

@@ -44,7 +44,7 @@ __all__ = ["Flip", "Report", "Rung", "verify"]
 
 RUNGS = ("integrity", "text", "active", "logits", "refusals")
 BETA_BAND = {"f32": 0.01, "f16": 0.02, "bf16": 0.05, "8-bit": 0.1}
-BETA_BAND_COARSE = 0.3
+BETA_BAND_COARSE = 0.15
 TIE_LOGITS = {"f32": 1e-3}
 TIE_LOGITS_COARSE = 2e-2
 """A top-2 gap below this may be decided differently by prefill and by decoding one by one."""
