@@ -112,6 +112,9 @@ def main() -> None:
     parser.add_argument(
         "--big-gb", type=float, default=2.0, help="size of the synthetic base; 0: none"
     )
+    parser.add_argument(
+        "--skip-export-lora", action="store_true", help="do not build and run llama-export-lora"
+    )
     arguments = parser.parse_args()
     tree, adapter, q4_1 = find_llama_cpp(), find_adapter(), find_smollm2()
     python, module = sys.executable, [sys.executable, "-m", "safegene_converter"]
@@ -130,7 +133,7 @@ def main() -> None:
             check=True, env=environment(), capture_output=True,
         )  # fmt: skip
         ours = [*module, "convert", str(adapter), "-o", str(out), "--base"]
-        export = export_lora(tree)
+        export = None if arguments.skip_export_lora else export_lora(tree)
         sidecar = folder / "sidecar"
         subprocess.run([*module, "convert", str(adapter), "--base", str(q4_1), "--as", "sidecar",
                         "-o", str(sidecar)], check=True, env=environment(), capture_output=True)  # fmt: skip
