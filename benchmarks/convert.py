@@ -127,7 +127,7 @@ def main() -> None:
         subprocess.run(
             [python, "-c", "import sys; from transformers import AutoModelForCausalLM as M, "
              "AutoTokenizer as T; p, n, o = sys.argv[1:]; m = M.from_pretrained(p, gguf_file=n); "
-             "del m.config.quantization_config; m.save_pretrained(o); "
+             "m.hf_quantizer = None; del m.config.quantization_config; m.save_pretrained(o); "
              "T.from_pretrained(p, gguf_file=n).save_pretrained(o)",
              str(q4_1.parent), q4_1.name, str(hf)],
             check=True, env=environment(), capture_output=True,
