@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import random
 import resource
 import signal
 import stat
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from safegene_runtime import files
 from safegene_runtime.errors import EngineError, FormatError, OutputError
@@ -557,3 +560,29 @@ def test_digests_are_hashlibs(tmp_path: Path, size: int) -> None:
     assert sha256_file(tmp_path / "x", seen.append) == expected
     assert sha256_of(data) == sha256_of(memoryview(data)) == expected
     assert sum(seen) == size
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.lists(st.integers(0, 300_000), max_size=8), seed=st.integers(0, 2**32))
+def test_a_digest_that_follows_the_writer_is_the_digest_of_the_file(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], seed: int
+) -> None:
+    path = tmp_path_factory.mktemp("digest") / "file"
+    data = random.Random(seed).randbytes(sum(sizes))
+    with path.open("wb", buffering=0) as file:
+        following, end = files.FollowingDigest(path), 0
+        for size in sizes:
+            file.write(data[end : end + size])
+            end += size
+            following.reached(end)
+    assert following.result() == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("announced", [0, 7, 9])
+def test_a_digest_of_another_size_than_announced_is_refused(tmp_path: Path, announced: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345678")
+    following = files.FollowingDigest(path)
+    following.reached(announced)
+    with pytest.raises(FormatError, match="size"):
+        following.result()

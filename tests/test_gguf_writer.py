@@ -98,7 +98,7 @@ def _copied(found: GGUFFile, **sources: Any) -> list[OutTensor]:
 def test_a_real_model_is_copied_byte_by_byte(tmp_path: Path) -> None:
     source = read_gguf(tiny.smollm2_gguf())
     out, seen = tmp_path / "out.gguf", []
-    assert write_gguf(out, source.metadata, _copied(source), progress=seen.append) == {}
+    assert write_gguf(out, source.metadata, _copied(source), progress=seen.append).tensors == {}
     with source.path.open("rb") as theirs, out.open("rb") as ours:
         assert hashlib.file_digest(theirs, "sha256").digest() == (
             hashlib.file_digest(ours, "sha256").digest()
@@ -144,7 +144,9 @@ def test_what_is_not_replaced_keeps_its_bytes(tmp_path: Path) -> None:
     name = "blk.1.ffn_up.weight"
     old = np.frombuffer(read_tensor_bytes(source.tensors[name]), np.float32)
     new = (old * 2).reshape(source.tensors[name].shape)
-    digests = write_gguf(tmp_path / "x.gguf", source.metadata, _copied(source, **{name: new}))
+    written = write_gguf(tmp_path / "x.gguf", source.metadata, _copied(source, **{name: new}))
+    digests = written.tensors
+    assert written.sha256 == hashlib.sha256((tmp_path / "x.gguf").read_bytes()).hexdigest()
     found = read_gguf(tmp_path / "x.gguf")
     assert found.metadata == source.metadata
     assert digests == {name: hashlib.sha256(new.tobytes()).hexdigest()}
@@ -233,7 +235,9 @@ def test_a_source_that_is_a_function_is_called_once_and_in_its_turn(tmp_path: Pa
 
     names = ["z", "a", "m"]
     tensors = [OutTensor(name, (1, 32), GGMLType.F32, source(name)) for name in names]
-    digests = write_gguf(tmp_path / "x.gguf", METADATA, tensors, progress=done.append)
+    written = write_gguf(tmp_path / "x.gguf", METADATA, tensors, progress=done.append)
+    digests = written.tensors
+    assert written.sha256 == hashlib.sha256((tmp_path / "x.gguf").read_bytes()).hexdigest()
     assert calls == names
     assert list(digests) == names
     found = read_gguf(tmp_path / "x.gguf")

@@ -93,11 +93,6 @@ class Base:
         """The row order of a module's GGUF tensor relative to its Hugging Face weight."""
         return names.transform_for(self.architecture, module, self.n_head, self.n_head_kv)
 
-    @property
-    def total_bytes(self) -> int:
-        """Size of all files together, which is what `digests` reads."""
-        return sum(file.stat().st_size for file in self.files)
-
     def digests(self, progress: Callable[[int], None] | None = None) -> dict[str, str]:
         """SHA-256 of every file, by file name; `progress` is told bytes as they are read."""
         return {file.name: sha256_file(file.resolve(), progress) for file in self.files}

@@ -274,7 +274,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             progress=bars,
         )
     if not _put_json(arguments.json, json.loads(manifest.to_json())):
-        inspecting.show(inspecting.inspect_artifact(arguments.output), _console())
+        inspecting.show(inspecting.describe_manifest(manifest, arguments.output), _console())
     return OK
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safegene_runtime.errors import FormatError, OutputError, Problem, Problems
-from safegene_runtime.files import open_regular
+from safegene_runtime.files import FollowingDigest, open_regular
 from safegene_runtime.gguf import (
     ALIGNMENTS,
     DEFAULT_ALIGNMENT,
@@ -37,7 +37,7 @@ from safegene_runtime.gguf import (
     type_traits,
 )
 
-__all__ = ["OutTensor", "encode_header", "write_gguf"]
+__all__ = ["OutTensor", "Written", "encode_header", "write_gguf"]
 
 VERSION = 3
 COPY_BYTES = 64 << 20
@@ -66,6 +66,19 @@ class OutTensor:
     def nbytes(self) -> int:
         """Size without padding."""
         return nbytes(self.shape, self.type)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is in a file that was written.
+
+    Attributes:
+        sha256: of the whole file.
+        tensors: SHA-256 of the stored bytes of every tensor that was not copied from a file.
+    """
+
+    sha256: str
+    tensors: Mapping[str, str]
 
 
 def encode_header(
@@ -120,7 +133,7 @@ def write_gguf(
     tensors: Sequence[OutTensor],
     *,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, str]:
+) -> Written:
     """Writes a GGUF file; not atomic, publishing is the caller's (`publish_folder`).
 
     An error leaves no file behind.
@@ -132,7 +145,7 @@ def write_gguf(
         progress: told bytes as they are written.
 
     Returns:
-        SHA-256 of the stored bytes of every tensor that was not copied from a file.
+        its digest, taken while it was written, and those of the tensors made here.
 
     Raises:
         FormatError: a source whose size is not the tensor's.
@@ -147,26 +160,37 @@ def write_gguf(
     digests: dict[str, str] = {}
     try:
         with path.open("xb") as out:
+            following = FollowingDigest(path)
+
+            def step(count: int) -> None:
+                out.flush()
+                following.reached(os.fstat(out.fileno()).st_size)
+                if progress:
+                    progress(count)
+
             try:
                 out.write(header)
                 for group in groups:
                     source = group[0].source
                     if isinstance(source, TensorInfo):
-                        _copy(out, group, progress)
+                        _copy(out, group, step)
                     else:
-                        digests[group[0].name] = _put(out, group[0], source, progress)
+                        digests[group[0].name] = _put(out, group[0], source, step)
                     out.write(b"\0" * (-out.tell() % alignment))
                 out.flush()
+                following.reached(os.fstat(out.fileno()).st_size)
             except BaseException:
+                following.abandon()
                 path.unlink(missing_ok=True)
                 raise
+            sha256 = following.result()
     except OSError as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(
             Problem(str(path), "output", "to be written", str(error), "free some space and retry")
         ) from error
-    return digests
+    return Written(sha256, digests)
 
 
 def _check_name(name: str, limit: int, problems: Problems) -> None:
@@ -206,7 +230,7 @@ def _put(
     out: BinaryIO,
     tensor: OutTensor,
     source: Bytes | Callable[[], Bytes],
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None],
 ) -> str:
     data = source() if callable(source) else source
     if isinstance(data, np.ndarray):
@@ -218,14 +242,11 @@ def _put(
             Problem(tensor.name, "source", f"{tensor.nbytes} bytes", f"{view.nbytes} bytes")
         )
     out.write(view)
-    if progress:
-        progress(view.nbytes)
+    progress(view.nbytes)
     return hashlib.sha256(view).hexdigest()
 
 
-def _copy(
-    out: BinaryIO, group: Sequence[OutTensor], progress: Callable[[int], None] | None
-) -> None:
+def _copy(out: BinaryIO, group: Sequence[OutTensor], progress: Callable[[int], None]) -> None:
     """Copies from the first byte of the first tensor to the last byte of the last one."""
     first, last = group[0].source, group[-1].source
     if not isinstance(first, TensorInfo) or not isinstance(last, TensorInfo):
@@ -246,8 +267,7 @@ def _copy(
                     )
                 )
             at += count
-            if progress:
-                progress(count)
+            progress(count)
     out.seek(0, os.SEEK_END)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,11 +14,20 @@ from safegene_converter.adapter import Adapter, read_adapter
 from safegene_converter.base import open_base
 from safegene_runtime.errors import AdapterError, Problem
 from safegene_runtime.files import MANIFEST_NAME
-from safegene_runtime.ladder import Report
 from safegene_runtime.manifest import Manifest, check_files, read_manifest
-from safegene_runtime.reference import Reference
 
-__all__ = ["inspect", "inspect_artifact", "show", "show_report", "summarise_reference"]
+if TYPE_CHECKING:  # what neither `inspect` nor `convert` needs
+    from safegene_runtime.ladder import Report
+    from safegene_runtime.reference import Reference
+
+__all__ = [
+    "describe_manifest",
+    "inspect",
+    "inspect_artifact",
+    "show",
+    "show_report",
+    "summarise_reference",
+]
 
 
 def inspect(path: Path, expression: str | None = None, base: Path | None = None) -> dict[str, Any]:
@@ -78,6 +87,11 @@ def inspect_artifact(path: Path) -> dict[str, Any]:
     """Describes an artifact, after checking its files against its manifest."""
     manifest = read_manifest(path)
     check_files(manifest, path)
+    return describe_manifest(manifest, path)
+
+
+def describe_manifest(manifest: Manifest, path: Path) -> dict[str, Any]:
+    """Describes the artifact at `path` from its manifest alone, for one that was just made."""
     return {
         "what": "artifact",
         "path": str(path),

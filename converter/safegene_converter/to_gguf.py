@@ -12,11 +12,14 @@ the peak does not depend on the size of the model.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -27,7 +30,7 @@ import numpy.typing as npt
 from safegene_converter import formula, ggml
 from safegene_converter.adapter import Adapter, Module, check_base_fits, read_adapter
 from safegene_converter.base import FLOAT_TYPES, Base, open_base
-from safegene_converter.gguf_writer import OutTensor, write_gguf
+from safegene_converter.gguf_writer import OutTensor, Written, write_gguf
 from safegene_converter.hf_to_gguf import convert_hf
 from safegene_converter.imatrix import read_imatrix
 from safegene_converter.names import prove_transform
@@ -159,14 +162,13 @@ def convert(
     tell: Progress = progress or (lambda stage, done, total: None)
     check_output_free(out, force)
     adapter = read_adapter(adapter_path, expression)
-    base = open_base(base_path)
+    base = given = open_base(base_path)
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
     type_name = type_name.lower()
     _check_request(form, type_name, base)
-    with publish_folder(out, force) as folder:
+    with publish_folder(out, force) as folder, _digesting(base) as digests:
         work = folder / ".work"
         work.mkdir()
-        digests = _digest_base(base, tell)
         settings: dict[str, Any] = {"type": type_name}
         if base.kind == "hf":
             hf_base = base
@@ -205,9 +207,9 @@ def convert(
                 "precision": precision,
             },
             base={
-                "kind": open_base(base_path).kind,
+                "kind": given.kind,
                 "name": Path(base_path).resolve().name,
-                "files": digests,
+                "files": digests.result(),
             },
             adapter={
                 "name": Path(adapter_path).resolve().name,
@@ -276,15 +278,21 @@ def _starts_from_float(base: Base, type_name: str) -> bool:
     return base.is_float and type_name not in ("auto", "keep")
 
 
-def _digest_base(base: Base, tell: Progress) -> dict[str, str]:
-    total, done = base.total_bytes, 0
+@contextlib.contextmanager
+def _digesting(base: Base) -> Iterator[Future[dict[str, str]]]:
+    """Hashes the base beside the work, which reads the same pages; stops when the work ends."""
+    ended = threading.Event()
 
     def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("hashing the base", done, total)
+        if ended.is_set():
+            raise CancelledError
 
-    return base.digests(step)
+    with ThreadPoolExecutor(1, "digest") as pool:
+        future = pool.submit(base.digests, step)
+        try:
+            yield future
+        finally:
+            ended.set()
 
 
 def _from_hugging_face(base: Base, work: Path, llama_cpp: Path | None, tell: Progress) -> Base:
@@ -386,8 +394,12 @@ def _write_sidecar(
         **_provenance(job),
     }
     path = folder / ADAPTER_FILE
-    write_gguf(path, metadata, tensors)
-    return [_file_entry(path, "adapter")], modules, precision_of(_block_types(job.base, {}))
+    written = write_gguf(path, metadata, tensors)
+    return (
+        [_file_entry(path, "adapter", written)],
+        modules,
+        precision_of(_block_types(job.base, {})),
+    )
 
 
 def _measure_factors(a: Rows, b: Rows, a_stored: Rows, b_stored: Rows) -> Survival:
@@ -436,7 +448,7 @@ def _write_merged(
         done += count
         tell("writing the model", done, total)
 
-    write_gguf(path, metadata, tensors, progress=step)
+    written = write_gguf(path, metadata, tensors, progress=step)
     modules = []
     for module in job.adapter.modules:
         name = job.tensor(module)
@@ -454,7 +466,7 @@ def _write_merged(
             )
         )
     types = _block_types(job.base, {tensor.name: tensor.type for tensor in tensors})
-    return [_file_entry(path, "model")], modules, precision_of(types)
+    return [_file_entry(path, "model", written)], modules, precision_of(types)
 
 
 def _quantise_base(job: Job, target: Path, tell: Progress) -> Any:
@@ -659,8 +671,8 @@ def _entry(
     )
 
 
-def _file_entry(path: Path, role: str) -> FileEntry:
-    return FileEntry(path.name, role, path.stat().st_size, sha256_file(path))
+def _file_entry(path: Path, role: str, written: Written) -> FileEntry:
+    return FileEntry(path.name, role, path.stat().st_size, written.sha256)
 
 
 def _string(text: str) -> Value:

@@ -14,16 +14,19 @@ import contextlib
 import errno
 import hashlib
 import os
+import queue
 import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 from safegene_runtime.errors import FormatError, OutputError, Problem
 
 __all__ = [
+    "FollowingDigest",
     "check_output_free",
     "open_regular",
     "publish_file",
@@ -102,6 +105,60 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
             if progress:
                 progress(count)
     return digest.hexdigest()
+
+
+class FollowingDigest:
+    """The SHA-256 of a file, taken by a thread while the file is being written from start to end.
+
+    What is hashed is read back from the file, so it is the digest of what arrived there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._written: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._pool = ThreadPoolExecutor(1, "digest")
+        self._digest = self._pool.submit(self._follow)
+
+    def reached(self, size: int) -> None:
+        """Tells that the first `size` bytes are in the file, flushed and final."""
+        self._written.put(size)
+
+    def result(self) -> str:
+        """Waits for the end of the file; nothing may be written any more.
+
+        Raises:
+            FormatError: the file is shorter or longer than what was announced.
+        """
+        self._written.put(None)
+        try:
+            return self._digest.result()
+        finally:
+            self._pool.shutdown()
+
+    def abandon(self) -> None:
+        """Ends the thread without a result."""
+        self._written.put(None)
+        self._pool.shutdown(cancel_futures=True)
+
+    def _follow(self) -> str:
+        digest, done, announced = hashlib.sha256(), 0, 0
+        buffer = bytearray(CHUNK_BYTES)
+        view = memoryview(buffer)
+        with open_regular(self._path) as file:
+            while (goal := self._written.get()) is not None:
+                announced = goal
+                while done < announced:
+                    count = file.readinto(view[: min(CHUNK_BYTES, announced - done)])  # type: ignore[attr-defined]
+                    if not count:
+                        break
+                    digest.update(view[:count])
+                    done += count
+            size = os.fstat(file.fileno()).st_size
+        if not done == announced == size:
+            raise FormatError(
+                Problem(str(self._path), "size", f"{announced} bytes", f"{size} bytes", "retry")
+            )
+        return digest.hexdigest()
 
 
 def check_output_free(out: Path, force: bool) -> None:

@@ -294,6 +294,23 @@ class _Cursor:
             )
         return self.take(length, what)
 
+    def texts(self, count: int, what: str) -> tuple[str, ...]:
+        """`count` strings; a vocabulary has 100,000, so the window is walked without calls."""
+        found: list[str] = []
+        unpack, add = _STRUCTS[ValueType.UINT64].unpack_from, found.append
+        while len(found) < count:
+            window, at, size = self._window, self._next, len(self._window)
+            while len(found) < count and at + 8 <= size:
+                end = at + 8 + unpack(window, at)[0]
+                if end > size:
+                    break
+                add(window[at + 8 : end].decode("utf-8", "surrogateescape"))
+                at = end
+            self._next = at
+            if len(found) < count:  # the next one is cut off by the window, or by the file
+                add(self.text(what).decode("utf-8", "surrogateescape"))
+        return tuple(found)
+
 
 def _parse(cursor: _Cursor, path: Path) -> GGUFFile:
     head = cursor.take(min(24, cursor.left), "header")
@@ -377,8 +394,7 @@ def _value(cursor: _Cursor, key: str) -> Value:
     if element is ValueType.STRING:
         if count > cursor.left // 8:
             raise cursor.fail(f"length of {key!r}", f"at most {cursor.left // 8} strings", count)
-        texts = [cursor.text(key).decode("utf-8", "surrogateescape") for _ in range(count)]
-        return Value(kind, tuple(texts), element)
+        return Value(kind, cursor.texts(count, key), element)
     size = _STRUCTS[element].size
     if count > cursor.left // size:
         raise cursor.fail(f"length of {key!r}", f"at most {cursor.left // size} elements", count)
