@@ -5,8 +5,8 @@
 Peers: `cp` of the base; llama.cpp's `convert_lora_to_gguf.py` (sidecar) and `llama-export-lora` (merge;
 built from the same tree into .cache/bench, minutes, once); PEFT's merge followed by
 `convert_hf_to_gguf.py`. The big base is SmolLM2's header with tensors widened by zeros: a synthetic
-file whose size, not content, matters. safegene returns when its output is on the disk (fsync), so there is a `cp` that does, too. Ratios are
-what counts; absolute times drift with the machine.
+file whose size, not content, matters. safegene returns when its output is on the disk (fsync), so there
+is a `cp` that does, too. Ratios are what counts; absolute times drift with the machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
