@@ -7,20 +7,15 @@ shares the blocks on file systems that can), neighbours in one go.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from safegene_runtime.errors import FormatError, OutputError, Problem, Problems
-from safegene_runtime.files import FollowingDigest, open_regular
+from safegene_converter.stream import Bytes, OutputStream, as_bytes
+from safegene_runtime.errors import FormatError, Problem, Problems
 from safegene_runtime.gguf import (
     ALIGNMENTS,
     DEFAULT_ALIGNMENT,
@@ -40,9 +35,6 @@ from safegene_runtime.gguf import (
 __all__ = ["OutTensor", "Written", "encode_header", "write_gguf"]
 
 VERSION = 3
-COPY_BYTES = 64 << 20
-
-Bytes = bytes | npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -156,41 +148,29 @@ def write_gguf(
     header, _ = encode_header(
         metadata, [(tensor.name, tensor.shape, tensor.type) for tensor in tensors], alignment
     )
-    groups = _groups(tensors, alignment)
     digests: dict[str, str] = {}
-    try:
-        with path.open("xb") as out:
-            following = FollowingDigest(path)
-
-            def step(count: int) -> None:
-                out.flush()
-                following.reached(os.fstat(out.fileno()).st_size)
-                if progress:
-                    progress(count)
-
-            try:
-                out.write(header)
-                for group in groups:
-                    source = group[0].source
-                    if isinstance(source, TensorInfo):
-                        _copy(out, group, step)
-                    else:
-                        digests[group[0].name] = _put(out, group[0], source, step)
-                    out.write(b"\0" * (-out.tell() % alignment))
-                out.flush()
-                following.reached(os.fstat(out.fileno()).st_size)
-            except BaseException:
-                following.abandon()
-                path.unlink(missing_ok=True)
-                raise
-            sha256 = following.result()
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(
-            Problem(str(path), "output", "to be written", str(error), "free some space and retry")
-        ) from error
-    return Written(sha256, digests)
+    with OutputStream(path, progress) as out:
+        out.write(header)
+        for group in _groups(tensors, alignment):
+            first, last = group[0].source, group[-1].source
+            if isinstance(first, TensorInfo) and isinstance(last, TensorInfo):
+                size = last.offset + last.nbytes - first.offset
+                out.copy(first.path, first.offset, size, group[0].name)
+            elif not isinstance(first, TensorInfo):
+                data = as_bytes(first() if callable(first) else first)
+                if data.nbytes != group[0].nbytes:
+                    raise FormatError(
+                        Problem(
+                            group[0].name,
+                            "source",
+                            f"{group[0].nbytes} bytes",
+                            f"{data.nbytes} bytes",
+                        )
+                    )
+                out.write(data)
+                digests[group[0].name] = hashlib.sha256(data).hexdigest()
+            out.pad(alignment)
+    return Written(out.sha256, digests)
 
 
 def _check_name(name: str, limit: int, problems: Problems) -> None:
@@ -224,75 +204,6 @@ def _groups(tensors: Sequence[OutTensor], alignment: int) -> list[list[OutTensor
         else:
             groups.append([tensor])
     return groups
-
-
-def _put(
-    out: BinaryIO,
-    tensor: OutTensor,
-    source: Bytes | Callable[[], Bytes],
-    progress: Callable[[int], None],
-) -> str:
-    data = source() if callable(source) else source
-    if isinstance(data, np.ndarray):
-        view = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
-    else:
-        view = memoryview(data)
-    if view.nbytes != tensor.nbytes:
-        raise FormatError(
-            Problem(tensor.name, "source", f"{tensor.nbytes} bytes", f"{view.nbytes} bytes")
-        )
-    out.write(view)
-    progress(view.nbytes)
-    return hashlib.sha256(view).hexdigest()
-
-
-def _copy(out: BinaryIO, group: Sequence[OutTensor], progress: Callable[[int], None]) -> None:
-    """Copies from the first byte of the first tensor to the last byte of the last one."""
-    first, last = group[0].source, group[-1].source
-    if not isinstance(first, TensorInfo) or not isinstance(last, TensorInfo):
-        raise FormatError(Problem(group[0].name, "source", "a range of a file", "something else"))
-    out.flush()
-    at, end = first.offset, last.offset + last.nbytes
-    with open_regular(first.path, follow_symlinks=True) as file:
-        while at < end:
-            count = _copy_some(file, out, at, min(COPY_BYTES, end - at))
-            if not count:
-                raise FormatError(
-                    Problem(
-                        str(first.path),
-                        group[0].name,
-                        f"bytes up to {end}",
-                        f"the end at {at}",
-                        "the file changed while it was read",
-                    )
-                )
-            at += count
-            progress(count)
-    out.seek(0, os.SEEK_END)
-
-
-def _copy_some(file: BinaryIO, out: BinaryIO, at: int, count: int) -> int:
-    """One step: in the kernel where it can, else through memory."""
-    if hasattr(os, "copy_file_range"):
-        try:
-            copied = os.copy_file_range(file.fileno(), out.fileno(), count, at)
-            if copied:  # 0 is the end of the file, or a file system that cannot
-                return copied
-        except OSError as error:
-            if error.errno not in (
-                errno.EXDEV,
-                errno.ENOSYS,
-                errno.EOPNOTSUPP,
-                errno.EINVAL,
-                errno.EBADF,
-                errno.EPERM,
-            ):
-                raise
-    data = os.pread(file.fileno(), min(count, 4 << 20), at)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(out.fileno(), view) :]
-    return len(data)
 
 
 def _encode(key: str, value: Value) -> bytes:

@@ -446,7 +446,7 @@ def _write_merged(
     def step(count: int) -> None:
         nonlocal done
         done += count
-        tell("writing the model", done, total)
+        tell("writing the model", min(done, total), total)
 
     written = write_gguf(path, metadata, tensors, progress=step)
     modules = []
