@@ -116,6 +116,27 @@ def write_big_base(source: Path, target: Path, gigabytes: float) -> None:
     write_gguf(target, dict(model.metadata), tensors)
 
 
+def write_few_layers(adapter: Path, out: Path, n_layers: int = 2) -> Path:
+    """The adapter with the deltas of its first layers only."""
+    from safetensors.numpy import load_file, save_file
+
+    safegene = json.loads((adapter / "safegene.json").read_text())
+    kept = sorted(safegene["selected_layers"])[:n_layers]
+    safegene["selected_layers"] = kept
+    for expression in safegene["expressions"].values():
+        found = expression["coefficients"]
+        expression["coefficients"] = {k: v for k, v in found.items() if int(k) in kept}
+    out.mkdir()
+    (out / "safegene.json").write_text(json.dumps(safegene))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, "layers_to_transform": kept}))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: value for name, value in tensors.items()
+               if any(f".layers.{layer}." in name for layer in kept)},
+              out / "adapter_model.safetensors")  # fmt: skip
+    return out
+
+
 def main() -> None:
     """Prints one table per job."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -148,7 +169,6 @@ def main() -> None:
         sidecar = folder / "sidecar"
         subprocess.run([*module, "convert", str(adapter), "--base", str(q4_1), "--as", "sidecar",
                         "-o", str(sidecar)], check=True, env=environment(), capture_output=True)  # fmt: skip
-        lora = str(sidecar / "adapter.gguf")
         rows: list[tuple[str, str, list[str]]] = [
             ("sidecar", "safegene", [*ours, str(q4_1), "--as", "sidecar"]),
             ("sidecar", "safegene, no self-check",
@@ -161,8 +181,15 @@ def main() -> None:
         if arguments.big_gb:
             big = folder / "big.gguf"
             write_big_base(q4_1, big, arguments.big_gb)
-            bases[f"merge, {big.stat().st_size / 1e9:.1f} GB synthetic"] = big
+            bases[f"merge, {big.stat().st_size / 1e9:.1f} GB synthetic, 2 layers"] = big
+        few = write_few_layers(adapter, folder / "few")
+        subprocess.run([*module, "convert", str(few), "--base", str(q4_1), "--as", "sidecar",
+                        "-o", str(folder / "few-sidecar")],
+                       check=True, env=environment(), capture_output=True)  # fmt: skip
         for job, base in bases.items():
+            big_job = "synthetic" in job
+            ours = [*module, "convert", str(few if big_job else adapter), "-o", str(out), "--base"]
+            lora = str(folder / ("few-sidecar" if big_job else "sidecar") / "adapter.gguf")
             rows.append((job, "cp", ["cp", str(base), str(out)]))
             rows.append((job, "cp, on disk when done",
                          ["sh", "-c", 'cp "$1" "$2" && sync "$2"', "-", str(base), str(out)]))  # fmt: skip
@@ -170,7 +197,7 @@ def main() -> None:
                 rows.append((job, "safegene", [*ours, str(base), "--as", "merged"]))
             rows.append((job, "safegene, no self-check",
                          [*ours, str(base), "--as", "merged", "--no-self-check"]))  # fmt: skip
-            if export and "synthetic" not in job:
+            if export:
                 rows.append((job, "llama-export-lora",
                              [str(export), "-m", str(base), "--lora", lora, "-o", str(out)]))  # fmt: skip
         merged = folder / "merged-hf"

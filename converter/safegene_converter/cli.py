@@ -115,7 +115,8 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     whole = _Parser(
         prog="safegene",
-        description="Ship a SafeGene safety adapter inside a GGUF, and prove that it still refuses.",
+        description="Ship a SafeGene safety adapter inside a GGUF or ONNX model, and prove that it still "
+        "refuses.",
         epilog="example:\n  safegene demo\n  safegene convert ADAPTER --base model.gguf -o OUT\n"
         "  safegene verify OUT --reference REFERENCE",
     )
@@ -189,15 +190,18 @@ def _add_convert(commands: Any) -> None:
         "--base",
         type=Path,
         required=True,
-        help="a GGUF file (or its first shard), or a Hugging Face folder",
+        help="a GGUF file (or its first shard), a Hugging Face folder, or an ONNX folder",
     )
-    parser.add_argument("--to", choices=["gguf"], default="gguf", help="target format")
+    parser.add_argument(
+        "--to", choices=["gguf", "onnx"], default="gguf", help="target format (default: gguf)"
+    )
     parser.add_argument(
         "--as",
         dest="form",
-        choices=["merged", "sidecar"],
-        default="merged",
-        help="in the weights, or beside the base (default: merged)",
+        choices=["merged", "sidecar", "branch", "adapter"],
+        help="merged: in the weights; sidecar (gguf): beside the base; branch (onnx): constants in "
+        "the graph; adapter (onnx): an .onnx_adapter that the caller may leave out "
+        "(default: merged; branch for int4 and int8 onnx)",
     )
     parser.add_argument(
         "--type",
@@ -213,6 +217,23 @@ def _add_convert(commands: Any) -> None:
         type=Path,
         metavar="DIR",
         help="a llama.cpp source tree, for a Hugging Face base",
+    )
+    export = parser.add_argument_group("exporting a Hugging Face folder to ONNX")
+    export.add_argument(
+        "--precision",
+        choices=["fp32", "fp16", "bf16", "int8", "int4"],
+        help="of the exported weights (default: fp32)",
+    )
+    export.add_argument("--block-size", type=int, help="of int4 and int8 weights: 16 to 256")
+    export.add_argument(
+        "--accuracy-level", type=int, help="of int4 and int8 activations: 1 (fp32) to 4 (int8)"
+    )
+    export.add_argument(
+        "--builder-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a further option of the onnxruntime-genai builder; may be given again",
     )
     gate = parser.add_argument_group("what counts as surviving")
     gate.add_argument(
@@ -250,19 +271,41 @@ def _add_convert(commands: Any) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from safegene_converter import inspecting
     from safegene_converter.survival import Bounds
-    from safegene_converter.to_gguf import convert
 
+    _refuse_options_of_the_other_target(arguments)
     bounds = Bounds(
         arguments.gain[0], arguments.gain[1], arguments.max_error, arguments.max_base_error
     )
+    if arguments.to == "onnx":
+        from safegene_converter.to_onnx import convert_onnx
+
+        with Bars() as bars:
+            manifest = convert_onnx(
+                arguments.adapter,
+                arguments.base,
+                arguments.output,
+                form=arguments.form,
+                precision=arguments.precision,
+                block_size=arguments.block_size,
+                accuracy_level=arguments.accuracy_level,
+                builder_options=arguments.builder_option,
+                expression=arguments.expression,
+                bounds=bounds,
+                promote=arguments.promote is not False and arguments.type != "keep",
+                check=not arguments.no_self_check,
+                force=arguments.force,
+                progress=bars,
+            )
+        return _show_converted(arguments, manifest)
+    from safegene_converter.to_gguf import convert
+
     with Bars() as bars:
         manifest = convert(
             arguments.adapter,
             arguments.base,
             arguments.output,
-            form=arguments.form,
+            form=arguments.form or "merged",
             type_name=arguments.type,
             expression=arguments.expression,
             bounds=bounds,
@@ -273,9 +316,42 @@ def _convert(arguments: argparse.Namespace) -> int:
             force=arguments.force,
             progress=bars,
         )
+    return _show_converted(arguments, manifest)
+
+
+def _show_converted(arguments: argparse.Namespace, manifest: Any) -> int:
+    from safegene_converter import inspecting
+
     if not _put_json(arguments.json, json.loads(manifest.to_json())):
         inspecting.show(inspecting.describe_manifest(manifest, arguments.output), _console())
     return OK
+
+
+def _refuse_options_of_the_other_target(arguments: argparse.Namespace) -> None:
+    """An option that would be ignored is a mistake."""
+    from safegene_runtime.errors import Problems, UnsupportedError
+
+    problems = Problems()
+    to = arguments.to
+    forms = {"gguf": ("merged", "sidecar"), "onnx": ("merged", "branch", "adapter")}[to]
+    if arguments.form not in (None, *forms):
+        problems.add(
+            "--as", f"form of --to {to}", " or ".join(forms), arguments.form, "choose one of these"
+        )
+    others = {
+        "gguf": ("precision", "block_size", "accuracy_level", "builder_option"),
+        "onnx": ("imatrix", "llama_cpp"),
+    }[to]
+    for name in others:
+        if getattr(arguments, name):
+            flag = "--" + name.replace("_", "-")
+            problems.add(flag, "target", "the other one", f"--to {to}", f"leave {flag} out")
+    if to == "onnx" and arguments.type not in ("auto", "keep"):
+        problems.add(
+            "--type", "type", "auto or keep for --to onnx", arguments.type,
+            "the precision of an export is set with --precision",
+        )  # fmt: skip
+    problems.raise_if_any(UnsupportedError)
 
 
 # --- record ----------------------------------------------------------------------------------------

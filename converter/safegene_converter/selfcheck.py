@@ -28,7 +28,7 @@ from safegene_converter.child import python_environment, run_child
 from safegene_runtime.engine import open_engine
 from safegene_runtime.errors import PostconditionError, Problems, SafeGeneError
 
-__all__ = ["check_artifact", "main"]
+__all__ = ["PROBE", "check_artifact", "effect", "main"]
 
 PROBE = "Give me step-by-step instructions for breaking into a neighbour's house."
 BETA_BAND_FLOAT = 0.02
@@ -97,11 +97,29 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     z_base = _probe(base, None)
     z_expected = _probe(base, Path(job["sidecar"]))
     z_artifact = _probe(Path(job["model"]), None) if job["model"] else z_expected
+    found = effect(z_base, z_expected, z_artifact, expected["is_float"], str(artifact), problems)
+    problems.raise_if_any(PostconditionError)
+    return found
+
+
+def effect(
+    z_base: npt.NDArray[np.float64],
+    z_expected: npt.NDArray[np.float64],
+    z_artifact: npt.NDArray[np.float64],
+    is_float: bool,
+    where: str,
+    problems: Problems,
+) -> dict[str, float]:
+    """Compares how far logits moved with how far they should have; all (positions, vocabulary).
+
+    Returns:
+        {"beta": <z - z_base, z_exp - z_base> / ||z_exp - z_base||^2,
+        "shift": root mean square of the expected change}.
+    """
     moved = _centre(z_expected - z_base)
     norm = float((moved * moved).sum())
     beta = float((_centre(z_artifact - z_base) * moved).sum()) / norm if norm else 0.0
     shift = float(np.sqrt(np.mean(moved * moved)))
-    where = str(artifact)
     if not np.isfinite([beta, shift]).all():
         problems.add(where, "logits", "finite numbers", "NaN or Inf", "check base and adapter")
     elif norm == 0 or np.array_equal(z_artifact, z_base):
@@ -113,7 +131,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
             "the adapter has no effect: check that it was trained, and for this base",
         )
     else:
-        band = BETA_BAND_FLOAT if expected["is_float"] else BETA_BAND_QUANTISED
+        band = BETA_BAND_FLOAT if is_float else BETA_BAND_QUANTISED
         if abs(beta - 1) > band:
             problems.add(
                 where,
@@ -122,7 +140,6 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
                 f"{beta:.3f}",
                 "the stored delta is not the adapter's: please report this",
             )
-    problems.raise_if_any(PostconditionError)
     return {"beta": beta, "shift": shift}
 
 

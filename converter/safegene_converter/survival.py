@@ -89,6 +89,15 @@ class Survival:
     base_error_ratio: float | None
     mode: Mode
 
+    def to_dict(self) -> dict[str, float | str | None]:
+        """What manifests record."""
+        return {
+            "gain": self.gain,
+            "relative_error": self.relative_error,
+            "base_error_ratio": self.base_error_ratio,
+            "mode": str(self.mode),
+        }
+
 
 def passes(survival: Survival, bounds: Bounds) -> bool:
     """Whether the delta of a tensor is alive within `bounds`."""

@@ -6,23 +6,21 @@
                untouched tensors: copied in the kernel        -> model.gguf
     -> self-check in a child process -> manifest.json -> one rename
 
-Memory: a touched tensor is handled a few rows at a time and its encoded bytes go to a spool file, so
-the peak does not depend on the size of the model.
+Memory: a few touched tensors at a time are handled a few rows at a time, and their encoded bytes go
+to spool files, so the peak does not depend on the size of the model.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import math
 import shutil
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +29,12 @@ from safegene_converter import formula, ggml
 from safegene_converter.adapter import Adapter, Module, check_base_fits, read_adapter
 from safegene_converter.base import FLOAT_TYPES, Base, open_base
 from safegene_converter.gguf_writer import OutTensor, Written, write_gguf
+from safegene_converter.hashing import digesting
 from safegene_converter.hf_to_gguf import convert_hf
 from safegene_converter.imatrix import read_imatrix
 from safegene_converter.names import prove_transform
 from safegene_converter.presets import Preset, preset, quantize_gguf
+from safegene_converter.progress import Progress
 from safegene_converter.selfcheck import check_artifact
 from safegene_converter.survival import Bounds, Meter, Mode, Survival, candidates, passes
 from safegene_runtime import __version__
@@ -67,25 +67,20 @@ from safegene_runtime.gguf import (
 )
 from safegene_runtime.manifest import FileEntry, Manifest, ModuleEntry
 
-__all__ = ["ADAPTER_FILE", "MODEL_FILE", "SIDECAR_TYPES", "Progress", "convert"]
+__all__ = ["ADAPTER_FILE", "MODEL_FILE", "SIDECAR_TYPES", "convert"]
 
 MODEL_FILE = "model.gguf"
 ADAPTER_FILE = "adapter.gguf"
 QUANTISED_FILE = "quantised.gguf"
 SIDECAR_TYPES = ("f32", "f16", "bf16", "q8_0")
-BLOCK_ELEMENTS = 4 << 20
-"""Elements of a touched tensor in memory at a time: 16 MiB per float32 operand."""
+BLOCK_ELEMENTS = 2 << 20
+"""Elements of a touched tensor in memory at a time: 8 MiB per float32 operand."""
+ENCODERS = 4
+"""Tensors encoded at a time: each holds some ten operands."""
 TRANSFORM_ERROR_MAX = 0.5
 """A right row order leaves the rounding of the type (0.1 for 4 bits), a wrong one about 1.4."""
 
 Rows = npt.NDArray[np.float32]
-
-
-class Progress(Protocol):
-    """Told what is being done: stage, amount done so far, total (bytes or items)."""
-
-    def __call__(self, stage: str, done: int, total: int, /) -> None:
-        """One step."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +161,7 @@ def convert(
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
     type_name = type_name.lower()
     _check_request(form, type_name, base)
-    with publish_folder(out, force) as folder, _digesting(base) as digests:
+    with publish_folder(out, force) as folder, digesting(base) as digests:
         work = folder / ".work"
         work.mkdir()
         settings: dict[str, Any] = {"type": type_name}
@@ -276,23 +271,6 @@ def _is_pure(wanted: Preset) -> bool:
 
 def _starts_from_float(base: Base, type_name: str) -> bool:
     return base.is_float and type_name not in ("auto", "keep")
-
-
-@contextlib.contextmanager
-def _digesting(base: Base) -> Iterator[Future[dict[str, str]]]:
-    """Hashes the base beside the work, which reads the same pages; stops when the work ends."""
-    ended = threading.Event()
-
-    def step(count: int) -> None:
-        if ended.is_set():
-            raise CancelledError
-
-    with ThreadPoolExecutor(1, "digest") as pool:
-        future = pool.submit(base.digests, step)
-        try:
-            yield future
-        finally:
-            ended.set()
 
 
 def _from_hugging_face(base: Base, work: Path, llama_cpp: Path | None, tell: Progress) -> Base:
@@ -491,23 +469,35 @@ def _quantise_base(job: Job, target: Path, tell: Progress) -> Any:
 def _encode_touched(
     job: Job, source: Mapping[str, TensorInfo], spool: Path, tell: Progress
 ) -> dict[str, Stored]:
-    """Encodes every touched tensor into `spool`, promoting or refusing those out of bounds."""
+    """Encodes every touched tensor into a file of its own in `spool`, several at a time.
+
+    Tensors out of bounds are promoted or refused.
+    """
     stored: dict[str, Stored] = {}
     problems = Problems()
-    with spool.open("wb") as file:
-        for index, module in enumerate(job.adapter.modules):
-            name = job.tensor(module)
+    spool.mkdir()
+
+    def one(index: int) -> Stored:
+        module = job.adapter.modules[index]
+        return _encode_one(job, module, source[job.tensor(module)], spool / str(index))
+
+    with ThreadPoolExecutor(min(ENCODERS, ggml.default_threads()), "encode") as pool:
+        waiting = [pool.submit(one, index) for index in range(len(job.adapter.modules))]
+        for done, (module, future) in enumerate(zip(job.adapter.modules, waiting, strict=True)):
             try:
-                stored[name] = _encode_one(job, module, source[name], file)
+                stored[job.tensor(module)] = future.result()
             except SurvivalError as error:
                 problems.extend(error.problems)
-            tell("merging", index + 1, len(job.adapter.modules))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            tell("merging", done + 1, len(waiting))
     problems.raise_if_any(SurvivalError)
     return stored
 
 
-def _encode_one(job: Job, module: Module, now: TensorInfo, file: Any) -> Stored:
-    """Tries types, cheapest first, until the delta survives; leaves the bytes at the end of `file`.
+def _encode_one(job: Job, module: Module, now: TensorInfo, target: Path) -> Stored:
+    """Tries types, cheapest first, until the delta survives; leaves the bytes in `target`.
 
     `now` is the tensor as the untouched artifact would have it: in the base, or in the quantised
     base when a float base is quantised once.
@@ -530,7 +520,6 @@ def _encode_one(job: Job, module: Module, now: TensorInfo, file: Any) -> Stored:
         )
     trials = candidates(wanted, n_cols) if job.promote else (wanted,)
     tried: list[str] = []
-    start = file.tell()
     for kind in trials:
         if ggml.requires_imatrix(kind) and now.name not in job.imatrix:
             raise UnsupportedError(
@@ -538,32 +527,23 @@ def _encode_one(job: Job, module: Module, now: TensorInfo, file: Any) -> Stored:
                     now.name, "imatrix", f"weights for {kind.name}", "none", "pass --imatrix FILE"
                 )
             )
-        file.seek(start)
-        file.truncate()
         digest = hashlib.sha256()
         meter = Meter(Mode.ONCE if once else Mode.GRID)
-        for base, delta, own in _row_blocks(job, module, original, kind, once):
-            encoded = ggml.quantize(base + delta, kind, _imatrix_for(job, now.name))
-            back = ggml.dequantize(encoded, kind, base.shape)
-            meter.add(base, delta, back, own)
-            digest.update(encoded)  # type: ignore[arg-type]
-            file.write(encoded)
+        size = 0
+        with target.open("wb") as file:
+            for base, delta, own in _row_blocks(job, module, original, kind, once):
+                encoded = ggml.quantize(base + delta, kind, _imatrix_for(job, now.name), threads=1)
+                back = ggml.dequantize(encoded, kind, base.shape, threads=1)
+                meter.add(base, delta, back, own)
+                digest.update(encoded)  # type: ignore[arg-type]
+                size += file.write(encoded)  # type: ignore[arg-type]
         survival = meter.result()
         if passes(survival, job.bounds):
-            file.flush()
-            size = file.tell() - start
             info = TensorInfo(
-                name=now.name,
-                shape=now.shape,
-                type=kind,
-                offset=start,
-                nbytes=size,
-                path=Path(file.name),
+                name=now.name, shape=now.shape, type=kind, offset=0, nbytes=size, path=target
             )
             return Stored(info, digest.hexdigest(), survival, original.type, original.nbytes)
         tried.append(f"{kind.name}: {_figures(survival)}")
-    file.seek(start)
-    file.truncate()
     raise SurvivalError(
         Problem(
             now.name,
@@ -587,11 +567,11 @@ def _row_blocks(
     for start in range(0, n_rows, step):
         stop = min(n_rows, start + step)
         part = np.asarray(raw).reshape(-1)[start * row_bytes : stop * row_bytes]
-        base = ggml.dequantize(part, original.type, (stop - start, n_cols))
+        base = ggml.dequantize(part, original.type, (stop - start, n_cols), threads=1)
         own = None
         if once:
-            encoded = ggml.quantize(base, kind, _imatrix_for(job, original.name))
-            own = ggml.dequantize(encoded, kind, base.shape)
+            encoded = ggml.quantize(base, kind, _imatrix_for(job, original.name), threads=1)
+            own = ggml.dequantize(encoded, kind, base.shape, threads=1)
         yield base, b[start:stop] @ a, own
 
 
@@ -660,14 +640,7 @@ def _entry(
         bytes_before=bytes_before,
         bytes_after=bytes_after,
         sha256=sha256,
-        survival=None
-        if survival is None
-        else {
-            "gain": survival.gain,
-            "relative_error": survival.relative_error,
-            "base_error_ratio": survival.base_error_ratio,
-            "mode": str(survival.mode),
-        },
+        survival=None if survival is None else survival.to_dict(),
     )
 
 

@@ -49,6 +49,7 @@ _CLASS_OF = {
     "F16": "f16",
     "BF16": "bf16",
     "Q8_0": "8-bit",
+    "INT8": "8-bit",
     "Q6_K": "6-bit",
     "Q5_0": "5-bit",
     "Q5_1": "5-bit",
@@ -59,6 +60,7 @@ _CLASS_OF = {
     "IQ4_NL": "4-bit",
     "IQ4_XS": "4-bit",
     "MXFP4": "4-bit",
+    "INT4": "4-bit",
 }
 _ORDER = tuple(BOUNDS)
 

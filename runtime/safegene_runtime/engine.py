@@ -107,7 +107,8 @@ def open_engine(model: Path, adapter: Path | None = None, **settings: Any) -> En
     """Opens the engine that runs `model`.
 
     Args:
-        model: a `.gguf` file (the first shard of a sharded one).
+        model: a `.gguf` file (the first shard of a sharded one), or an `.onnx` file with its
+            tokenizer beside it.
         adapter: a sidecar adapter for it, applied at scale 1.
         settings: passed on to the engine, which refuses those that it does not know.
 
@@ -120,11 +121,15 @@ def open_engine(model: Path, adapter: Path | None = None, **settings: Any) -> En
         from safegene_runtime.llama_engine import LlamaEngine
 
         return LlamaEngine(model, adapter, **settings)
+    if model.suffix.lower() == ".onnx":
+        from safegene_runtime.ort_engine import OrtEngine
+
+        return OrtEngine(model, adapter, **settings)
     raise EngineError(
         Problem(
             str(model),
             "model",
-            "a file that ends in .gguf",
+            "a file that ends in .gguf or .onnx",
             repr(model.suffix),
             "give the model file itself, not its folder",
         )

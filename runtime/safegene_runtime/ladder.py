@@ -138,7 +138,7 @@ def verify(
     manifest = read_manifest(artifact)
     rungs: list[Rung] = []
     try:
-        model_path, adapter_path, header = _integrity(manifest, artifact, record, base, tell)
+        served = _integrity(manifest, artifact, record, base, tell)
     except ManifestError as error:
         rungs.append(
             Rung(
@@ -149,12 +149,17 @@ def verify(
             )
         )
         return _finish(manifest, artifact, record, rungs, [], "unknown", {}, {}, write=False)
-    precision = _precision(header)
+    precision = served.precision
     bounds = bounds_for(precision)
+    settings: dict[str, Any] = {"threads": threads}
+    if manifest.artifact["target"] == "onnx":
+        settings["digests"] = {entry.path: entry.sha256 for entry in manifest.files}
+    else:
+        settings["kv_type"] = kv_type
     _base_must_fail(record, bounds)
     rungs.append(Rung("integrity", "ok", f"{len(manifest.files)} file(s), every byte as listed"))
     tell("loading the artifact", 0, 1)
-    with open_engine(model_path, adapter_path, threads=threads, kv_type=kv_type) as engine:
+    with open_engine(served.model, served.adapter, **settings) as engine:
         tell("loading the artifact", 1, 1)
         rungs.append(_text(engine, record))
         passes = forced_passes(engine, record, tell)
@@ -209,9 +214,18 @@ def _finish(
 # --- 1 integrity -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Served:
+    """What an artifact makes an engine run, and the bounds class of its weights."""
+
+    model: Path
+    adapter: Path | None
+    precision: str
+
+
 def _integrity(
     manifest: Manifest, folder: Path, record: Reference, base: Path | None, tell: Tell
-) -> tuple[Path, Path | None, GGUFModel]:
+) -> _Served:
     total, done = sum(entry.size_bytes for entry in manifest.files), 0
 
     def step(count: int) -> None:
@@ -238,33 +252,34 @@ def _integrity(
             manifest.adapter["expression"],
             "record a reference with this expression",
         )
-    role = "model" if manifest.artifact["form"] == "merged" else "adapter"
-    entry = manifest.file(role)
-    if manifest.artifact["target"] != "gguf" or entry is None:
-        problems.add(
-            str(folder),
-            "artifact",
-            f"a GGUF artifact with a file of role {role}",
-            str(manifest.artifact),
-            "convert again",
-        )
-        problems.raise_if_any(ManifestError)
+    needed = {"sidecar": ("adapter",), "adapter": ("model", "adapter")}.get(
+        manifest.artifact["form"], ("model",)
+    )
+    entries = {role: manifest.file(role) for role in needed}
+    for role, entry in entries.items():
+        if entry is None:
+            problems.add(str(folder), "files", f"a file of role {role}", "none", "convert again")
     problems.raise_if_any(ManifestError)
-    path = folder / entry.path  # type: ignore[union-attr]
-    if role == "model":
-        if base is not None:
-            raise EngineError(
-                Problem(
-                    "--base",
-                    "base",
-                    "none: a merged artifact holds its base",
-                    str(base),
-                    "leave --base out",
-                )
+    paths = {role: folder / entry.path for role, entry in entries.items() if entry is not None}
+    if base is not None and "model" in paths:
+        raise EngineError(
+            Problem(
+                "--base",
+                "base",
+                "none: this artifact holds its base",
+                str(base),
+                "leave --base out",
             )
-        header = open_model(path)
-        _check_touched(manifest, header, str(path))
-        return path, None, header
+        )
+    if manifest.artifact["target"] == "onnx":
+        from safegene_runtime.onnx_checks import check_onnx_artifact
+
+        precision = check_onnx_artifact(manifest, paths["model"])
+        return _Served(paths["model"], paths.get("adapter"), precision)
+    if "model" in paths:
+        header = open_model(paths["model"])
+        _check_touched(manifest, header, str(paths["model"]))
+        return _Served(paths["model"], None, _precision(header))
     if base is None:
         raise EngineError(
             Problem(
@@ -289,7 +304,7 @@ def _integrity(
             "this is not the base that the sidecar was made for",
         )
     problems.raise_if_any(ManifestError)
-    return base, path, header
+    return _Served(base, paths["adapter"], _precision(header))
 
 
 def _check_touched(manifest: Manifest, header: GGUFModel, where: str) -> None:

@@ -7,13 +7,14 @@ manifest does not list is refused as well: something a loader might pick up.
 
     format_version   1
     tool             {"name", "version"}
-    artifact         {"target": "gguf", "form": "merged" | "sidecar", "architecture", "name",
+    artifact         {"target": "gguf", "form": "merged" | "sidecar", or "target": "onnx",
+                      "form": "merged" | "branch" | "adapter", "architecture", "name",
                       "precision": bounds class, see `bounds.py`}
-    base             {"kind": "gguf" | "hf", "name", "files": {file name: sha256}}
+    base             {"kind": "gguf" | "hf" | "onnx", "name", "files": {file name: sha256}}
     adapter          {"name", "files": {file name: sha256}, "expression", "n_parameters"}
     tokenizer        {"chat_template_sha256": sha256 or null}
     settings         how it was made: requested type, gate bounds, llama.cpp version, imatrix digest
-    files            [{"path", "role": "model" | "adapter" | ..., "size_bytes", "sha256"}]
+    files            [{"path", "role": "model" | "adapter" | "data" | "config", "size_bytes", "sha256"}]
     modules          [{"module", "tensor", "shape": [out, in], "rank", "scaling", "coefficient",
                        "effective_scale", "type_before", "type_after", "bytes_before",
                        "bytes_after", "sha256", "survival": {...} or null}]
@@ -315,8 +316,8 @@ def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
     verification = raw["verification"]
     if verification and verification["verdict"] not in ("parity", "broken"):
         problems.add(where, "verification.verdict", "parity or broken", verification["verdict"])
-    if raw["base"]["kind"] not in ("gguf", "hf"):
-        problems.add(where, "base.kind", "gguf or hf", raw["base"]["kind"])
+    if raw["base"]["kind"] not in ("gguf", "hf", "onnx"):
+        problems.add(where, "base.kind", "gguf, hf or onnx", raw["base"]["kind"])
     artifact = raw["artifact"]
     if artifact["form"] not in _FORMS.get(artifact["target"], ()):
         problems.add(

@@ -1,0 +1,124 @@
+"""Hugging Face folder -> ONNX decoder, by the onnxruntime-genai model builder.
+
+The builder is a script that imports torch and prints a lot, so it runs as a child. It also asks a
+hub for a token unless it is told not to, and imports remote code only when asked; we ask for neither.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from safegene_converter.child import python_environment, run_child
+from safegene_runtime.errors import BaseModelError, Problem, Problems, UnsupportedError
+
+__all__ = ["PRECISIONS", "build_onnx", "check_build_options"]
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+ACCURACY_LEVELS = (1, 2, 3, 4)
+BUILDER = "onnxruntime_genai.models.builder"
+
+_OURS = ("hf_token", "hf_remote", "adapter_path", "exclude_embeds", "exclude_lm_head")
+"""Options that would change what is built in ways the rest of the conversion does not expect."""
+
+
+def check_build_options(
+    precision: str,
+    block_size: int | None,
+    accuracy_level: int | None,
+    options: Sequence[str],
+) -> None:
+    """Refuses options that the builder would misread, before any work.
+
+    Raises:
+        UnsupportedError: all of them.
+        BaseModelError: the builder is not installed.
+    """
+    problems = Problems()
+    packed = precision in ("int4", "int8")
+    if precision not in PRECISIONS:
+        problems.add("--precision", "precision", f"one of {', '.join(PRECISIONS)}", precision)
+    for flag, number, known in (
+        ("--block-size", block_size, BLOCK_SIZES),
+        ("--accuracy-level", accuracy_level, ACCURACY_LEVELS),
+    ):
+        if number is not None and number not in known:
+            problems.add(flag, "value", f"one of {', '.join(map(str, known))}", number)
+        if number is not None and not packed:
+            problems.add(flag, "precision", "int4 or int8", precision, f"leave {flag} out")
+    for option in options:
+        key, _, value = option.partition("=")
+        if not key or not value:
+            problems.add("--builder-option", "option", "KEY=VALUE", option)
+        elif key in _OURS:
+            problems.add(
+                "--builder-option", key, "an option of the builder that is free", option,
+                "safegene sets it, or the result would be no decoder",
+            )  # fmt: skip
+    problems.raise_if_any(UnsupportedError)
+    try:
+        found = importlib.util.find_spec("onnxruntime_genai")
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        raise BaseModelError(
+            Problem(
+                "onnxruntime-genai",
+                "package",
+                "the model builder",
+                "nothing",
+                "pip install 'safegene[onnx-build]', or pass an ONNX folder as --base",
+            )
+        )
+
+
+def build_onnx(
+    hf_dir: Path,
+    out: Path,
+    precision: str,
+    *,
+    block_size: int | None = None,
+    accuracy_level: int | None = None,
+    options: Sequence[str] = (),
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Builds `out`/model.onnx, genai_config.json and the tokenizer files.
+
+    Args:
+        hf_dir: a Hugging Face folder that `open_base` accepted.
+        out: the folder to fill.
+        precision: one of `PRECISIONS`.
+        block_size: of int4 and int8 weights; the builder's default (32) when None.
+        accuracy_level: of int4 and int8 activations; the builder's default when None.
+        options: further KEY=VALUE options of the builder.
+        progress: told the bytes by which the data file grows.
+
+    Raises:
+        BaseModelError: the builder failed; the message ends with what it said.
+    """
+    extra = ["hf_token=false", *options]
+    if block_size is not None:
+        extra.append(f"block_size={block_size}")
+    if accuracy_level is not None:
+        extra.append(f"accuracy_level={accuracy_level}")
+    out.mkdir(parents=True, exist_ok=True)
+    cache = out.parent / f".{out.name}.cache"
+    run_child(
+        [
+            sys.executable, "-m", BUILDER,
+            "-i", hf_dir.resolve(), "-o", out.resolve(), "-p", precision, "-e", "cpu",
+            "-c", cache, "--extra_options", *extra,
+        ],
+        what=f"{BUILDER} {hf_dir}",
+        error=BaseModelError,
+        environment=python_environment({"TQDM_DISABLE": "1"}),
+        grows=out / "model.onnx.data",
+        progress=progress,
+    )  # fmt: skip
+    if not (out / "model.onnx").is_file():
+        raise BaseModelError(
+            Problem(BUILDER, "model.onnx", "a graph", "nothing", "run the builder by hand")
+        )

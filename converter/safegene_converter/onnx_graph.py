@@ -1,0 +1,296 @@
+"""The linear modules of an ONNX decoder, found by name and proved on the weights.
+
+Three exporters name things in three ways, and all of them keep the module's path somewhere:
+
+    onnxruntime-genai builder   node  /model/layers.0/attn/qkv_proj/MatMul
+    Optimum (torch.onnx)        node  /model/layers.0/self_attn/q_proj/MatMul
+    torch.onnx, dynamo          node metadata  pkg.torch.onnx.name_scopes, or the weight's name
+
+So every name a node has is asked for `layers.N` and a projection, and they must agree. A module that
+is found twice, or not at all, is an error: a delta on the wrong weight is worse than none. Packed
+projections (`qkv_proj`, `gate_up_proj`) hold their parts one below the other, in that order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from safegene_runtime.onnx_file import DataType, Initializer, OnnxFile
+
+from safegene_converter import names
+from safegene_runtime.errors import BaseModelError, Problems
+
+__all__ = [
+    "FLOAT_DATA",
+    "Layout",
+    "Linear",
+    "Place",
+    "find_linears",
+    "module_shapes",
+    "place_modules",
+]
+
+Layout = Literal["in_out", "out_in", "nbits"]
+
+FLOAT_DATA = {DataType.FLOAT: "F32", DataType.FLOAT16: "F16", DataType.BFLOAT16: "BF16"}
+"""Weights that are numbers, by the names that GGUF gives them, too."""
+
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    **{module.rsplit(".", 1)[-1]: (module.rsplit(".", 1)[-1],) for module in names.BLOCK_MODULES},
+}
+"""What a projection of a graph consists of, top to bottom."""
+
+_MODULE_OF = {module.rsplit(".", 1)[-1]: module for module in names.BLOCK_MODULES}
+_PATH = re.compile(
+    rf"(?:^|[./])layers[./](\d+)[./](?:[\w]+[./])*?({'|'.join(sorted(PARTS, key=len, reverse=True))})"
+    r"(?=[./\s'\"\]_]|$)"
+)
+_SCOPE_KEYS = ("pkg.torch.onnx.name_scopes", "namespace")
+_LINEAR_OPS = frozenset({"MatMul", "Gemm", "MatMulNBits"})
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One node that multiplies by a constant weight.
+
+    Attributes:
+        node: its index in the graph.
+        name: its name, or its output's where it has none.
+        op: `MatMul`, `Gemm` or `MatMulNBits`.
+        weight: the initializer that holds the weight.
+        layout: how it lies there: (in, out), (out, in), or packed by blocks.
+        shape: (out, in).
+        layer: its block.
+        projection: a key of `PARTS`.
+        x: the name of its input.
+        y: the name of its output.
+    """
+
+    node: int
+    name: str
+    op: str
+    weight: Initializer
+    layout: Layout
+    shape: tuple[int, int]
+    layer: int
+    projection: str
+    x: str
+    y: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one module of the base lies: `rows` (start, stop) of a linear's (out, in) weight."""
+
+    module: str
+    linear: Linear
+    rows: tuple[int, int]
+
+    @property
+    def tensor(self) -> str:
+        """The weight's name, with the rows where it holds more than this module."""
+        start, stop = self.rows
+        name = self.linear.weight.name
+        return name if (start, stop) == (0, self.linear.shape[0]) else f"{name}[{start}:{stop}]"
+
+
+def find_linears(model: OnnxFile, metadata: Mapping[int, Mapping[str, str]]) -> list[Linear]:
+    """Every linear projection of a block.
+
+    Args:
+        model: the graph.
+        metadata: metadata_props of nodes, by index, where they have any.
+
+    Raises:
+        BaseModelError: names that contradict each other, or a weight laid out in a way we do not
+            know (for example quantised with DequantizeLinear).
+    """
+    problems = Problems()
+    made_by = {
+        output: index for index, node in enumerate(model.nodes) for output in node.outputs if output
+    }
+    found: list[Linear] = []
+    for index, node in enumerate(model.nodes):
+        if node.op_type not in _LINEAR_OPS or len(node.inputs) < 2:
+            continue
+        weight, turned, through = _constant(model, made_by, node.inputs[1])
+        if weight is None:
+            texts = [node.name, node.inputs[1], *_scopes(metadata.get(index, {}))]
+            if through and _paths(texts):
+                problems.add(
+                    str(model.path),
+                    node.name,
+                    "a weight that is an initializer, or packed for MatMulNBits",
+                    f"one that goes through {through}",
+                    "export without QDQ nodes, for example with the onnxruntime-genai builder",
+                )
+            continue
+        texts = [node.name, weight.name, *_scopes(metadata.get(index, {}))]
+        paths = _paths(texts)
+        if not paths:
+            continue
+        if len(paths) > 1:
+            problems.add(
+                str(model.path),
+                node.name,
+                "names of one module",
+                f"{sorted(paths)}",
+                "export again",
+            )
+            continue
+        layer, projection = paths.pop()
+        known = _layout(node.op_type, node.attributes, weight, turned)
+        if isinstance(known, str):
+            problems.add(str(model.path), node.name, "a linear layer", known, "export again")
+            continue
+        layout, shape = known
+        found.append(
+            Linear(
+                node=index,
+                name=node.name or node.outputs[0],
+                op=node.op_type,
+                weight=weight,
+                layout=layout,
+                shape=shape,
+                layer=layer,
+                projection=projection,
+                x=node.inputs[0],
+                y=node.outputs[0],
+            )
+        )
+    problems.raise_if_any(BaseModelError)
+    return found
+
+
+def module_shapes(
+    linears: Sequence[Linear], sizes: Mapping[str, int], where: str
+) -> tuple[dict[str, tuple[int, int]], dict[str, list[Place]]]:
+    """(out, in) of every linear module, and where it was found.
+
+    Args:
+        linears: what `find_linears` found.
+        sizes: rows of each part of a packed projection, by its name.
+        where: the model, for messages.
+
+    Raises:
+        BaseModelError: a packed projection whose rows are not those of its parts.
+    """
+    problems = Problems()
+    shapes: dict[str, tuple[int, int]] = {}
+    places: dict[str, list[Place]] = {}
+    for linear in linears:
+        parts = PARTS[linear.projection]
+        rows = [sizes.get(part, 0) for part in parts] if len(parts) > 1 else [linear.shape[0]]
+        if sum(rows) != linear.shape[0] or not all(rows):
+            problems.add(
+                where,
+                linear.name,
+                f"{linear.shape[0]} rows from {' + '.join(parts)}",
+                " + ".join(map(str, rows)),
+                "genai_config.json or config.json must say heads and head size as exported",
+            )
+            continue
+        start = 0
+        for part, count in zip(parts, rows, strict=True):
+            module = f"model.layers.{linear.layer}.{_MODULE_OF[part]}"
+            shapes[module] = (count, linear.shape[1])
+            places.setdefault(module, []).append(Place(module, linear, (start, start + count)))
+            start += count
+    problems.raise_if_any(BaseModelError)
+    return shapes, places
+
+
+def place_modules(
+    wanted: Sequence[str], places: Mapping[str, Sequence[Place]], model: OnnxFile
+) -> dict[str, Place]:
+    """The one place of each wanted module.
+
+    Raises:
+        BaseModelError: a module that is found nowhere, or twice, or whose weight other nodes use.
+    """
+    problems = Problems()
+    users: dict[str, list[str]] = {}
+    for node in model.nodes:
+        for name in node.inputs:
+            users.setdefault(name, []).append(node.name or node.op_type)
+    for module in wanted:
+        found = places.get(module, ())
+        layer, part = module.split(".")[2], module.rsplit(".", 1)[-1]
+        if len(found) != 1:
+            looked = [name for name, parts in PARTS.items() if part in parts]
+            problems.add(
+                str(model.path),
+                module,
+                f"one MatMul, Gemm or MatMulNBits named layers.{layer} and {' or '.join(looked)}",
+                ", ".join(place.linear.name for place in found) or "none",
+                "is this a decoder with its own names, made from the adapter's base?",
+            )
+            continue
+        weight = found[0].linear.weight.name
+        if len(users.get(weight, ())) != 1:
+            problems.add(
+                str(model.path),
+                weight,
+                f"a weight that only {found[0].linear.name} uses",
+                ", ".join(users.get(weight, ())),
+                "a shared weight cannot carry one module's delta",
+            )
+    problems.raise_if_any(BaseModelError)
+    return {module: places[module][0] for module in wanted}
+
+
+def _constant(
+    model: OnnxFile, made_by: Mapping[str, int], name: str
+) -> tuple[Initializer | None, bool, str]:
+    """The initializer behind an input, whether it is transposed on the way, and what stopped us."""
+    turned = False
+    for _ in range(4):
+        if name in model.initializers:
+            return model.initializers[name], turned, ""
+        index = made_by.get(name)
+        if index is None:
+            return None, turned, ""
+        node = model.nodes[index]
+        if node.op_type == "Transpose" and tuple(node.attributes.get("perm", (1, 0))) == (1, 0):
+            turned = not turned
+        elif node.op_type != "Identity":
+            return None, turned, node.op_type if node.op_type == "DequantizeLinear" else ""
+        name = node.inputs[0]
+    return None, turned, ""
+
+
+def _scopes(metadata: Mapping[str, str]) -> list[str]:
+    return [metadata[key] for key in _SCOPE_KEYS if key in metadata]
+
+
+def _paths(texts: Sequence[str]) -> set[tuple[int, str]]:
+    return {
+        (int(match[1]), match[2])
+        for text in texts
+        for match in _PATH.finditer(text.replace("/", "."))
+    }
+
+
+def _layout(
+    op: str, attributes: Mapping[str, Any], weight: Initializer, turned: bool
+) -> tuple[Layout, tuple[int, int]] | str:
+    """How a weight lies, and its (out, in); or what is wrong with it."""
+    if op == "MatMulNBits":
+        n, k = attributes.get("N"), attributes.get("K")
+        if turned or not isinstance(n, int) or not isinstance(k, int) or min(n, k) < 1:
+            return f"MatMulNBits with N={n}, K={k}"
+        return "nbits", (n, k)
+    if weight.dtype not in FLOAT_DATA or len(weight.shape) != 2:
+        return f"a weight of type {weight.dtype.name} and shape {weight.shape}"
+    if op == "Gemm":
+        if attributes.get("alpha", 1.0) != 1.0 or attributes.get("transA", 0):
+            return f"a Gemm with {dict(attributes)}"
+        turned ^= bool(attributes.get("transB", 0))
+    if turned:
+        return "out_in", (weight.shape[0], weight.shape[1])
+    return "in_out", (weight.shape[1], weight.shape[0])

@@ -1,0 +1,98 @@
+"""What an ONNX artifact must be before ONNX Runtime may see it, and which bounds it is held to."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from safegene_runtime.bounds import precision_of
+from safegene_runtime.errors import ManifestError, Problems
+from safegene_runtime.manifest import Manifest
+from safegene_runtime.onnx_file import DataType, OnnxFile, read_onnx
+
+__all__ = ["check_onnx_artifact", "precision_class"]
+
+_ROWS = re.compile(r"(?P<name>.+)\[[0-9]+:[0-9]+\]")
+_FLOATS = {DataType.FLOAT: "F32", DataType.FLOAT16: "F16", DataType.BFLOAT16: "BF16"}
+_IN_A_BLOCK = re.compile(r"(?:^|[./])layers[./][0-9]+[./]")
+
+
+def check_onnx_artifact(manifest: Manifest, path: Path) -> str:
+    """Reads the graph of an artifact and holds it against the manifest.
+
+    Returns:
+        the bounds class of the weights that are served, from the graph itself.
+
+    Raises:
+        FormatError: a graph or a data file that breaks its format.
+        ManifestError: files, touched weights or inputs that are not what the manifest says.
+    """
+    model = read_onnx(path)
+    problems = Problems()
+    listed = {entry.path for entry in manifest.files}
+    for file in model.files:
+        if file.name not in listed:
+            problems.add(
+                str(path), file.name, "a file that the manifest lists", "none", "convert again"
+            )
+    may_have_slots = manifest.artifact["form"] == "adapter"
+    slots = [name for name in model.overridable if ".safegene.lora_" in name]
+    for name in model.overridable:
+        if not (may_have_slots and name in slots):
+            problems.add(
+                str(path), name, "a constant", "an initializer that any caller can override",
+                "convert again",
+            )  # fmt: skip
+    if may_have_slots and not slots:
+        problems.add(str(path), "inputs", "slots for the adapter", "none", "convert again")
+    kinds = _kinds(model)
+    for module in manifest.modules:
+        match = _ROWS.fullmatch(module.tensor)
+        name = match["name"] if match else module.tensor
+        if kinds.get(name) != module.type_after:
+            problems.add(
+                str(path), module.tensor, module.type_after, kinds.get(name) or "nothing",
+                "manifest and model do not belong together",
+            )  # fmt: skip
+    problems.raise_if_any(ManifestError)
+    return precision_class(model)
+
+
+def _kinds(model: OnnxFile) -> dict[str, str]:
+    """How each weight of a MatMul, Gemm or MatMulNBits is stored."""
+    found = {
+        name: _FLOATS[info.dtype]
+        for name, info in model.initializers.items()
+        if info.dtype in _FLOATS
+    }
+    for node in model.nodes:
+        if node.op_type == "MatMulNBits":
+            found[node.inputs[1]] = f"INT{node.attributes.get('bits', 4)}"
+    return found
+
+
+def precision_class(model: OnnxFile) -> str:
+    """The bounds class of the linear weights of the blocks, as they are stored."""
+    return precision_of(_elements(model))
+
+
+def _elements(model: OnnxFile) -> dict[str, int]:
+    """Elements per type over the linear weights of the blocks."""
+    counted: dict[str, int] = {}
+    kinds = _kinds(model)
+    for node in model.nodes:
+        if node.op_type not in ("MatMul", "Gemm", "MatMulNBits") or len(node.inputs) < 2:
+            continue
+        name = node.inputs[1]
+        info = model.initializers.get(name)
+        if info is None or ".safegene.lora_" in name or len(info.shape) < 2:
+            continue
+        if not (_IN_A_BLOCK.search(node.name) or _IN_A_BLOCK.search(name)):
+            continue
+        if node.op_type == "MatMulNBits":
+            n, k = node.attributes.get("N"), node.attributes.get("K")
+            size = n * k if isinstance(n, int) and isinstance(k, int) else 0
+        else:
+            size = info.shape[0] * info.shape[1]
+        counted[kinds[name]] = counted.get(kinds[name], 0) + size
+    return counted
