@@ -3,8 +3,8 @@
 Runs as a child process (`python -m safegene_converter.onnx_selfcheck`, one JSON job on stdin): a bad
 graph can take the process down.
 
-1. `onnx.checker`, if it accepts the base, and our own byte accounting must accept the artifact. No initializer of a merged
-   model or a branch may be an input, which a caller could override.
+1. `onnx.checker`, if it accepts the base, and our own byte accounting must accept the artifact. No
+   initializer of a merged model or a branch may be an input, which a caller could override.
 2. The factors that `onnx` finds in the branch (the artifact itself, or one made for this check) must
    give, per module, the delta of the adapter folder, read and scaled again, in the rows meant for it
    and nowhere else. They must be float constants, whatever the base is quantised to.
