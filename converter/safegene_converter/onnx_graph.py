@@ -18,10 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from safegene_runtime.onnx_file import DataType, Initializer, OnnxFile
-
 from safegene_converter import names
 from safegene_runtime.errors import BaseModelError, Problems
+from safegene_runtime.onnx_file import DataType, Initializer, OnnxFile
 
 __all__ = [
     "FLOAT_DATA",
@@ -185,7 +184,10 @@ def module_shapes(
     places: dict[str, list[Place]] = {}
     for linear in linears:
         parts = PARTS[linear.projection]
-        rows = [sizes.get(part, 0) for part in parts] if len(parts) > 1 else [linear.shape[0]]
+        rows = [sizes.get(part, 0) for part in parts]
+        if len(parts) == 1 or linear.projection == "gate_up_proj":
+            # gate and up are multiplied with each other, so they are of one size
+            rows = [linear.shape[0] // len(parts)] * len(parts)
         if sum(rows) != linear.shape[0] or not all(rows):
             problems.add(
                 where,

@@ -392,14 +392,7 @@ def _part_sizes(decoder: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
     kv = first(decoder.get("num_key_value_heads"), config.get("num_key_value_heads"), heads)
     hidden = first(decoder.get("hidden_size"), config.get("hidden_size"))
     size = first(decoder.get("head_size"), config.get("head_dim"), hidden // heads if heads else 0)
-    inner = first(config.get("intermediate_size"))
-    return {
-        "q_proj": heads * size,
-        "k_proj": kv * size,
-        "v_proj": kv * size,
-        "gate_proj": inner,
-        "up_proj": inner,
-    }
+    return {"q_proj": heads * size, "k_proj": kv * size, "v_proj": kv * size}
 
 
 def _node_metadata(model: OnnxFile) -> dict[int, dict[str, str]]:

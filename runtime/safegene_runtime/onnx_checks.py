@@ -14,7 +14,6 @@ __all__ = ["check_onnx_artifact", "precision_class"]
 
 _ROWS = re.compile(r"(?P<name>.+)\[[0-9]+:[0-9]+\]")
 _FLOATS = {DataType.FLOAT: "F32", DataType.FLOAT16: "F16", DataType.BFLOAT16: "BF16"}
-_IN_A_BLOCK = re.compile(r"(?:^|[./])layers[./][0-9]+[./]")
 
 
 def check_onnx_artifact(manifest: Manifest, path: Path) -> str:
@@ -77,9 +76,10 @@ def precision_class(model: OnnxFile) -> str:
 
 
 def _elements(model: OnnxFile) -> dict[str, int]:
-    """Elements per type over the linear weights of the blocks."""
+    """Elements per type over the linear weights, the head left out."""
     counted: dict[str, int] = {}
     kinds = _kinds(model)
+    outputs = {value.name for value in model.outputs}
     for node in model.nodes:
         if node.op_type not in ("MatMul", "Gemm", "MatMulNBits") or len(node.inputs) < 2:
             continue
@@ -87,7 +87,7 @@ def _elements(model: OnnxFile) -> dict[str, int]:
         info = model.initializers.get(name)
         if info is None or ".safegene.lora_" in name or len(info.shape) < 2:
             continue
-        if not (_IN_A_BLOCK.search(node.name) or _IN_A_BLOCK.search(name)):
+        if outputs & set(node.outputs):  # the head, which the blocks' precision does not cover
             continue
         if node.op_type == "MatMulNBits":
             n, k = node.attributes.get("N"), node.attributes.get("K")
