@@ -239,7 +239,7 @@ HOSTILE: dict[str, tuple[str, Change]] = {
     ),
     "no digest of the base": ("base.files: expected at least one", _set("base.files", {})),
     "no digest of the adapter": ("adapter.files: expected at least", _set("adapter.files", {})),
-    "another kind of base": ("base.kind: expected gguf or hf, got pt", _set("base.kind", "pt")),
+    "another kind of base": ("base.kind: expected gguf, hf or onnx, got pt", _set("base.kind", "pt")),
     "another target": ("artifact.form", _set("artifact.target", "pickle")),
     "another form": ("artifact.form: expected .*, got gguf branch", _set("artifact.form", "branch")),
     "a shape of one": ("shape: expected .out, in., got .5.", _set("modules.0.shape", [5])),
