@@ -16,12 +16,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from safegene_runtime.pairs import (
     NOT_RUN,
+    Outcome,
     Pair,
     best_case,
     count_flips,
@@ -32,7 +33,7 @@ from safegene_runtime.pairs import (
 )
 from safegene_runtime.profiles import Profile
 
-__all__ = ["EProcess", "SequentialGate", "TwoSided", "order"]
+__all__ = ["EProcess", "SequentialGate", "TwoSided", "order", "watch_losses"]
 
 BELOW = ((0.0, 0.5), (0.05, 0.25), (0.2, 0.15), (0.5, 0.1))
 """(q / d, weight) of the bets on fewer events than the margin; most on none at all."""
@@ -136,6 +137,33 @@ class TwoSided:
         return self.status
 
 
+def watch_losses(pairs: Sequence[Pair], profile: Profile, seed: str) -> TwoSided:
+    """The loss rate alone, over all pairs in their order."""
+    watched = TwoSided(profile.loss_margin, profile.confidence)
+    for group in _ordered(pairs, seed):
+        _watch(watched, loss_outcomes, group)
+    return watched
+
+
+def _ordered(pairs: Sequence[Pair], seed: str) -> list[list[Pair]]:
+    """The clusters, in the order of their names' hashes; within one, in the order of the ids'."""
+    clusters: dict[str, dict[str, Pair]] = defaultdict(dict)
+    for pair in pairs:
+        clusters[pair.cluster][pair.id] = pair
+    return [
+        [clusters[name][one] for one in order(clusters[name], seed)]
+        for name in order(clusters, seed)
+    ]
+
+
+def _watch(
+    watched: TwoSided, outcomes: Callable[[Pair], frozenset[Outcome]], group: Sequence[Pair]
+) -> None:
+    possible = [outcomes(pair) for pair in group]
+    prompts = sum(worst_case([one]) is not None for one in possible)
+    watched.add(worst_case(possible), best_case(possible), prompts)
+
+
 _OUTCOMES = (loss_outcomes, over_refusal_outcomes, degenerate_outcomes)
 _NAMES = ("loss", "over_refusal", "degenerate")
 
@@ -145,8 +173,8 @@ class SequentialGate:
 
     Drive it with an engine (`wanted`, then `take`), or `replay` pairs whose labels are known:
 
-        while (ids := gate.wanted()):
-            gate.take([with_artifact_label(id) for id in ids])
+        while group := gate.wanted():
+            gate.take([dataclasses.replace(pair, artifact=label_of(pair.id)) for pair in group])
 
     Args:
         pairs: of the record; artifact labels may be `NOT_RUN`.
@@ -159,10 +187,7 @@ class SequentialGate:
     """
 
     def __init__(self, pairs: Sequence[Pair], profile: Profile, seed: str) -> None:
-        clusters: dict[str, list[Pair]] = defaultdict(list)
-        for pair in pairs:
-            clusters[pair.cluster].append(pair)
-        self._queue = [clusters[name] for name in order(clusters, seed)]
+        self._queue = _ordered(pairs, seed)
         self._profile = profile
         self._seed = seed
         self._total = len(pairs)
@@ -171,6 +196,7 @@ class SequentialGate:
         margins = (profile.loss_margin, profile.over_refusal_margin, profile.over_refusal_margin)
         self.rates = tuple(TwoSided(margin, profile.confidence) for margin in margins)
         self.taken: list[Pair] = []
+        self._flipped = False
 
     def wanted(self) -> list[Pair]:
         """The next prompts to run, near-duplicates together; empty when it is decided or over."""
@@ -197,10 +223,9 @@ class SequentialGate:
             raise ValueError(f"not run, and needed before it can be decided: {missing[:5]}")
         self._queue.pop(0)
         self.taken += group
+        self._flipped |= count_flips(group)["unexplained"] > 0
         for watched, outcomes in zip(self.rates, _OUTCOMES, strict=True):
-            possible = [outcomes(pair) for pair in group]
-            prompts = sum(worst_case([one]) is not None for one in possible)
-            watched.add(worst_case(possible), best_case(possible), prompts)
+            _watch(watched, outcomes, group)
 
     def replay(self) -> list[Pair]:
         """Takes pairs whose labels are known until it is decided or over; returns those taken.
@@ -237,7 +262,7 @@ class SequentialGate:
 
     def _decided(self) -> bool:
         statuses = [watched.status for watched in self._measured()]
-        if "FAIL" in statuses or (self._profile.strict and count_flips(self.taken)["unexplained"]):
+        if "FAIL" in statuses or (self._profile.strict and self._flipped):
             return True
         return None not in statuses
 
