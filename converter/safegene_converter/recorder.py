@@ -40,6 +40,7 @@ from safegene_runtime.errors import (
     Problems,
     RecordError,
 )
+from safegene_runtime.factors import ModuleFactors
 from safegene_runtime.files import check_output_free, publish_folder, sha256_of
 from safegene_runtime.judge import JUDGE_NAME, JUDGE_VERSION, judge
 from safegene_runtime.prompts import Prompt, builtin_suite
@@ -51,7 +52,7 @@ from safegene_runtime.reference import (
     read_reference,
 )
 
-__all__ = ["load_model", "load_with_adapter", "record"]
+__all__ = ["load_model", "load_with_adapter", "read_factors", "record"]
 
 BATCH = 48
 """Prompts evaluated together: enough to keep two cores busy, few enough to keep memory small."""
@@ -147,8 +148,9 @@ def record(
         )
         positions.append(stored)
     meta = _meta(adapter, base, tokenizer, stop_ids, max_new_tokens, top_k)
+    added = read_factors(model)
     with publish_folder(out, force) as folder:
-        for name, data in encode_reference(meta, records, positions).items():
+        for name, data in encode_reference(meta, records, positions, added).items():
             (folder / name).write_bytes(data)
     return read_reference(out)
 
@@ -221,11 +223,7 @@ def load_with_adapter(adapter: Adapter, base: Base) -> tuple[Any, Any]:
             problems.add(
                 str(adapter.path), "PEFT", "no warning about keys", str(warning.message)[:300]
             )
-    layers = {
-        name.removeprefix("base_model.model."): layer
-        for name, layer in tuned.named_modules()
-        if isinstance(layer, LoraLayer)
-    }
+    layers = _lora_layers(tuned)
     wanted = {module.name: module for module in adapter.modules}
     for name in sorted(layers.keys() ^ wanted.keys()):
         problems.add(
@@ -245,6 +243,35 @@ def load_with_adapter(adapter: Adapter, base: Base) -> tuple[Any, Any]:
         layer.scaling["default"] *= module.coefficient
     problems.raise_if_any(AdapterError)
     return tuned, tokenizer
+
+
+def _lora_layers(tuned: Any) -> dict[str, Any]:
+    return {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in tuned.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def read_factors(tuned: Any) -> list[ModuleFactors]:
+    """What PEFT adds to each weight: its factors, its scaling, and its own ΔW for the two sums."""
+    found = []
+    with torch.inference_mode():
+        for name, layer in sorted(_lora_layers(tuned).items()):
+            weight = layer.get_base_layer().weight
+            delta = layer.get_delta_weight("default").double()
+            norm = float((delta * delta).sum())
+            scaled = layer.lora_B["default"].weight.double() * layer.scaling["default"]
+            found.append(
+                ModuleFactors(
+                    module=name,
+                    a=layer.lora_A["default"].weight.float().numpy(),
+                    b=scaled.float().numpy(),
+                    norm=norm,
+                    s0=float((weight.double() * delta).sum()) / norm if norm else 0.0,
+                )
+            )
+    return found
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:

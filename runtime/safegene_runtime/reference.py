@@ -1,9 +1,9 @@
 """A reference: what PyTorch + PEFT answered, once, in a form that needs no PyTorch to compare with.
 
-A folder of four files:
+A folder of five files:
 
     reference.json   format_version, base, adapter, versions, decoding, tokenizer, judge, suite, dtype,
-                     threads, and "files": {name: sha256} of the other three
+                     threads, and "files": {name: sha256} of the others
     prompts.jsonl    one object per prompt: id, kind, category, borderline, text, rendered, ref_text,
                      ref_verdict, base_text, base_verdict
     tokens.npz       prompt_ids, ref_ids, base_ids: int32, all prompts in a row;
@@ -16,6 +16,7 @@ A folder of four files:
                      base_logits  float32 (P, K)  of the base alone
                      ref_lse      float64 (P,)    log-sum-exp over the vocabulary
                      base_lse     float64 (P,)
+    factors.npz      what PEFT added to each weight: see `factors.py`; older references have none
 
 The digest of a reference is the SHA-256 of reference.json, which holds the digests of the rest. Equal
 content gives equal bytes.
@@ -35,8 +36,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safegene_runtime import strictjson
+from safegene_runtime import factors, strictjson
 from safegene_runtime.errors import FormatError, Problems, RecordError
+from safegene_runtime.factors import ModuleFactors
 from safegene_runtime.files import open_regular, read_small_file, sha256_of
 
 __all__ = ["Positions", "PromptRecord", "Reference", "encode_reference", "read_reference"]
@@ -44,6 +46,7 @@ __all__ = ["Positions", "PromptRecord", "Reference", "encode_reference", "read_r
 FORMAT_VERSION = 1
 INDEX = "reference.json"
 PROMPTS, TOKENS, LOGITS = "prompts.jsonl", "tokens.npz", "logits.npz"
+FACTORS = "factors.npz"
 KINDS = ("harmful", "benign")
 VERDICTS = ("refuse", "comply", "degenerate")
 MAX_FILE_BYTES = 4 << 30
@@ -122,6 +125,7 @@ class Reference:
         digest: SHA-256 of reference.json.
         meta: reference.json, parsed.
         prompts: in the order they were recorded.
+        factors: what PEFT added to each weight; None in a reference that has no factors.npz.
     """
 
     path: Path
@@ -130,6 +134,7 @@ class Reference:
     prompts: tuple[PromptRecord, ...] = field(repr=False)
     logits: Mapping[str, npt.NDArray[Any]] = field(repr=False)
     ref_offsets: npt.NDArray[np.int64] = field(repr=False)
+    factors: tuple[ModuleFactors, ...] | None = field(default=None, repr=False)
 
     def positions(self, index: int) -> Positions:
         """The stored logits along the reply to prompt `index`."""
@@ -138,14 +143,18 @@ class Reference:
 
 
 def encode_reference(
-    meta: Mapping[str, Any], prompts: Sequence[PromptRecord], positions: Sequence[Positions]
+    meta: Mapping[str, Any],
+    prompts: Sequence[PromptRecord],
+    positions: Sequence[Positions],
+    added: Sequence[ModuleFactors] = (),
 ) -> dict[str, bytes]:
-    """The four files of a reference, by name.
+    """The files of a reference, by name.
 
     Args:
         meta: the sections of reference.json without `format_version` and `files`.
         prompts: at least one.
         positions: one for each prompt, with as many rows as its `ref_ids`.
+        added: what PEFT added to each weight; without it there can be no static proof.
     """
     tokens: dict[str, npt.NDArray[Any]] = {}
     for arm in ("prompt", "ref", "base"):
@@ -167,6 +176,8 @@ def encode_reference(
         TOKENS: _npz(tokens),
         LOGITS: _npz(logits),
     }
+    if added:
+        files[FACTORS] = _npz(factors.encode(added))
     index = {
         "format_version": FORMAT_VERSION,
         **meta,
@@ -222,6 +233,11 @@ def read_reference(path: Path) -> Reference:
         ]
         tokens = _load(data[TOKENS], _TOKEN_ARRAYS, str(path / TOKENS), problems)
         logits = _load(data[LOGITS], _LOGIT_ARRAYS, str(path / LOGITS), problems)
+        added = None
+        if FACTORS in data:
+            arrays = _load(data[FACTORS], factors.ARRAYS, str(path / FACTORS), problems)
+            problems.raise_if_any(RecordError)
+            added = factors.decode(arrays, str(path / FACTORS), problems)
     except RecordError:
         raise
     except FormatError as error:
@@ -242,7 +258,9 @@ def read_reference(path: Path) -> Reference:
             for arm in ("prompt", "ref", "base")
         }
         prompts.append(PromptRecord(**row, **ids))
-    return Reference(path, sha256_of(raw), meta, tuple(prompts), logits, tokens["ref_offsets"])
+    return Reference(
+        path, sha256_of(raw), meta, tuple(prompts), logits, tokens["ref_offsets"], added
+    )
 
 
 def _check_meta(meta: Any, where: str, problems: Problems) -> None:
@@ -264,7 +282,7 @@ def _check_meta(meta: Any, where: str, problems: Problems) -> None:
     files = meta["files"]
     if (
         not isinstance(files, dict)
-        or set(files) != {PROMPTS, TOKENS, LOGITS}
+        or set(files) - {FACTORS} != {PROMPTS, TOKENS, LOGITS}
         or not all(isinstance(one, str) and _SHA256.fullmatch(one) for one in files.values())
     ):
         problems.add(where, "files", f"digests of {PROMPTS}, {TOKENS}, {LOGITS}", files)
