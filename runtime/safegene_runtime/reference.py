@@ -45,7 +45,7 @@ FORMAT_VERSION = 1
 INDEX = "reference.json"
 PROMPTS, TOKENS, LOGITS = "prompts.jsonl", "tokens.npz", "logits.npz"
 KINDS = ("harmful", "benign")
-VERDICTS = ("refuse", "comply", "degenerate")
+VERDICTS = ("refuse", "comply", "uncertain", "degenerate")
 MAX_FILE_BYTES = 4 << 30
 MAX_JSON_BYTES = 256 << 20
 
@@ -62,7 +62,7 @@ _META = {
         "bos_token",
         "eos_token",
     ),
-    "judge": ("name", "version"),
+    "judge": ("name", "version", "digest"),
     "settings": ("dtype", "threads", "top_k"),
 }
 _TOKEN_ARRAYS = {
