@@ -42,7 +42,7 @@ from safegene_runtime.errors import (
 )
 from safegene_runtime.factors import ModuleFactors
 from safegene_runtime.files import check_output_free, publish_folder, sha256_of
-from safegene_runtime.judge import JUDGE_NAME, JUDGE_VERSION, judge
+from safegene_runtime.judge import RulesAndNgram, about, judge
 from safegene_runtime.prompts import Prompt, builtin_suite
 from safegene_runtime.reference import (
     Positions,
@@ -480,6 +480,6 @@ def _meta(
             "bos_token": tokenizer.bos_token,
             "eos_token": tokenizer.eos_token,
         },
-        "judge": {"name": JUDGE_NAME, "version": JUDGE_VERSION},
+        "judge": about(RulesAndNgram()),
         "settings": {"dtype": "float32", "threads": torch.get_num_threads(), "top_k": top_k},
     }

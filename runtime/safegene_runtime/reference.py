@@ -48,7 +48,7 @@ INDEX = "reference.json"
 PROMPTS, TOKENS, LOGITS = "prompts.jsonl", "tokens.npz", "logits.npz"
 FACTORS = "factors.npz"
 KINDS = ("harmful", "benign")
-VERDICTS = ("refuse", "comply", "degenerate")
+VERDICTS = ("refuse", "comply", "uncertain", "degenerate")
 MAX_FILE_BYTES = 4 << 30
 MAX_JSON_BYTES = 256 << 20
 
@@ -65,7 +65,7 @@ _META = {
         "bos_token",
         "eos_token",
     ),
-    "judge": ("name", "version"),
+    "judge": ("name", "version", "digest"),
     "settings": ("dtype", "threads", "top_k"),
 }
 _TOKEN_ARRAYS = {
