@@ -52,7 +52,7 @@ from safegene_runtime.reference import (
     read_reference,
 )
 
-__all__ = ["load_model", "load_with_adapter", "read_factors", "record"]
+__all__ = ["load_model", "load_with_adapter", "read_factors", "record", "save_as_folder"]
 
 BATCH = 48
 """Prompts evaluated together: enough to keep two cores busy, few enough to keep memory small."""
@@ -204,6 +204,19 @@ def load_model(base: Base) -> tuple[Any, Any]:
         )
     model.config.quantization_config = None
     return model.eval(), tokenizer
+
+
+def save_as_folder(base: Base, out: Path) -> None:
+    """Saves a base as transformers saves a model: float32 weights, configuration, tokenizer.
+
+    Raises:
+        BaseModelError: transformers cannot load it, or it has no chat template.
+    """
+    model, tokenizer = load_model(base)
+    # a None here is written out as null, and loaders take it for a quantised model
+    del model.config.quantization_config
+    model.save_pretrained(out, max_shard_size="1TB")
+    tokenizer.save_pretrained(out)
 
 
 def load_with_adapter(adapter: Adapter, base: Base) -> tuple[Any, Any]:
