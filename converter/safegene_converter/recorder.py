@@ -51,7 +51,7 @@ from safegene_runtime.reference import (
     read_reference,
 )
 
-__all__ = ["load_model", "load_with_adapter", "record"]
+__all__ = ["load_model", "load_with_adapter", "record", "save_hf"]
 
 BATCH = 48
 """Prompts evaluated together: enough to keep two cores busy, few enough to keep memory small."""
@@ -202,6 +202,19 @@ def load_model(base: Base) -> tuple[Any, Any]:
         )
     model.config.quantization_config = None
     return model.eval(), tokenizer
+
+
+def save_hf(base: Base, folder: Path) -> None:
+    """Writes the base as a Hugging Face folder, float32, tokenizer and chat template included.
+
+    Raises:
+        BaseModelError: transformers cannot load it, or it has no chat template.
+    """
+    model, tokenizer = load_model(base)
+    model.hf_quantizer = None  # what a GGUF decodes to is plain float
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def load_with_adapter(adapter: Adapter, base: Base) -> tuple[Any, Any]:
