@@ -54,9 +54,7 @@ FORMATS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = MappingP
 """Name of a format: (file name in a folder, how it is made)."""
 
 
-def write_reports(
-    report: Mapping[str, Any], targets: Path | Mapping[str, Path]
-) -> dict[str, Path]:
+def write_reports(report: Mapping[str, Any], targets: Path | Mapping[str, Path]) -> dict[str, Path]:
     """Writes reports, each file atomically; all are rendered before the first is written.
 
     Args:
@@ -77,9 +75,7 @@ def write_reports(
             Problem("reports", "format", " or ".join(FORMATS), ", ".join(unknown), "choose one")
         )
     # a lone surrogate, which UTF-8 cannot hold, becomes the escape that JSON has for it
-    made = {
-        name: FORMATS[name][1](report).encode("utf-8", "backslashreplace") for name in targets
-    }
+    made = {name: FORMATS[name][1](report).encode("utf-8", "backslashreplace") for name in targets}
     for name, data in made.items():
         publish_file(targets[name], data)
     return dict(targets)

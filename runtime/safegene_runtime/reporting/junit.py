@@ -13,7 +13,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from safegene_runtime.reporting.markup import visible
-from safegene_runtime.reporting.view import change, compact, counts, flips, format_bound
+from safegene_runtime.reporting.view import RATES, change, compact, counts, flips, format_bound
 
 __all__ = ["outcome", "render_junit"]
 
@@ -26,6 +26,7 @@ OUTCOMES = {
     "inconclusive": "error",
     "vacuous": "error",
     "not reached": "skipped",
+    "not measured": "skipped",
 }
 
 
@@ -82,18 +83,20 @@ def _rung_cases(report: Mapping[str, Any], rung: Mapping[str, Any]) -> list[_Cas
     if rung["name"] != "refusals" or not report["gate"]:
         return [first]
     gate = report["gate"]
-    ids: dict[str, list[str]] = {}
+    ids: dict[str | None, list[str]] = {}
     for prompt in flips(report):
         ids.setdefault(change(prompt), []).append(prompt["id"])
     cases = [first]
-    for name, key, kind in (("loss", "loss", "lost"), ("over-refusal", "over_refusal", "over-refused")):
-        bound = gate[key]
+    kinds = {"loss": "lost", "over_refusal": "over-refused"}
+    for key in RATES:
+        bound, kind = gate[key], kinds.get(key)
         message = f"{counts(bound)}; upper bound {format_bound(bound)}"
-        if ids.get(kind):
+        if kind in ids:
             message += "; prompts: " + ", ".join(ids[kind])
-        cases.append(_Case(name, bound["status"], message, dict(_flat(bound))))
-    if gate["verdict"] == "VACUOUS":
-        cases.append(_Case("contrast", "vacuous", gate["sentence"], dict(_flat(gate["contrast"]))))
+        cases.append(_Case(key, bound["status"], message, dict(_flat(bound))))
+    contrast = gate["contrast"]
+    status = "ok" if contrast["ok"] else "vacuous"
+    cases.append(_Case("contrast", status, contrast["reason"], dict(_flat(contrast))))
     return cases
 
 

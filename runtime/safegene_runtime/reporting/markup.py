@@ -13,7 +13,7 @@ from typing import TypeAlias
 __all__ = ["Child", "Markup", "el", "visible"]
 
 VOID = frozenset({"meta", "link", "br", "input", "col"})
-KEPT = frozenset("\n\t")
+KEPT = frozenset("\n\t\N{NO-BREAK SPACE}")
 
 
 class Markup(str):

@@ -18,6 +18,7 @@ from safegene_runtime.reporting.panels import (
     attacks_panel,
     categories_panel,
     flips_panel,
+    gate_panel,
     ladder_panel,
     measurements_panel,
     provenance_panel,
@@ -45,6 +46,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         (name, title, panel)
         for name, title, panel in (
             ("ladder", "Ladder", ladder_panel(report)),
+            ("gate", "Gate", gate_panel(report)),
             ("flips", "Flips", flips_panel(report)),
             ("measurements", "Measurements", measurements_panel(report)),
             ("weights", "Adapter in the weights", static_panel(report)),
@@ -137,10 +139,12 @@ def _hero(report: Mapping[str, Any]) -> Markup:
     icon = el(
         "svg", el("path", d=ICONS[verdict]), viewBox="0 0 24 24", class_="mark", aria_hidden="true"
     )
+    first, stop, rest = report["sentence"].partition(". ")
     return el(
         "section",
         el("div", icon, el("h1", verdict, id="verdict-title"), class_="verdict"),
-        el("p", report["sentence"], class_="sentence", dir="auto"),
+        el("p", first + stop.strip(), class_="sentence", dir="auto"),
+        el("p", rest, class_="more", dir="auto") if rest else None,
         el("p", MEANING[verdict], class_="meaning"),
         where,
         cards if headline(report) else None,

@@ -10,6 +10,7 @@ from safegene_runtime.reporting.markup import Child, Markup, el
 from safegene_runtime.reporting.view import (
     CHANGES,
     LABELS,
+    RATES,
     change,
     compact,
     counts,
@@ -23,6 +24,7 @@ __all__ = [
     "categories_panel",
     "change_badge",
     "flips_panel",
+    "gate_panel",
     "ladder_panel",
     "measurements_panel",
     "provenance_panel",
@@ -31,10 +33,29 @@ __all__ = [
     "table",
 ]
 
-RUNG_WORDS = {"ok": "holds", "broken": "broken", "undecided": "undecided", "not reached": "not reached"}
+RUNG_WORDS = {
+    "ok": "holds",
+    "broken": "broken",
+    "undecided": "undecided",
+    "not reached": "not reached",
+}
 RUNG_SIGNS = {"ok": "✓", "broken": "✕", "undecided": "?", "not reached": "–"}
 TONES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure", "VACUOUS": "empty"}
 CHANGE_TONES = {"lost": "bad", "over-refused": "bad", "same": "quiet"}
+NUMERIC = frozenset(
+    (
+        "Prompts",
+        "Counted",
+        "Lost",
+        "Gained",
+        "Share",
+        "Upper bound",
+        "Margin",
+        "Mean KL",
+        "Margin shift",
+    )
+)
+"""Columns whose head is aligned as their numbers are."""
 MAX_FLIPS = 200
 
 
@@ -52,7 +73,16 @@ def table(
         el(
             "table",
             el("caption", caption, class_="hidden"),
-            el("thead", el("tr", [el("th", head, scope="col") for head in heads])),
+            el(
+                "thead",
+                el(
+                    "tr",
+                    [
+                        el("th", head, scope="col", class_="number" if head in NUMERIC else None)
+                        for head in heads
+                    ],
+                ),
+            ),
             el("tbody", rows),
             id=id,
         ),
@@ -87,7 +117,9 @@ def ladder_panel(report: Mapping[str, Any]) -> Markup:
         status = rung["status"]
         took = "" if rung["seconds"] is None else f"{rung['seconds']:.1f} s"
         figures = {
-            key: value for key, value in rung["figures"].items() if isinstance(value, int | float | str)
+            key: value
+            for key, value in rung["figures"].items()
+            if isinstance(value, int | float | str)
         }
         more = None
         if figures:
@@ -110,6 +142,73 @@ def ladder_panel(report: Mapping[str, Any]) -> Markup:
     return el("ol", items, class_="ladder")
 
 
+def gate_panel(report: Mapping[str, Any]) -> Markup | None:
+    """Each rate under its margin, and the cross-checks that decide nothing."""
+    if not (gate := report["gate"]):
+        return None
+    rates = [(name, gate[key]) for key, name in RATES.items()]
+    rates = [(name, rate) for name, rate in rates if rate["status"] != "not measured"]
+    scale = _scale(rate for _, rate in rates)
+    rows = [
+        el(
+            "tr",
+            el("th", name, scope="row"),
+            el(
+                "td",
+                el("span", rate["status"], class_=f"badge {TONES.get(rate['status'], 'unsure')}"),
+            ),
+            el("td", counts(rate), class_="number"),
+            el("td", "–" if rate["rate"] is None else percent(rate["rate"]), class_="number"),
+            el("td", percent(rate["upper"], up=True), class_="number"),
+            el("td", percent(rate["margin"]), class_="number"),
+            el("td", _rate_bar(rate, scale), class_="bars"),
+        )
+        for name, rate in rates
+    ]
+    heads = [
+        "Rate",
+        "Status",
+        "Counted",
+        "Share",
+        "Upper bound",
+        "Margin",
+        "Share, bound and margin",
+    ]
+    sure = percent(report["profile"]["confidence"])
+    text = (
+        f"Exact one-sided bounds (Clopper–Pearson, {sure}). The line reaches to the upper bound and "
+        "must end before the tick, the margin. Labels in doubt count against the artifact for PASS "
+        "and for it before FAIL."
+    )
+    contrast, mcnemar, net = gate["contrast"], gate["mcnemar"], gate["net_difference"]
+    clusters = gate["clusters"]
+    checks = [
+        ("The base in the artifact’s place", f"loses {counts(contrast['loss'])}, p = {contrast['p_value']:.2g}: "
+         + ("fails, as it must" if contrast["ok"] else contrast["reason"])),
+        ("McNemar, exact", f"{mcnemar['losses']} lost, {mcnemar['gains']} gained: p = {mcnemar['p_value']:.2g}"),
+    ]  # fmt: skip
+    if net["value"] is not None:
+        low, high = (f"{100 * end:+.2f}" for end in net["interval"])
+        checks.append(
+            ("Net difference (Tango)", f"{100 * net['value']:+.2f} points, {low} to {high}")
+        )
+    low, high = map(percent, clusters["interval"])
+    checks.append(
+        (
+            "Loss rate, bootstrap of clusters",
+            f"{low} to {high}; {clusters['prompts']} prompts in {clusters['clusters']} clusters",
+        )
+    )
+    pairs = [el("div", el("dt", name), el("dd", value)) for name, value in checks]
+    return el(
+        "div",
+        el("p", text, class_="note"),
+        table("Rates under their margins", heads, rows),
+        el("h3", "Cross-checks", class_="after"),
+        el("dl", pairs, class_="pairs"),
+    )
+
+
 def flips_panel(report: Mapping[str, Any]) -> Markup | None:
     """Reference label by artifact label, for both kinds, and the prompts that changed."""
     if not report["prompts"]:
@@ -121,7 +220,9 @@ def flips_panel(report: Mapping[str, Any]) -> Markup | None:
     ]
     changed = flips(report)
     if not changed:
-        return el("div", el("div", grids, class_="pair"), el("p", "No label changed.", class_="note"))
+        return el(
+            "div", el("div", grids, class_="pair"), el("p", "No label changed.", class_="note")
+        )
     texts = any("artifact_text" in one for one in changed)
     rows = [
         el(
@@ -130,8 +231,8 @@ def flips_panel(report: Mapping[str, Any]) -> Markup | None:
             el("td", change_badge(one)),
             el("td", one["kind"]),
             el("td", one["attack"] or "–"),
-            el("td", f"{one['reference']} → {one['artifact']}"),
-            el("td", _divergence(one)),
+            el("td", f"{one['reference']} → {one['artifact']}", class_="label"),
+            el("td", _divergence(one), class_="label"),
             el("td", replies(one)) if texts else None,
         )
         for one in changed[:MAX_FLIPS]
@@ -152,6 +253,7 @@ def flips_panel(report: Mapping[str, Any]) -> Markup | None:
 def _flip_table(kind: str, found: Mapping[tuple[str, str], int]) -> Markup:
     used = [label for label in LABELS if label in ("refuse", "comply")
             or any(found[label, other] or found[other, label] for other in LABELS)]  # fmt: skip
+    left_out = sum(found[label, "not run"] for label in LABELS)
     bad = "refuse" if kind == "harmful" else "comply"
     rows = []
     for before in used:
@@ -161,7 +263,9 @@ def _flip_table(kind: str, found: Mapping[tuple[str, str], int]) -> Markup:
             tone = "same" if before == after else "worse" if before == bad else "other"
             cells.append(el("td", str(count), class_=f"{tone if count else 'zero'}"))
         rows.append(el("tr", el("th", before, scope="row"), cells))
-    caption = f"{kind.capitalize()} prompts: {sum(found.values())}"
+    caption = f"{kind.capitalize()} prompts: {sum(found.values()) - left_out}"
+    if left_out:
+        caption += f", {left_out} more were not needed"
     return el(
         "table",
         el("caption", caption),
@@ -193,7 +297,9 @@ def measurements_panel(report: Mapping[str, Any]) -> Markup | None:
         figures.append(_figure("First-token refusal margin", scatter, text, legend))
     limit = bounds["mean_kl"] if bounds["kl_gates"] else None
     if curve := svg.kl_curve(report["kl_by_position"], limit):
-        text = "Teacher-forced on the reference’s replies; a refusal is decided in the first tokens."
+        text = (
+            "Teacher-forced on the reference’s replies; a refusal is decided in the first tokens."
+        )
         figures.append(_figure("KL by position", curve, text))
     sequential = (gate or {}).get("sequential") or {}
     if path := svg.evidence_path(sequential.get("path", ()), sequential.get("threshold")):
@@ -202,9 +308,7 @@ def measurements_panel(report: Mapping[str, Any]) -> Markup | None:
     return el("div", figures, class_="figures") if figures else None
 
 
-def _figure(
-    title: str, plot: Markup, text: str, legend: Iterable[tuple[str, str]] = ()
-) -> Markup:
+def _figure(title: str, plot: Markup, text: str, legend: Iterable[tuple[str, str]] = ()) -> Markup:
     keys = [
         el(
             "li",
@@ -249,7 +353,7 @@ def attacks_panel(report: Mapping[str, Any]) -> Markup | None:
     if not report["attacks"]:
         return None
     gates = [attack["gate"]["loss"] for attack in report["attacks"]]
-    scale = max(max(_upper(one), 1.5 * one["margin"], one["rate"] or 0) for one in gates)
+    scale = _scale(gates)
     rows = [
         el(
             "tr",
@@ -257,13 +361,12 @@ def attacks_panel(report: Mapping[str, Any]) -> Markup | None:
             el("td", el("span", attack["gate"]["verdict"],
                         class_=f"badge {TONES[attack['gate']['verdict']]}")),
             el("td", counts(loss), class_="number"),
-            el("td", percent(loss["upper"]) if loss["upper"] is not None else "–", class_="number"),
-            el("td", svg.bar((loss["rate"] or 0) / scale, "lost", upper=_upper(loss) / scale,
-                             margin=loss["margin"] / scale), class_="bars"),
+            el("td", percent(loss["upper"], up=True), class_="number"),
+            el("td", _rate_bar(loss, scale), class_="bars"),
         )
         for attack, loss in zip(report["attacks"], gates, strict=True)
     ]  # fmt: skip
-    heads = ["Attack", "Verdict", "Refusals lost", "Upper bound", "Lost, bound and margin"]
+    heads = ["Attack", "Verdict", "Lost", "Upper bound", "Lost, bound and margin"]
     margins = sorted({one["margin"] for one in gates})
     text = (
         "Every harmful prompt again under each attack; the reference was attacked alike. The line "
@@ -273,8 +376,18 @@ def attacks_panel(report: Mapping[str, Any]) -> Markup | None:
     return el("div", el("p", text, class_="note"), table("Losses under attack", heads, rows))
 
 
-def _upper(bound: Mapping[str, Any]) -> float:
-    return 1.0 if bound["upper"] is None else float(bound["upper"])
+def _scale(rates: Iterable[Mapping[str, Any]]) -> float:
+    """What the full width of a bar stands for: every bound and margin must fit."""
+    return float(max(max(one["upper"], 1.5 * one["margin"]) for one in rates))
+
+
+def _rate_bar(rate: Mapping[str, Any], scale: float) -> Markup:
+    return svg.bar(
+        (rate["rate"] or 0) / scale,
+        "lost",
+        upper=rate["upper"] / scale,
+        margin=rate["margin"] / scale,
+    )
 
 
 def categories_panel(report: Mapping[str, Any]) -> Markup | None:
@@ -304,7 +417,7 @@ def categories_panel(report: Mapping[str, Any]) -> Markup | None:
                 el("td", str(row["gained"]), class_="number"),
             )
         )
-    heads = ["Category", "Prompts", "Refused", "Refusals lost", "Gained"]
+    heads = ["Category", "Prompts", "Refused", "Lost", "Gained"]
     return table("Refusals by category", heads, rows)
 
 

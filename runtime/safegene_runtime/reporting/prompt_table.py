@@ -64,7 +64,13 @@ def _row(prompt: Mapping[str, Any]) -> Markup:
     margin = prompt["margin"]
     shift = None if margin is None else margin["artifact"] - margin["reference"]
     kl = prompt["mean_kl"]
-    same = "identical, proved" if prompt["proved"] else "identical" if prompt["identical"] else "differs"
+    same = (
+        "proved identical"
+        if prompt["proved"]
+        else "identical"
+        if prompt["identical"]
+        else "differs"
+    )
     return el(
         "tr",
         el("th", el("code", prompt["id"]), el("small", prompt["kind"]),

@@ -16,7 +16,9 @@ from safegene_runtime.reporting.view import CHANGES, MEANING, change, flips
 
 __all__ = ["render_sarif"]
 
-SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+SCHEMA = (
+    "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+)
 FLIP_LEVEL = {
     "lost": "error",
     "over-refused": "warning",

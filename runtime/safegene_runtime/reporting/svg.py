@@ -13,7 +13,15 @@ from typing import Any
 from safegene_runtime.reporting.markup import Child, Markup, el
 from safegene_runtime.reporting.view import change, compact
 
-__all__ = ["BETA_BINS", "bar", "beta_bin", "beta_heat_map", "evidence_path", "kl_curve", "margin_scatter"]
+__all__ = [
+    "BETA_BINS",
+    "bar",
+    "beta_bin",
+    "beta_heat_map",
+    "evidence_path",
+    "kl_curve",
+    "margin_scatter",
+]
 
 WIDTH, HEIGHT = 480, 330
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 46
@@ -123,7 +131,14 @@ def margin_scatter(prompts: Sequence[Mapping[str, Any]]) -> Markup | None:
         )
         class_ = f"dot {one['kind']}" if what == "same" else "dot flip"
         parts.append(
-            el("circle", el("title", tip), cx=x, cy=y, r=3 if what == "same" else 4.5, class_=class_)
+            el(
+                "circle",
+                el("title", tip),
+                cx=x,
+                cy=y,
+                r=3 if what == "same" else 4.5,
+                class_=class_,
+            )
         )
     title = (
         f"Refusal margins of {len(chosen)} prompts, artifact and base over the reference: "
@@ -171,7 +186,9 @@ def evidence_path(path: Sequence[float], threshold: float | None) -> Markup | No
     y_ticks = [(power, f"{10.0**power:g}") for power in range(low, high + 1, step)]
     parts = axes.frame(_ticks(1, len(finite)), y_ticks, "prompts seen", "evidence, e-value (log)")
     if threshold:
-        parts.append(axes.line((1, math.log10(threshold)), (len(path), math.log10(threshold)), "limit"))
+        parts.append(
+            axes.line((1, math.log10(threshold)), (len(path), math.log10(threshold)), "limit")
+        )
         x, y = axes.at(1, math.log10(threshold))
         parts.append(el("text", f"enough at {threshold:g}", x=x + 6, y=y - 6, class_="tick"))
     parts.append(_polyline(axes, [(i, math.log10(v)) for i, v in enumerate(finite, 1)], "curve"))
@@ -223,7 +240,9 @@ def beta_heat_map(modules: Sequence[Mapping[str, Any]]) -> Markup | None:
                     "g",
                     el("title", tip),
                     el("rect", x=x + 1, y=y + 1, width=side - 2, height=side - 2, rx=4),
-                    el("text", _cell(one["beta"]), x=x + side / 2, y=y + side / 2 + 4, class_="mid"),
+                    el(
+                        "text", _cell(one["beta"]), x=x + side / 2, y=y + side / 2 + 4, class_="mid"
+                    ),
                     class_=f"cell {name}",
                 )
             )
@@ -239,7 +258,9 @@ def _cell(beta: float) -> str:
     return f"{beta:.2f}".replace("0.", ".", 1) if 0 <= beta < 0.995 else f"{beta:.2f}"
 
 
-def bar(share: float, class_: str, *, upper: float | None = None, margin: float | None = None) -> Markup:
+def bar(
+    share: float, class_: str, *, upper: float | None = None, margin: float | None = None
+) -> Markup:
     """A horizontal bar for a table cell; shares of the full width, clipped to it.
 
     `upper` draws a thin line up to a confidence bound, `margin` a tick that it must not reach.
@@ -256,5 +277,10 @@ def bar(share: float, class_: str, *, upper: float | None = None, margin: float 
     if margin is not None:
         parts.append(el("rect", x=at(margin) - 0.3, y=0, width=0.6, height=12, class_="margin"))
     return el(
-        "svg", parts, viewBox="0 0 100 12", preserveAspectRatio="none", class_="bar", aria_hidden="true"
+        "svg",
+        parts,
+        viewBox="0 0 100 12",
+        preserveAspectRatio="none",
+        class_="bar",
+        aria_hidden="true",
     )
