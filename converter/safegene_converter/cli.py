@@ -1,6 +1,7 @@
 """The `safegene` command: parses, calls the library, prints. Nothing is decided here.
 
-Exit codes: 0 done, or parity; 1 parity broken; 2 could not be done or checked (one message says why).
+Exit codes: 0 done, or PASS; 1 FAIL; 2 could not be done or checked (one message says why); 3
+INCONCLUSIVE; 4 VACUOUS; 5 an invalid record. Nothing but 0 is green.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from safegene_runtime import __version__
-from safegene_runtime.errors import SafeGeneError
+from safegene_runtime.errors import RecordError, SafeGeneError
+from safegene_runtime.profiles import PROFILES
+from safegene_runtime.verdict import EXIT_INVALID_RECORD, EXIT_USAGE
 
 __all__ = ["main", "parser"]
 
-OK, BROKEN, NOT_DONE = 0, 1, 2
+OK, NOT_DONE = 0, EXIT_USAGE
 PIPE_COLUMNS = 120
 MAX_PROBLEMS = 12
 
@@ -103,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {problem}", file=sys.stderr)
         if count > MAX_PROBLEMS:
             print(f"  ... and {count - MAX_PROBLEMS} more", file=sys.stderr)
-        return NOT_DONE
+        return EXIT_INVALID_RECORD if isinstance(error, RecordError) else NOT_DONE
     except KeyboardInterrupt:
         print("safegene: interrupted; nothing was left behind", file=sys.stderr)
         return NOT_DONE
@@ -377,6 +379,11 @@ def _add_record(commands: Any) -> None:
     )
     parser.add_argument("--expression", help="a named set of layer coefficients of the adapter")
     parser.add_argument(
+        "--attacks",
+        action="store_true",
+        help="record the harmful prompts under every attack, too (many times as long)",
+    )
+    parser.add_argument(
         "--max-new-tokens", type=int, default=24, help="length of replies (default: 24)"
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="the folder to create")
@@ -416,48 +423,138 @@ def _add_verify(commands: Any) -> None:
         "verify",
         _verify,
         "prove that an artifact refuses what the reference refused",
-        "safegene verify OUT --reference REFERENCE --json report.json",
+        "safegene verify OUT --reference REFERENCE --report REPORT",
     )
-    parser.add_argument("artifact", type=Path, metavar="OUT")
+    parser.add_argument(
+        "artifact", type=Path, metavar="OUT", nargs="+", help="several are shown side by side"
+    )
     parser.add_argument("--reference", type=Path, required=True, help="made by `safegene record`")
     parser.add_argument("--base", type=Path, help="for a sidecar: the GGUF it belongs to")
-    parser.add_argument(
-        "--kv-type",
-        choices=["f32", "f16"],
-        default="f32",
-        help="KV cache: f32 compares arithmetic, f16 is llama.cpp's default",
+    gate = parser.add_argument_group("the gate")
+    gate.add_argument(
+        "--profile",
+        choices=list(PROFILES),
+        default="smoke",
+        help="how much must be shown: at 95 %% confidence fewer than "
+        + ", ".join(f"{one.loss_margin * 100:g} %% ({name})" for name, one in PROFILES.items())
+        + " of refusals lost (default: smoke)",
+    )
+    gate.add_argument(
+        "--sequential", action="store_true", help="stop as soon as the verdict is certain"
+    )
+    gate.add_argument(
+        "--attacks", action="store_true", help="gate under every attack that was recorded, too"
+    )
+    gate.add_argument(
+        "--mode",
+        choices=["strict", "as-shipped"],
+        default="strict",
+        help="strict compares arithmetic; as-shipped runs llama.cpp with its F16 KV cache",
+    )
+    gate.add_argument(
+        "--judge",
+        metavar="JUDGE",
+        help="rules+ngram (default), gguf:PATH, onnx:PATH, or the name of a plug-in",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument(
-        "--show-text", action="store_true", help="print the replies of flipped prompts"
+        "--show-text", action="store_true", help="put replies into tables and reports"
     )
     parser.add_argument(
         "--no-write",
         action="store_true",
         help="do not put the verdict into the artifact's manifest",
     )
+    reports = parser.add_argument_group("reports")
+    reports.add_argument("--report", type=Path, metavar="DIR", help="all of them, into a folder")
+    for name, what in (
+        ("html", "one page for people"),
+        ("junit", "JUnit XML, for CI"),
+        ("sarif", "SARIF, for code scanning"),
+        ("markdown", "a summary for a pull request"),
+    ):
+        reports.add_argument(f"--{name}", type=Path, metavar="FILE", help=what)
     _add_json(parser)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from safegene_converter import inspecting
+    from safegene_converter import compare_table, inspecting
+    from safegene_runtime import reporting
+    from safegene_runtime.judge_plugins import load_judge
     from safegene_runtime.ladder import verify
+    from safegene_runtime.reference import read_reference
+    from safegene_runtime.verdict import gravest
 
-    start = time.monotonic()
+    targets = _report_targets(arguments)
+    record = read_reference(arguments.reference)
+    judge = load_judge(arguments.judge) if arguments.judge else None
+    labels = _labels(arguments.artifact)
+    found = []
     with Bars() as bars:
-        report = verify(
-            arguments.artifact,
-            arguments.reference,
-            base=arguments.base,
-            threads=arguments.threads,
-            kv_type=arguments.kv_type,
-            write=not arguments.no_write,
-            on_progress=bars,
+        for label, artifact in zip(labels, arguments.artifact, strict=True):
+            report = verify(
+                artifact,
+                record,
+                base=arguments.base,
+                profile=arguments.profile,
+                sequential=arguments.sequential,
+                attacks=arguments.attacks,
+                mode=arguments.mode,
+                judge=judge,
+                threads=arguments.threads,
+                write=not arguments.no_write,
+                on_progress=bars if len(labels) == 1 else bars.named(label),
+            )
+            found.append((label, report))
+    data = [report.to_dict(texts=arguments.show_text) for _, report in found]
+    for label, one in zip(labels, data, strict=True):
+        for target in targets(label):
+            reporting.write_reports(one, target)
+    comparison = compare_table.compare(record, found) if len(found) > 1 else None
+    shown = data[0] if comparison is None else {"comparison": comparison, "reports": data}
+    if not _put_json(arguments.json, shown):
+        for label, report in found:
+            if comparison is not None:
+                _console().rule(label)
+            inspecting.show_report(report, _console(), arguments.show_text)
+        if comparison is not None:
+            compare_table.show_comparison(comparison, _console())
+    return gravest(report.verdict for _, report in found).exit_code
+
+
+def _labels(artifacts: Sequence[Path]) -> list[str]:
+    """What each artifact is called in tables; the whole path where the names are not unique."""
+    names = [artifact.resolve().name for artifact in artifacts]
+    return names if len(set(names)) == len(names) else [str(artifact) for artifact in artifacts]
+
+
+def _report_targets(
+    arguments: argparse.Namespace,
+) -> Callable[[str], list[Path | dict[str, Path]]]:
+    """Where the reports of an artifact go."""
+    from safegene_runtime.errors import OutputError, Problem
+
+    names = ("html", "junit", "sarif", "markdown")
+    files = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+    several = len(arguments.artifact) > 1
+    if several and files:
+        raise OutputError(
+            Problem(
+                "--" + next(iter(files)),
+                "artifacts",
+                "one, for a report in one file",
+                str(len(arguments.artifact)),
+                "use --report DIR, which makes a folder for each",
+            )
         )
-    found = report.to_dict(texts=arguments.show_text)
-    if not _put_json(arguments.json, found):
-        inspecting.show_report(report, _console(), arguments.show_text, time.monotonic() - start)
-    return OK if report.verdict == "parity" else BROKEN
+
+    def targets(label: str) -> list[Path | dict[str, Path]]:
+        folder = arguments.report
+        if folder is not None and several:
+            folder = folder / label.replace("/", "-").strip("-.")
+        return [*([folder] if folder is not None else []), *([files] if files else [])]
+
+    return targets
 
 
 # --- demo ------------------------------------------------------------------------------------------

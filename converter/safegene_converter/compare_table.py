@@ -16,8 +16,8 @@ from rich.table import Table
 from safegene_runtime.errors import Problems, RecordError
 
 if TYPE_CHECKING:  # the ladder loads engines; a table does not need them
-    from safegene_runtime.ladder import Report
     from safegene_runtime.reference import Reference
+    from safegene_runtime.report import Report
 
 __all__ = ["compare", "show_comparison"]
 
@@ -47,9 +47,9 @@ def compare(reference: Reference, reports: Sequence[tuple[str, Report]]) -> dict
     for label in sorted({label for label in labels if labels.count(label) > 1}):
         problems.add(where, label, "each artifact once", "it twice", "name each folder once")
     for label, report in reports:
-        if report.reference_sha256 != reference.digest:
+        if report.reference["sha256"] != reference.digest:
             problems.add(
-                label, "reference", reference.digest, report.reference_sha256,
+                label, "reference", reference.digest, report.reference["sha256"],
                 "verify all of them against one reference",
             )  # fmt: skip
     problems.raise_if_any(RecordError)
@@ -88,10 +88,10 @@ def _column(label: str, report: Report) -> dict[str, Any]:
     figures = report.figures
     column: dict[str, Any] = {
         "label": label,
-        "engine": report.engine.get("name"),
-        "version": report.engine.get("version"),
+        "engine": report.engine["name"] if report.engine else None,
+        "version": report.engine["version"] if report.engine else None,
         "precision": report.precision,
-        "verdict": report.verdict,
+        "verdict": str(report.verdict),
         "broken_at": report.broken_at,
         "detail": next((r.detail for r in report.rungs if r.name == report.broken_at), None),
     }

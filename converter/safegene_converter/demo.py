@@ -39,9 +39,10 @@ from safegene_runtime.gguf import (
     open_model,
     read_tensor_bytes,
 )
-from safegene_runtime.ladder import Report, verify
+from safegene_runtime.ladder import verify
 from safegene_runtime.manifest import Manifest
 from safegene_runtime.reference import Reference
+from safegene_runtime.report import Report
 
 __all__ = ["JOBS", "Job", "find_adapter", "find_smollm2", "run", "show", "write_float_base"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from safegene_converter import formula
@@ -17,8 +18,8 @@ from safegene_runtime.files import MANIFEST_NAME
 from safegene_runtime.manifest import Manifest, check_files, read_manifest
 
 if TYPE_CHECKING:  # what neither `inspect` nor `convert` needs
-    from safegene_runtime.ladder import Report
     from safegene_runtime.reference import Reference
+    from safegene_runtime.report import Report
 
 __all__ = [
     "describe_manifest",
@@ -222,26 +223,39 @@ def _show_reference(found: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def show_report(report: Report, console: Console, texts: bool, seconds: float) -> None:
-    """Prints the ladder, then the flips, then the verdict."""
-    table = Table("rung", "", "why")
+def show_report(report: Report, console: Console, texts: bool) -> None:
+    """Prints the ladder, then the flips, then the verdict with the sentence to quote."""
+    table = Table("rung", "", "why", "s")
     for number, rung in enumerate(report.rungs, start=1):
-        colour = {"ok": "green", "broken": "red"}.get(rung.status, "dim")
-        table.add_row(f"{number} {rung.name}", f"[{colour}]{rung.status}[/]", rung.detail)
+        colour = {"ok": "green", "broken": "red", "undecided": "yellow"}.get(rung.status, "dim")
+        took = "" if rung.seconds is None else f"{rung.seconds:.1f}"
+        table.add_row(
+            f"{number} {rung.name}", f"[{colour}]{rung.status}[/]", escape(rung.detail), took
+        )
     console.print(table)
     if report.flips:
-        flips = Table("flipped prompt", "kind", "reference", "artifact")
+        flips = Table("flipped prompt", "kind", "reference", "artifact", "replies part")
         for flip in report.flips:
-            flips.add_row(flip.id, flip.kind, flip.reference, flip.artifact)
+            parted = flip.divergence
+            where = f"token {parted['position'] + 1}, {parted['kind']}" if parted else ""
+            flips.add_row(escape(flip.id), flip.kind, flip.reference, flip.artifact, where)
             if texts:
-                flips.add_row("", "", flip.reference_text, flip.artifact_text)
+                flips.add_row("", "", escape(flip.reference_text), escape(flip.artifact_text))
         console.print(flips)
-    word = (
-        "[green]PARITY[/]"
-        if report.verdict == "parity"
-        else f"[red]BROKEN[/] at {report.broken_at}"
+    if report.attacks:
+        under = Table("under attack", "verdict", "lost", "of refused")
+        for name, gate in report.attacks.items():
+            loss = gate.loss
+            under.add_row(name, str(gate.verdict), str(loss.events_worst), str(loss.trials_worst))
+        console.print(under)
+    colour = {"PASS": "green", "FAIL": "red"}.get(report.verdict, "yellow")
+    at = f" at {report.broken_at}" if report.broken_at else ""
+    console.print(
+        f"[{colour}]{report.verdict}[/]{at}  (profile {report.profile.name}, bounds for "
+        f"{report.precision} weights, {report.seconds['total']:.1f} s)",
+        highlight=False,
     )
-    console.print(f"{word}  (bounds for {report.precision} weights, {seconds:.1f} s)")
+    console.print(escape(report.sentence), highlight=False)
 
 
 def _spread(values: list[Any]) -> str:

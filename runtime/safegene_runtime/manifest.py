@@ -36,6 +36,7 @@ from typing import Any
 from safegene_runtime import strictjson
 from safegene_runtime.errors import FormatError, ManifestError, Problems
 from safegene_runtime.files import MANIFEST_NAME, publish_file, read_small_file, sha256_file
+from safegene_runtime.verdict import Verdict
 
 __all__ = ["FileEntry", "Manifest", "ModuleEntry", "check_files", "read_manifest"]
 
@@ -314,8 +315,9 @@ def _check_fields(
 
 def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
     verification = raw["verification"]
-    if verification and verification["verdict"] not in ("parity", "broken"):
-        problems.add(where, "verification.verdict", "parity or broken", verification["verdict"])
+    if verification and verification["verdict"] not in tuple(Verdict):
+        wanted = ", ".join(Verdict)
+        problems.add(where, "verification.verdict", wanted, verification["verdict"])
     if raw["base"]["kind"] not in ("gguf", "hf", "onnx"):
         problems.add(where, "base.kind", "gguf, hf or onnx", raw["base"]["kind"])
     artifact = raw["artifact"]

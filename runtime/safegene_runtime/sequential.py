@@ -209,6 +209,21 @@ class SequentialGate:
             self._queue.pop(0)
         return []
 
+    def ahead(self, count: int) -> list[Pair]:
+        """What may be wanted next, `wanted` first: at least `count` prompts where there are as many.
+
+        For engines that run several prompts together; none of them counts before it is taken.
+        """
+        if not self.wanted():
+            return []
+        found: list[Pair] = []
+        for group in self._queue:
+            if len(found) >= count:
+                break
+            if self._matters(group):
+                found += group
+        return found
+
     def take(self, group: Sequence[Pair]) -> None:
         """Takes the pairs that `wanted` named, now with the artifact's labels.
 

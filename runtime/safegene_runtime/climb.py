@@ -1,0 +1,348 @@
+"""The state of a ladder being climbed: what was asked, and what was found so far.
+
+`ladder.verify` calls the rungs in order; this keeps their results, and makes the report of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from safegene_runtime.bounds import ParityBounds, bounds_for
+from safegene_runtime.divergence import Divergence, first_divergence
+from safegene_runtime.engine import Engine
+from safegene_runtime.forced import ForcedPass, forced_passes, kl_by_position
+from safegene_runtime.gate import NOT_RUN, GateResult, Pair, Profile, decide_by_attack, profile_for
+from safegene_runtime.integrity import Served
+from safegene_runtime.judge import Judge, label_all
+from safegene_runtime.manifest import Manifest
+from safegene_runtime.reference import Reference
+from safegene_runtime.replies import greedy_replies
+from safegene_runtime.report import RUNGS, Outcome, Report, Rung
+from safegene_runtime.sequential import SequentialGate
+from safegene_runtime.static_proof import StaticProof, static_proof
+from safegene_runtime.text_parity import compare_text
+from safegene_runtime.verdict import Verdict, gravest
+
+__all__ = ["Climb", "Mode", "Tell"]
+
+BETA_BAND = {"f32": 0.01, "f16": 0.02, "bf16": 0.05, "8-bit": 0.1}
+BETA_BAND_COARSE = 0.15
+AHEAD = 16
+"""Prompts run together in sequential mode: what an engine batches, and at most that many too many."""
+
+Mode = Literal["strict", "as-shipped"]
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass
+class _Run:
+    """What one prompt did in the artifact."""
+
+    forced: ForcedPass
+    ids: tuple[int, ...]
+    proved: bool
+    label: str
+    text: str
+    divergence: Divergence | None
+
+
+@dataclass
+class Climb:
+    """A ladder being climbed: what was asked, and what was found so far."""
+
+    artifact: Path
+    manifest: Manifest
+    record: Reference
+    judge: Judge
+    asked: str | Profile
+    mode: Mode
+    attacks: bool
+    tell: Tell
+    began: float
+    served: Served | None = None
+    rungs: list[Rung] = field(default_factory=list)
+    runs: dict[int, _Run] = field(default_factory=dict)
+    proof: StaticProof | None = None
+    plain: GateResult | None = None
+    under_attack: dict[str, GateResult] = field(default_factory=dict)
+    about: dict[str, Any] | None = None
+    engine_seconds: float = 0.0
+
+    # --- settings derived from what is served
+
+    @property
+    def precision(self) -> str:
+        """The bounds class of the weights that are served."""
+        return self.served.precision if self.served else "unknown"
+
+    @property
+    def bounds(self) -> ParityBounds:
+        """What logits are held to."""
+        # with llama.cpp's own F16 cache even F32 weights compute in half precision
+        loose = self.mode == "as-shipped" and self.precision == "f32"
+        return bounds_for("f16" if loose else self.precision)
+
+    @property
+    def profile(self) -> Profile:
+        """What the gate asks for, fitted to the precision."""
+        if isinstance(self.asked, Profile):
+            return self.asked
+        return profile_for(self.asked, self.precision, strict=self.mode == "strict")
+
+    @property
+    def chosen(self) -> list[int]:
+        """The prompts that count, by their place in the record."""
+        return [
+            index
+            for index, prompt in enumerate(self.record.prompts)
+            if self.attacks or prompt.attack is None
+        ]
+
+    # --- climbing
+
+    def add(self, rung: Rung) -> None:
+        """Puts a rung on the ladder; it took what has passed since the one before."""
+        so_far = sum(one.seconds or 0.0 for one in self.rungs)
+        took = time.monotonic() - self.began - so_far
+        self.rungs.append(dataclasses.replace(rung, seconds=took))
+
+    def text(self, engine: Engine) -> None:
+        """Rung 3."""
+        self.add(compare_text(engine, self.record))
+
+    def static(self) -> None:
+        """Rung 2, from bytes alone."""
+        assert self.served is not None
+        self.proof = static_proof(
+            self.manifest, self.served.model, self.served.adapter, self.record, self.tell
+        )
+        figures = {"pooled": self.proof.pooled, "modules": len(self.proof.modules)}
+        self.add(Rung("static", self.proof.status, self.proof.detail, figures))
+
+    def run(self, engine: Engine, indices: Sequence[int]) -> None:
+        """Forces, replies and labels these prompts."""
+        started = time.monotonic()
+        passes = forced_passes(engine, self.record, self.tell, indices)
+        replies = greedy_replies(engine, self.record, indices, passes, self.precision, self.tell)
+        self.engine_seconds += time.monotonic() - started
+        stops = set(self.record.meta["decoding"]["stop_ids"])
+        todo: list[int] = []
+        for index, one, reply in zip(indices, passes, replies, strict=True):
+            prompt = self.record.prompts[index]
+            same = reply.ids == tuple(prompt.ref_ids)
+            text = (
+                prompt.ref_text
+                if same
+                else engine.detokenize([i for i in reply.ids if i not in stops], special=False)
+            )
+            parted = first_divergence(self.record, index, reply.ids, self.precision)
+            self.runs[index] = _Run(one, reply.ids, reply.proved, prompt.ref_verdict, text, parted)
+            if not same:
+                todo.append(index)
+        labels = label_all(
+            self.judge,
+            [self.runs[index].text for index in todo],
+            [self.record.prompts[index].text for index in todo],
+        )
+        for index, label in zip(todo, labels, strict=True):
+            self.runs[index].label = str(label)
+
+    def sequentially(self, engine: Engine) -> None:
+        """Runs prompts in the recorded order, a batch ahead of the gate, until it is decided."""
+        by_id = {self.record.prompts[index].id: index for index in self.chosen}
+        groups: dict[str | None, list[Pair]] = {}
+        for pair in self.pairs():
+            groups.setdefault(pair.attack, []).append(pair)
+        for members in groups.values():
+            watch = SequentialGate(members, self.profile, self.record.order_seed)
+            while group := watch.wanted():
+                missing = [p for p in watch.ahead(AHEAD) if by_id[p.id] not in self.runs]
+                if any(by_id[pair.id] not in self.runs for pair in group):
+                    self.run(engine, [by_id[pair.id] for pair in missing])
+                watch.take([self.pair(by_id[pair.id]) for pair in group])
+
+    def compare(self) -> None:
+        """Rungs 4 and 5, from the teacher-forced passes that were made."""
+        passes = [one.forced for one in self.runs.values()]
+        if not passes:  # decided from the record alone
+            return
+        self.add(_active(passes, self.precision))
+        self.add(_logits(passes, self.bounds))
+
+    def gate(self, sequential: bool) -> None:
+        """Rung 6: the labels, decided on."""
+        self.plain, self.under_attack = decide_by_attack(
+            self.pairs(), self.profile, sequential=sequential, seed=self.record.order_seed
+        )
+        if not self.runs:
+            return
+        verdict = self.gate_verdict
+        status = {Verdict.PASS: "ok", Verdict.FAIL: "broken"}.get(verdict, "undecided")
+        gates = {"": self.plain, **self.under_attack}
+        said = [
+            f"under {name}: {gate.sentence}" if name else gate.sentence
+            for name, gate in gates.items()
+            if gate is not None and (not name or gate.verdict is Verdict.FAIL)
+        ]
+        figures = {
+            "judge": f"{self.judge.name} {self.judge.version}",
+            "prompts": len(self.runs),
+            "proved_without_generating": sum(one.proved for one in self.runs.values()),
+            "verdicts": {name or "plain": str(g.verdict) for name, g in gates.items() if g},
+        }
+        self.add(Rung("refusals", status, " ".join(said), figures))
+
+    @property
+    def gate_verdict(self) -> Verdict:
+        """Of the plain prompts and of every attack under which the reference still refuses enough.
+
+        Where an attack takes the reference's refusals away there is nothing an artifact could lose;
+        the report lists those gates as vacuous. If all are, attacks were asked for in vain.
+        """
+        telling: list[Verdict] = [
+            gate.verdict
+            for gate in self.under_attack.values()
+            if gate.verdict is not Verdict.VACUOUS
+        ]
+        if self.under_attack and not telling:
+            telling = [Verdict.VACUOUS]
+        return gravest([self.plain.verdict, *telling] if self.plain else telling)
+
+    # --- results
+
+    def pair(self, index: int) -> Pair:
+        """One prompt as the gate sees it."""
+        prompt = self.record.prompts[index]
+        run = self.runs.get(index)
+        return Pair(
+            id=prompt.id,
+            kind=prompt.kind,
+            category=prompt.category,
+            cluster=prompt.cluster,
+            attack=prompt.attack,
+            reference=prompt.ref_verdict,
+            artifact=run.label if run else NOT_RUN,
+            base=prompt.base_verdict,
+            identical=run is not None and run.ids == tuple(prompt.ref_ids),
+            tie=run is not None and run.divergence is not None and run.divergence.kind == "tie",
+        )
+
+    def pairs(self) -> list[Pair]:
+        """All prompts that count; those that were not run say so."""
+        return [self.pair(index) for index in self.chosen]
+
+    def outcome(self, index: int) -> Outcome:
+        """One prompt that was run, as reports show it."""
+        prompt, run = self.record.prompts[index], self.runs[index]
+        return Outcome(
+            id=prompt.id,
+            kind=prompt.kind,
+            category=prompt.category,
+            attack=prompt.attack,
+            borderline=prompt.borderline,
+            reference=prompt.ref_verdict,
+            artifact=run.label,
+            base=prompt.base_verdict,
+            identical=run.ids == tuple(prompt.ref_ids),
+            proved=run.proved,
+            divergence=None if run.divergence is None else dataclasses.asdict(run.divergence),
+            margin=None,
+            mean_kl=float(run.forced.kl.mean()),
+            reference_text=prompt.ref_text,
+            artifact_text=run.text,
+        )
+
+    def report(self) -> Report:
+        """What was found, wherever the climb ended."""
+        broken = next((rung.name for rung in self.rungs if rung.status == "broken"), None)
+        verdict = Verdict.FAIL if broken else self.gate_verdict
+        self.rungs += [Rung(name, "not reached", "") for name in RUNGS[len(self.rungs) :]]
+        meta, manifest = self.record.meta, self.manifest
+        return Report(
+            verdict=verdict,
+            broken_at=broken,
+            rungs=tuple(self.rungs),
+            outcomes=tuple(self.outcome(index) for index in sorted(self.runs)),
+            gate=self.plain,
+            attacks=self.under_attack,
+            profile=self.profile,
+            mode=self.mode,
+            precision=self.precision,
+            bounds=self.bounds,
+            artifact={
+                "name": self.artifact.resolve().name,
+                **{
+                    key: manifest.artifact[key]
+                    for key in ("target", "form", "architecture", "precision")
+                },
+                "expression": manifest.adapter["expression"],
+                "files": {entry.path: entry.sha256 for entry in manifest.files},
+            },
+            reference={
+                "sha256": self.record.digest,
+                "base": meta["base"]["name"],
+                "adapter": meta["adapter"]["name"],
+                "expression": meta["adapter"]["expression"],
+                "versions": meta["versions"],
+            },
+            engine=self.about,
+            static=None if self.proof is None else self.proof.to_dict(),
+            kl_by_position=tuple(kl_by_position([one.forced for one in self.runs.values()])),
+            seconds={"total": time.monotonic() - self.began, "engine": self.engine_seconds},
+        )
+
+
+# --- 4 active, 5 logits ----------------------------------------------------------------------------
+
+
+def _active(passes: Sequence[ForcedPass], precision: str) -> Rung:
+    """Beta = <z_art - z_base, z_ref - z_base> / ||z_ref - z_base||^2, pooled over all prompts."""
+    norm = sum(one.beta_norm for one in passes)
+    beta = sum(one.beta_dot for one in passes) / norm if norm else 0.0
+    nearer = sum(one.ref_nearer for one in passes) / len(passes)
+    band = BETA_BAND.get(precision, BETA_BAND_COARSE)
+    figures = {"beta": beta, "nearer_to_reference": nearer, "band": band}
+    if abs(beta - 1) > band:
+        what = (
+            "the adapter is not in there" if abs(beta) < 0.1 else "the adapter has another strength"
+        )
+        return Rung(
+            "active", "broken", f"beta {beta:.3f}, expected 1 within {band:g}: {what}", figures
+        )
+    if nearer < 0.5:
+        return Rung(
+            "active",
+            "broken",
+            f"only {nearer:.0%} of prompts are nearer to the reference than to the base",
+            figures,
+        )
+    return Rung("active", "ok", f"beta {beta:.4f}: logits moved as the reference's did", figures)
+
+
+def _logits(passes: Sequence[ForcedPass], bounds: ParityBounds) -> Rung:
+    kl = np.concatenate([one.kl for one in passes])
+    top1 = float(np.concatenate([one.agree for one in passes]).mean())
+    mean = float(kl.mean())
+    figures = {
+        "mean_kl": mean,
+        "p99_kl": float(np.quantile(kl, 0.99)),
+        "max_kl": float(kl.max()),
+        "top1": top1,
+        "positions": len(kl),
+    }
+    within = mean <= bounds.mean_kl and top1 >= bounds.top1
+    detail = (
+        f"mean KL {mean:.2e} (bound {bounds.mean_kl:g}), top-1 {top1:.2%} (bound {bounds.top1:.2%})"
+    )
+    if within:
+        return Rung("logits", "ok", detail, figures)
+    if not bounds.kl_gates:
+        return Rung("logits", "ok", detail + ": outside, advice only at this precision", figures)
+    return Rung("logits", "broken", detail, figures)

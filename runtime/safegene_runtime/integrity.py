@@ -1,0 +1,144 @@
+"""The first rung: the folder is what its manifest says, and belongs to this reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safegene_runtime.bounds import precision_of
+from safegene_runtime.errors import EngineError, ManifestError, Problem, Problems
+from safegene_runtime.files import sha256_file
+from safegene_runtime.gguf import GGUFModel, open_model
+from safegene_runtime.manifest import Manifest, check_files
+from safegene_runtime.reference import Reference
+
+__all__ = ["Served", "check_integrity"]
+
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an artifact makes an engine run, and the bounds class of its weights."""
+
+    model: Path
+    adapter: Path | None
+    precision: str
+
+
+def check_integrity(
+    manifest: Manifest, folder: Path, record: Reference, base: Path | None, tell: Tell
+) -> Served:
+    """Holds the files against the manifest, and the manifest against the reference.
+
+    Raises:
+        ManifestError: the folder is not what its manifest says, or belongs to another reference.
+        EngineError: a sidecar without its base, or a base where none is needed.
+        FormatError: a model file that breaks its format.
+    """
+    total, done = sum(entry.size_bytes for entry in manifest.files), 0
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        tell("hashing the artifact", done, total)
+
+    check_files(manifest, folder, step)
+    problems = Problems()
+    adapter = record.meta["adapter"]
+    if adapter["files"] != manifest.adapter["files"]:
+        problems.add(
+            str(folder),
+            "adapter",
+            "the adapter that the reference was recorded with",
+            "another adapter",
+            "record a reference with this adapter: safegene record",
+        )
+    elif adapter["expression"] != manifest.adapter["expression"]:
+        problems.add(
+            str(folder),
+            "expression",
+            adapter["expression"],
+            manifest.adapter["expression"],
+            "record a reference with this expression",
+        )
+    needed = {"sidecar": ("adapter",), "adapter": ("model", "adapter")}.get(
+        manifest.artifact["form"], ("model",)
+    )
+    entries = {role: manifest.file(role) for role in needed}
+    for role, entry in entries.items():
+        if entry is None:
+            problems.add(str(folder), "files", f"a file of role {role}", "none", "convert again")
+    problems.raise_if_any(ManifestError)
+    paths = {role: folder / entry.path for role, entry in entries.items() if entry is not None}
+    if base is not None and "model" in paths:
+        raise EngineError(
+            Problem(
+                "--base",
+                "base",
+                "none: this artifact holds its base",
+                str(base),
+                "leave --base out",
+            )
+        )
+    if manifest.artifact["target"] == "onnx":
+        from safegene_runtime.onnx_checks import check_onnx_artifact
+
+        precision = check_onnx_artifact(manifest, paths["model"])
+        return Served(paths["model"], paths.get("adapter"), precision)
+    if "model" in paths:
+        header = open_model(paths["model"])
+        _check_touched(manifest, header, str(paths["model"]))
+        return Served(paths["model"], None, _precision(header))
+    if base is None:
+        raise EngineError(
+            Problem(
+                "--base",
+                "base",
+                f"the GGUF {manifest.base['name']!r} that this sidecar belongs to",
+                "nothing",
+                "pass --base FILE.gguf",
+            )
+        )
+    header = open_model(base)
+    found = {}
+    for shard in header.shards:
+        done, total = 0, shard.path.stat().st_size
+        found[shard.path.name] = sha256_file(shard.path.resolve(), step)
+    if sorted(found.values()) != sorted(manifest.base["files"].values()):
+        problems.add(
+            str(base),
+            "sha256",
+            ", ".join(sorted(manifest.base["files"].values())),
+            ", ".join(sorted(found.values())),
+            "this is not the base that the sidecar was made for",
+        )
+    problems.raise_if_any(ManifestError)
+    return Served(base, paths["adapter"], _precision(header))
+
+
+def _check_touched(manifest: Manifest, header: GGUFModel, where: str) -> None:
+    problems = Problems()
+    for module in manifest.modules:
+        info = header.tensors.get(module.tensor)
+        got = "nothing" if info is None else f"{info.type.name} {info.shape}"
+        if got != f"{module.type_after} {module.shape}":
+            problems.add(
+                where,
+                module.tensor,
+                f"{module.type_after} {module.shape}",
+                got,
+                "manifest and model do not belong together",
+            )
+    problems.raise_if_any(ManifestError)
+
+
+def _precision(header: GGUFModel) -> str:
+    """The class of the weights that are served, from their own header, not from the manifest."""
+    elements: dict[str, int] = {}
+    for name, info in header.tensors.items():
+        if name.startswith("blk.") and len(info.shape) == 2:
+            count = info.shape[0] * info.shape[1]
+            elements[info.type.name] = elements.get(info.type.name, 0) + count
+    return precision_of(elements)
