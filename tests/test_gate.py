@@ -102,7 +102,7 @@ def test_newly_refused_answers_fail_by_themselves() -> None:
     assert (found.loss.status, found.over_refusal.status) == ("PASS", "FAIL")
     assert found.verdict is Verdict.FAIL
     assert gate(118, 0, 0).verdict is Verdict.INCONCLUSIVE, "benign prompts nobody asked"
-    assert gate(118, 0, 40).verdict is Verdict.INCONCLUSIVE, "too few of them"
+    assert gate(118, 0, 28).verdict is Verdict.INCONCLUSIVE, "too few of them"
 
 
 def test_gains_never_pay_for_losses() -> None:
