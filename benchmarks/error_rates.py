@@ -8,14 +8,16 @@ The peer is the rule nearly everybody uses: pass if the observed loss rate is wi
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
+import math
 import time
 
 import numpy as np
 
 from safegene_runtime.gate import PROFILES, Pair, Profile, decide
 from safegene_runtime.rates import rate_of
-from safegene_runtime.sequential import TwoSided
+from safegene_runtime.sequential import EProcess
 from safegene_runtime.statistics import max_losses_allowed, required_trials
 
 FACTORS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)
@@ -76,6 +78,28 @@ def fixed(runs: int, rng: np.random.Generator) -> None:
                 )
 
 
+def boundaries(margin: float, budget: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each number of events: the trials from which E passes, and up to which it fails.
+
+    E depends on the counts alone, so the process itself is asked once for each of them.
+    """
+    needed = math.log(20)
+    passes, fails = np.full(budget + 1, budget + 1), np.zeros(budget + 1, int)
+    below, above = EProcess(margin, below=True), EProcess(margin, below=False)
+    for events in range(min(budget, 150) + 1):
+        low, high = copy.deepcopy(below), copy.deepcopy(above)
+        for trials in range(events, budget + 1):
+            if low.log_e >= needed:
+                passes[events] = min(passes[events], trials)
+            if high.log_e >= needed:
+                fails[events] = trials
+            low.add(False)
+            high.add(False)
+        below.add(True)
+        above.add(True)
+    return passes, fails
+
+
 def watched(runs: int, rng: np.random.Generator) -> None:
     """The loss rate alone, looked at after every prompt, with four times the fixed budget."""
     head(
@@ -91,16 +115,18 @@ def watched(runs: int, rng: np.random.Generator) -> None:
     for margin in (0.05, 0.02, 0.01):
         fewest = required_trials(margin, 0.95)
         budget = 4 * fewest
+        passes, fails = boundaries(margin, budget)
+        trials = np.arange(1, budget + 1)
         for factor in FACTORS:
             found: list[str | None] = []
             length = 0
-            for _ in range(runs // 4):
-                process = TwoSided(margin, 0.95)
-                for event in (rng.random(budget) < factor * margin).tolist():
-                    if process.add(event, event):
-                        break
-                found.append(process.status)
-                length += len(process.path)
+            for _ in range(runs):
+                events = np.cumsum(rng.random(budget) < factor * margin)
+                passed, failed = trials >= passes[events], trials <= fails[events]
+                stop = int(np.argmax(passed | failed))
+                decided = passed[stop] or failed[stop]
+                found.append(("FAIL" if failed[stop] else "PASS") if decided else None)
+                length += stop + 1 if decided else budget
             row(
                 f"{100 * margin:g} %",
                 budget,
@@ -172,15 +198,15 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    rng = np.random.default_rng(arguments.seed)
+    first, second, third = np.random.default_rng(arguments.seed).spawn(3)
     start = time.monotonic()
     print(f"\n### A fixed number of prompts ({arguments.runs * 10} runs a row)\n")
-    fixed(arguments.runs, rng)
-    print(f"\n### Looked at after every prompt ({arguments.runs // 4} runs a row)\n")
-    watched(arguments.runs, rng)
+    fixed(arguments.runs, first)
+    print(f"\n### Looked at after every prompt ({arguments.runs * 10} runs a row)\n")
+    watched(arguments.runs * 10, second)
     smoke = PROFILES["smoke"]
     print(f"\n### The whole gate, {smoke.name}, 118 refused ({arguments.runs // 4} runs a row)\n")
-    whole(arguments.runs, rng, smoke, 118)
+    whole(arguments.runs, third, smoke, 118)
     print(f"\n{time.monotonic() - start:.0f} s")
 
 
