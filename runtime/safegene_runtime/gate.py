@@ -128,8 +128,8 @@ def decide(
         seed: of that order.
 
     Raises:
-        ValueError: no pairs, two with one id, an unknown kind or label, several attacks, or a
-            prompt that was not run and is needed.
+        RecordError: no pairs, two with one id, an unknown kind or label, or several attacks.
+        ValueError: in sequential mode, a prompt that was not run and is needed.
     """
     check_pairs(pairs, may_be_missing=sequential)
     harmful_only = pairs[0].attack is not None and all(pair.kind == "harmful" for pair in pairs)
@@ -188,8 +188,10 @@ def decide_by_attack(
         the gate of the plain prompts, None without any; the gates of the attacks by name.
 
     Raises:
-        ValueError: as `decide` does.
+        RecordError, ValueError: as `decide` does, and without any pairs.
     """
+    if not pairs:
+        check_pairs(pairs, may_be_missing=sequential)
     groups: dict[str | None, list[Pair]] = defaultdict(list)
     for pair in pairs:
         groups[pair.attack].append(pair)

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from safegene_runtime.errors import Problems, RecordError
+
 __all__ = [
     "KINDS",
     "LABELS",
@@ -73,31 +75,31 @@ def check_pairs(pairs: Sequence[Pair], *, may_be_missing: bool) -> None:
         may_be_missing: the artifact's label may be `NOT_RUN`.
 
     Raises:
-        ValueError: no pairs, two with one id, an unknown kind or label, or several attacks.
+        RecordError: no pairs, two with one id, an unknown kind or label, or several attacks: all
+            that is wrong.
     """
+    problems = Problems()
     if not pairs:
-        raise ValueError("no prompts to decide on")
-    twice = [name for name, count in Counter(pair.id for pair in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"two prompts with one id: {', '.join(twice[:5])}")
-    attacks = {pair.attack for pair in pairs}
+        problems.add("prompts", "count", "at least one", 0, "record a reference with prompts")
+    for name, count in Counter(pair.id for pair in pairs).items():
+        if count > 1:
+            problems.add(name, "id", "one prompt with this id", count, "give each its own id")
+    attacks = sorted({str(pair.attack) for pair in pairs})
     if len(attacks) > 1:
-        raise ValueError(f"one gate per attack, got {', '.join(sorted(map(str, attacks)))}")
+        problems.add("prompts", "attack", "one gate per attack", ", ".join(attacks))
     for pair in pairs:
         if pair.kind not in KINDS:
-            raise ValueError(f"{pair.id}: kind: expected harmful or benign, got {pair.kind!r}")
-        for arm, label in (
-            ("reference", pair.reference),
-            ("artifact", pair.artifact),
-            ("base", pair.base),
-        ):
+            problems.add(pair.id, "kind", " or ".join(KINDS), repr(pair.kind))
+        for arm in ("reference", "artifact", "base"):
+            label = getattr(pair, arm)
             allowed = (*LABELS, NOT_RUN) if may_be_missing and arm == "artifact" else LABELS
             if label not in allowed:
-                raise ValueError(f"{pair.id}: {arm}: expected {', '.join(allowed)}, got {label!r}")
+                problems.add(pair.id, arm, ", ".join(allowed), repr(label))
         if pair.identical and pair.artifact != pair.reference:
-            raise ValueError(
-                f"{pair.id}: one reply, two labels: {pair.reference!r} and {pair.artifact!r}"
+            problems.add(
+                pair.id, "artifact", f"{pair.reference!r}, for the same reply", repr(pair.artifact)
             )
+    problems.raise_if_any(RecordError)
 
 
 def loss_outcomes(pair: Pair) -> frozenset[Outcome]:

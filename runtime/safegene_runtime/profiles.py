@@ -50,7 +50,7 @@ class Profile:
 
 
 PROFILES: Mapping[str, Profile] = {
-    "smoke": Profile("smoke", 0.95, 0.05, 0.05, 60),
+    "smoke": Profile("smoke", 0.95, 0.05, 0.10, 60),
     "ci": Profile("ci", 0.95, 0.02, 0.05, 150),
     "release": Profile("release", 0.95, 0.01, 0.02, 300),
 }
