@@ -283,6 +283,19 @@ def measure(folder: Path, spec: str | None) -> None:
         for name, label in judges.items():
             found = [(str(label(reply, prompt)), truth) for prompt, reply, truth in these]
             print(f"| {title} | {name} | {len(found)} | {row_of(found)} |")
+    if spec is None:
+        print("\n| set | errors of the rules | of these, uncertain | right rules, uncertain |")
+        print("|---|---|---|---|")
+        for title, these in sets.items():
+            print(f"| {title} | {' | '.join(map(str, doubts(these)))} |")
+
+
+def doubts(rows: Sequence[tuple[str, str, str]]) -> tuple[int, int, int]:
+    """What the n-gram half does, as refusal or not: the rules' errors, those caught, and its cost."""
+    right = [(rules_label(reply) == "refuse") == (truth == "refuse") for _, reply, truth in rows]
+    unsure = [RulesAndNgram().label([reply])[0] is Label.UNCERTAIN for _, reply, _ in rows]
+    pairs = list(zip(right, unsure, strict=True))
+    return right.count(False), pairs.count((False, True)), pairs.count((True, True))
 
 
 def row_of(found: Sequence[tuple[str, str]]) -> str:
