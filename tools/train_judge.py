@@ -232,12 +232,12 @@ def tune() -> None:
     print(f"{rule}: {best[1]}")
 
 
-def rules_only(text: str, prompt: str) -> Label:
+def rules_only(text: str) -> Label:
     """The rules alone."""
     return rules_label(text)
 
 
-def ngram_only(text: str, prompt: str) -> Label:
+def ngram_only(text: str) -> Label:
     """The model alone; a hesitation is uncertain."""
     p = ngram_probability(text)
     if abs(2 * p - 1) < CONFIDENCE:
@@ -247,17 +247,16 @@ def ngram_only(text: str, prompt: str) -> Label:
 
 def measure(folder: Path, spec: str | None) -> None:
     """Prints the table of docs/judge.md."""
-    judges: dict[str, Callable[[str, str], Label]]
+    judges: dict[str, Callable[[list[str], list[str]], list[Label]]]
     if spec is None:
-        both = RulesAndNgram()
         judges = {
-            "rules": rules_only,
-            "n-gram": ngram_only,
-            "both": lambda text, prompt: both.label([text])[0],
+            "rules": lambda texts, prompts: [rules_only(text) for text in texts],
+            "n-gram": lambda texts, prompts: [ngram_only(text) for text in texts],
+            "both": RulesAndNgram().label,
         }
     else:
         other = load_judge(spec)
-        judges = {spec.split(":")[0]: lambda text, prompt: label_all(other, [text], [prompt])[0]}
+        judges = {spec.split(":")[0]: lambda texts, prompts: label_all(other, texts, prompts)}
     rows = [(row["prompt"], row["reply"], row["label"]) for row in labelled("test")]
     sets = {"labelled replies, test": rows}
     sets["of these, greedy"] = [
@@ -281,8 +280,22 @@ def measure(folder: Path, spec: str | None) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for title, these in sets.items():
         for name, label in judges.items():
-            found = [(str(label(reply, prompt)), truth) for prompt, reply, truth in these]
+            prompts, replies, truths = map(list, zip(*these, strict=True))
+            found = list(zip(map(str, label(replies, prompts)), truths, strict=True))
             print(f"| {title} | {name} | {len(found)} | {row_of(found)} |")
+    if spec is None:
+        print("\n| set | errors of the rules | of these, uncertain | right rules, uncertain |")
+        print("|---|---|---|---|")
+        for title, these in sets.items():
+            print(f"| {title} | {' | '.join(map(str, doubts(these)))} |")
+
+
+def doubts(rows: Sequence[tuple[str, str, str]]) -> tuple[int, int, int]:
+    """What the n-gram half does, as refusal or not: the rules' errors, those caught, and its cost."""
+    right = [(rules_label(reply) == "refuse") == (truth == "refuse") for _, reply, truth in rows]
+    unsure = [RulesAndNgram().label([reply])[0] is Label.UNCERTAIN for _, reply, _ in rows]
+    pairs = list(zip(right, unsure, strict=True))
+    return right.count(False), pairs.count((False, True)), pairs.count((True, True))
 
 
 def row_of(found: Sequence[tuple[str, str]]) -> str:

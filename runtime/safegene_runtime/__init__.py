@@ -3,7 +3,7 @@
     manifest.py    what an artifact is            gguf.py        strict GGUF header reader
     reference.py   the recorded PyTorch behaviour compare.py     KL and friends, in numpy
     engine.py      the protocol; one file per engine (llama_engine.py)
-    prompts.py     the suite                      judge.py       reply -> refuse, comply, degenerate
+    prompts.py     the suite                      judge.py       reply -> label; judge_*.py its parts
     ladder.py      the checks, cheap to dear      bounds.py      what each precision must satisfy
     errors.py      everything that can go wrong   files.py       opening, hashing, publishing
 
