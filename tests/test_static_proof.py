@@ -531,7 +531,7 @@ def adapter_file(folder: Path, out: Path, edit: Any, extra: str = "") -> Path:
     new = onnxruntime.AdapterFormat()
     new.set_adapter_version(1)
     new.set_model_version(1)
-    new.set_parameters(
+    made = (  # OrtValues look into the arrays, which must live until they are written
         {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(
                 np.ascontiguousarray(value, dtype=np.float32)
@@ -539,6 +539,7 @@ def adapter_file(folder: Path, out: Path, edit: Any, extra: str = "") -> Path:
             for name, value in values.items()
         }
     )
+    new.set_parameters(made)
     path = out / "edited.onnx_adapter"
     new.export_adapter(str(path))
     return path
