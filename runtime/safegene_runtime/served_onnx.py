@@ -192,7 +192,8 @@ def _read_adapter(path: Path) -> Mapping[str, tuple[Rows, str]]:
     import onnxruntime
 
     try:
-        values = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
+        file = onnxruntime.AdapterFormat.read_adapter(str(path))
+        values = file.get_parameters()  # views: the file must live until they are copied
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise EngineError(
             Problem(str(path), "adapter", "an .onnx_adapter", str(error)[:300])
@@ -210,5 +211,5 @@ def _as_float(path: Path, name: str, value: Any) -> tuple[Rows, str]:
         raw = ctypes.string_at(value.data_ptr(), 2 * math.prod(shape))
         stored: npt.NDArray[Any] = np.frombuffer(raw, np.uint16).reshape(shape)
     else:
-        stored = value.numpy()
+        stored = np.array(value.numpy())
     return to_float32(stored, kind), FLOAT_DATA[kind]

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from safegene_runtime.errors import Problem, Problems, RecordError
-from safegene_runtime.factors import ModuleFactors
+from safegene_runtime.factors import ModuleFactors, inner
 from safegene_runtime.manifest import Manifest, ModuleEntry
 from safegene_runtime.reference import Reference
 from safegene_runtime.served_gguf import Found, GGUFWeights, Served
@@ -249,7 +249,8 @@ def _module(tensor: str, added: ModuleFactors, found: Found, same: bool) -> _Jud
         part = found.carried.dot / added.norm
         beta += part
         # ‖P − ΔW‖² by its parts; what is left of a difference of equal numbers may be below zero
-        error = math.sqrt(max(0.0, found.carried.norm / added.norm - 2 * part + 1))
+        own = inner(added.b, added.a, added.b, added.a)  # added.norm is rounded to float32
+        error = math.sqrt(max(0.0, found.carried.norm - 2 * found.carried.dot + own) / own)
         error_limit = FACTOR_ERROR.get(found.carried.type, FACTOR_ERROR_COARSE)
     relative = NOISE.get(found.type, NOISE_COARSE)
     noise = relative * math.sqrt(found.energy / (math.prod(added.shape) * added.norm))
