@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 
+from safegene_converter.recorder import _check_control_tokens, record
 from safegene_runtime.attacks import ATTACKS, LANGUAGES, attack_names, wrap
-from safegene_runtime.errors import FormatError
+from safegene_runtime.errors import FormatError, RecordError
 from safegene_runtime.prompts import Prompt, builtin_suite, load_prompts
+from safegene_runtime.reference import Reference, order_seed, read_reference
 
 SUITE = builtin_suite()
 HARMFUL = [prompt for prompt in SUITE if prompt.kind == "harmful"]
@@ -177,3 +184,141 @@ def test_ids_that_look_attacked_are_refused(tmp_path: Path) -> None:
     path.write_text('{"text": "a", "id": "a@base64"}\n')
     with pytest.raises(FormatError, match="id"):
         load_prompts(path)
+
+
+# --- recorded --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    folder = tmp_path_factory.mktemp("attacks")
+    adapter = tiny.peft_adapter("llama", folder / "adapter", scale=0.05)
+    prompts = [*HARMFUL[17:19], next(one for one in SUITE if one.kind == "benign")]
+    return record(
+        adapter,
+        tiny.hf_model("llama"),
+        folder / "reference",
+        prompts=prompts,
+        attacks=["base64", "translate-de", "prefix-injection"],
+        max_new_tokens=4,
+    )
+
+
+def test_both_arms_are_recorded_under_the_same_words(recorded: Reference) -> None:
+    prompts = [*HARMFUL[17:19], next(one for one in SUITE if one.kind == "benign")]
+    wanted = wrap(prompts, ["base64", "translate-de", "prefix-injection"])
+    assert [(one.id, one.text, one.attack, one.cluster) for one in recorded.prompts] == [
+        (one.id, one.text, one.attack, one.cluster) for one in wanted
+    ]
+    for one in recorded.prompts:
+        assert one.text in one.rendered
+        assert one.ref_ids
+        assert one.base_ids
+
+
+def test_openers_cover_the_first_token_of_every_reply(recorded: Reference) -> None:
+    openers = recorded.openers()
+    firsts = [ids[0] for one in recorded.prompts for ids in (one.ref_ids, one.base_ids)]
+    assert openers.opener_ids.tolist() == sorted(set(firsts))
+    for name, arm in (("ref", openers.ref_openers), ("base", openers.base_openers)):
+        first = [getattr(one, f"{name}_ids")[0] for one in recorded.prompts]
+        assert openers.opener_ids[arm.argmax(axis=1)].tolist() == first
+
+
+def test_the_order_is_by_hash_and_no_one_can_choose_it(recorded: Reference) -> None:
+    seed = recorded.meta["order"]["seed"]
+    assert seed == order_seed(tuple(reversed(recorded.prompts)))
+    assert seed != order_seed(recorded.prompts[1:])
+    keys = [
+        hashlib.sha256((recorded.prompts[at].id + seed).encode()).hexdigest()
+        for at in recorded.order()
+    ]
+    assert keys == sorted(keys)
+    assert len(set(recorded.order())) == len(recorded.prompts)
+
+
+def _edit(source: Path, out: Path, change: str) -> None:
+    """Edits a record as someone would who knows that digests are checked."""
+    shutil.copytree(source, out)
+    meta = json.loads((out / "reference.json").read_text())
+    rows = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
+    with np.load(out / "logits.npz") as archive:
+        arrays = dict(archive)
+    match change:
+        case "seed":
+            meta["order"]["seed"] = "0" * 64
+        case "no order":
+            del meta["order"]
+        case "old rows":
+            for row in rows:
+                del row["attack"], row["cluster"]
+        case "attack hidden":
+            rows[-1]["attack"] = None
+        case "attack renamed":
+            rows[-1]["attack"] = "rot13"
+        case "attack empty":
+            rows[0]["attack"] = ""
+        case "attack a number":
+            rows[0]["attack"] = 1
+        case "attacked but benign":
+            rows[-1]["kind"] = "benign"
+        case "no cluster":
+            rows[0]["cluster"] = ""
+        case "text":
+            rows[0]["text"] += "!"
+        case "openers moved":
+            arrays["ref_openers"] = arrays["ref_openers"] + np.float32(1)
+        case "openers of others":
+            arrays["opener_ids"] = arrays["opener_ids"] + np.int32(1)
+        case "openers cut":
+            arrays["base_openers"] = arrays["base_openers"][:-1]
+    (out / "prompts.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
+    np.savez(out / "logits.npz", **arrays)
+    for name in meta["files"]:
+        meta["files"][name] = hashlib.sha256((out / name).read_bytes()).hexdigest()
+    (out / "reference.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("nothing", ""),
+        ("seed", "order.seed"),
+        ("no order", "before attacks"),
+        ("old rows", "before attacks"),
+        ("attack hidden", "attack"),
+        ("attack renamed", "attack"),
+        ("attack empty", "attack"),
+        ("attack a number", "attack"),
+        ("attacked but benign", "kind"),
+        ("no cluster", "cluster"),
+        ("text", "order.seed"),
+        ("openers moved", "ref_openers"),
+        ("openers of others", "opener_ids"),
+        ("openers cut", "base_openers"),
+    ],
+)
+def test_an_edited_record_is_refused(
+    recorded: Reference, tmp_path: Path, change: str, said: str
+) -> None:
+    _edit(recorded.path, tmp_path / "edited", change)
+    if not said:
+        assert read_reference(tmp_path / "edited").prompts == recorded.prompts
+        return
+    with pytest.raises(RecordError, match=said) as caught:
+        read_reference(tmp_path / "edited")
+    assert all(said in str(problem) for problem in caught.value.problems)
+
+
+def test_words_that_are_control_tokens_to_the_tokenizer_are_not_recorded() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny.hf_model("llama"))
+    plain = Prompt("a", "text", "harmful", "c")
+    ids = [[1, 500], [1, 500, 2]]
+    attacked = replace(plain, id="a@base64", attack="base64")
+    _check_control_tokens([plain, attacked], [ids[0], ids[0]], tokenizer)
+    with pytest.raises(RecordError, match="a@base64: control tokens: expected 1, got 2"):
+        _check_control_tokens([plain, attacked], ids, tokenizer)
