@@ -32,7 +32,7 @@ META = {
         "bos_token": None,
         "eos_token": None,
     },
-    "judge": {"name": "none", "version": "0"},
+    "judge": {"name": "none", "version": "0", "digest": "0"},
     "settings": {"dtype": "float32", "threads": 1, "top_k": TOP},
 }
 

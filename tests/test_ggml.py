@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from safegene_converter import ggml
+from safegene_runtime import ggml as native
 from safegene_runtime.errors import EngineError, PostconditionError, UnsupportedError
 from safegene_runtime.gguf import GGMLType, type_traits
 
@@ -176,10 +177,10 @@ def test_integers_are_not_decoded() -> None:
 def test_a_missing_library_is_an_engine_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"safegene\[gguf\]"):
-        ggml._library.__wrapped__()
+        native.library.__wrapped__()
 
 
 def test_a_library_with_other_types_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ggml, "type_traits", lambda type: (32, 18))
+    monkeypatch.setattr(native, "type_traits", lambda type: (32, 18))
     with pytest.raises(EngineError, match="type 0"):
-        ggml._library.__wrapped__()
+        native.library.__wrapped__()

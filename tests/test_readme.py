@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -13,7 +14,9 @@ import pytest
 import tiny
 
 from safegene_converter import cli, demo
+from safegene_converter.base import open_base
 from safegene_converter.child import python_environment
+from safegene_converter.recorder import save_as_folder
 from safegene_runtime.bounds import BOUNDS
 
 README = (tiny.REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -25,7 +28,8 @@ COMMANDS = [
 
 
 def test_the_commands_parse() -> None:
-    assert [command[1] for command in COMMANDS] == ["inspect", "convert", "record", "verify"]
+    names = ["inspect", "convert", "record", "verify", "convert", "verify"]
+    assert [command[1] for command in COMMANDS] == names
     for command in COMMANDS:
         cli.parser().parse_args(command[1:])
 
@@ -41,8 +45,8 @@ def test_every_linked_file_exists() -> None:
 def test_the_table_is_the_demos() -> None:
     block = re.search(r"<!-- demo output.*?```\n(.*?)```", README, re.S)
     assert block
-    for label, _, _ in demo.JOBS:
-        assert all(word in block[1] for word in label.split()), label
+    for job in demo.JOBS:
+        assert all(word in block[1] for word in job.label.split()), job.label
     assert "SmolLM2-135M-Instruct" in block[1]
     assert not [line for line in block[1].splitlines() if len(line) > cli.PIPE_COLUMNS]
 
@@ -72,6 +76,7 @@ def test_the_documented_bounds_are_those_of_the_code() -> None:
 def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(tiny.REPOSITORY / "examples")
     (tmp_path / "smollm2.gguf").symlink_to(demo.find_smollm2())
+    save_as_folder(open_base(demo.find_smollm2()), tmp_path / "smollm2-hf")
     for command in COMMANDS:
         done = subprocess.run(
             [sys.executable, "-m", "safegene_converter", *command[1:]],
@@ -80,4 +85,5 @@ def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         assert done.stderr == ""
-    assert (tmp_path / "report.json").exists()
+    for report in ("report.json", "onnx.json"):
+        assert json.loads((tmp_path / report).read_text())["verdict"] == "parity", report

@@ -1,9 +1,6 @@
 """From a Hugging Face module name to the GGUF tensor that holds its weight, and in which row order.
 
-Names come from gguf-py's own tensor map. For `llama` upstream also reorders the rows of q and k
-(`LlamaModel.permute` in llama.cpp's conversion/llama.py): Hugging Face rotates halves of a head,
-llama.cpp rotates neighbouring pairs. The same reordering applies to a delta, because it acts on
-rows: permute(W + B A) = permute(W) + permute(B) A. It is a pure permutation, so it is exact.
+Names come from gguf-py's own tensor map; row orders are in `safegene_runtime.row_order`.
 """
 
 from __future__ import annotations
@@ -11,13 +8,18 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from safegene_runtime.errors import BaseModelError, Problem, UnsupportedError
+from safegene_runtime.row_order import (
+    ARCHITECTURES,
+    Transform,
+    check_architecture,
+    transform_for,
+)
 
 __all__ = [
     "ARCHITECTURES",
@@ -30,9 +32,6 @@ __all__ = [
     "prove_transform",
     "transform_for",
 ]
-
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""GGUF architectures (`general.architecture`) whose row orders are known and tested."""
 
 _HF_CLASSES = {
     "LlamaForCausalLM": "llama",
@@ -54,74 +53,6 @@ BLOCK_MODULES = (
 
 _MODULE = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)")
 _TENSOR = re.compile(r"blk\.(0|[1-9][0-9]*)\.(.+)")
-
-
-@dataclass(frozen=True)
-class Transform:
-    """The row order of a GGUF tensor relative to its Hugging Face weight.
-
-    Attributes:
-        n_heads: how many heads the rows are made of, each reordered in itself; 0: order unchanged.
-    """
-
-    n_heads: int = 0
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether rows stay where they are."""
-        return self.n_heads == 0
-
-    @property
-    def name(self) -> str:
-        """For manifests: `identity`, or `permute-<n_heads>`."""
-        return "identity" if self.is_identity else f"permute-{self.n_heads}"
-
-    def apply_rows(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Hugging Face order -> GGUF order; `array` is (out, ...)."""
-        if self.is_identity:
-            return array
-        self._check(array)
-        parts = array.reshape(self.n_heads, 2, -1, *array.shape[1:])
-        return np.ascontiguousarray(parts.swapaxes(1, 2)).reshape(array.shape)
-
-    def invert_rows(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """GGUF order -> Hugging Face order; `array` is (out, ...)."""
-        if self.is_identity:
-            return array
-        self._check(array)
-        parts = array.reshape(self.n_heads, -1, 2, *array.shape[1:])
-        return np.ascontiguousarray(parts.swapaxes(1, 2)).reshape(array.shape)
-
-    def _check(self, array: npt.NDArray[Any]) -> None:
-        if array.ndim == 0 or array.shape[0] % (2 * self.n_heads):
-            raise BaseModelError(
-                Problem(
-                    "base",
-                    "rows of q or k",
-                    f"a multiple of 2 x {self.n_heads} heads",
-                    str(array.shape),
-                    "is this the base the adapter was trained on?",
-                )
-            )
-
-
-def check_architecture(architecture: object, where: str) -> str:
-    """Returns a supported GGUF architecture unchanged.
-
-    Raises:
-        UnsupportedError: any other; the message names it.
-    """
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedError(
-            Problem(
-                where,
-                "architecture",
-                f"one of {', '.join(ARCHITECTURES)}",
-                str(architecture),
-                "this architecture is not supported yet",
-            )
-        )
-    return str(architecture)
 
 
 def architecture_of_config(config: Mapping[str, Any], where: str) -> str:
@@ -175,16 +106,6 @@ def module_name(architecture: str, tensor: str) -> str | None:
         if name == match[2]:
             return f"model.layers.{match[1]}.{module}"
     return None
-
-
-def transform_for(architecture: str, module: str, n_head: int, n_head_kv: int) -> Transform:
-    """The row order of a module's tensor in a model of `n_head` query and `n_head_kv` kv heads."""
-    if check_architecture(architecture, module) == "llama":
-        if module.endswith(".q_proj"):
-            return Transform(n_head)
-        if module.endswith(".k_proj"):
-            return Transform(n_head_kv)
-    return Transform()
 
 
 def prove_transform(

@@ -16,11 +16,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from safegene_converter import names
 from safegene_runtime.errors import BaseModelError, Problems
-from safegene_runtime.onnx_file import DataType, Initializer, OnnxFile
+from safegene_runtime.onnx_file import OnnxFile
+from safegene_runtime.onnx_linear import (
+    FLOAT_DATA,
+    LINEAR_OPS,
+    Layout,
+    StoredLinear,
+    constant_behind,
+    layout_of,
+    producers,
+)
 
 __all__ = [
     "FLOAT_DATA",
@@ -31,11 +39,6 @@ __all__ = [
     "module_shapes",
     "place_modules",
 ]
-
-Layout = Literal["in_out", "out_in", "nbits"]
-
-FLOAT_DATA = {DataType.FLOAT: "F32", DataType.FLOAT16: "F16", DataType.BFLOAT16: "BF16"}
-"""Weights that are numbers, by the names that GGUF gives them, too."""
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -50,36 +53,19 @@ _PATH = re.compile(
     r"(?=[./\s'\"\]_]|$)"
 )
 _SCOPE_KEYS = ("pkg.torch.onnx.name_scopes", "namespace")
-_LINEAR_OPS = frozenset({"MatMul", "Gemm", "MatMulNBits"})
 
 
 @dataclass(frozen=True)
-class Linear:
-    """One node that multiplies by a constant weight.
+class Linear(StoredLinear):
+    """A linear node of a block.
 
     Attributes:
-        node: its index in the graph.
-        name: its name, or its output's where it has none.
-        op: `MatMul`, `Gemm` or `MatMulNBits`.
-        weight: the initializer that holds the weight.
-        layout: how it lies there: (in, out), (out, in), or packed by blocks.
-        shape: (out, in).
         layer: its block.
         projection: a key of `PARTS`.
-        x: the name of its input.
-        y: the name of its output.
     """
 
-    node: int
-    name: str
-    op: str
-    weight: Initializer
-    layout: Layout
-    shape: tuple[int, int]
     layer: int
     projection: str
-    x: str
-    y: str
 
 
 @dataclass(frozen=True)
@@ -110,14 +96,12 @@ def find_linears(model: OnnxFile, metadata: Mapping[int, Mapping[str, str]]) -> 
             know (for example quantised with DequantizeLinear).
     """
     problems = Problems()
-    made_by = {
-        output: index for index, node in enumerate(model.nodes) for output in node.outputs if output
-    }
+    made_by = producers(model)
     found: list[Linear] = []
     for index, node in enumerate(model.nodes):
-        if node.op_type not in _LINEAR_OPS or len(node.inputs) < 2:
+        if node.op_type not in LINEAR_OPS or len(node.inputs) < 2:
             continue
-        weight, turned, through = _constant(model, made_by, node.inputs[1])
+        weight, turned, through = constant_behind(model, made_by, node.inputs[1])
         if weight is None:
             texts = [node.name, node.inputs[1], *_scopes(metadata.get(index, {}))]
             if through and _paths(texts):
@@ -143,7 +127,7 @@ def find_linears(model: OnnxFile, metadata: Mapping[int, Mapping[str, str]]) -> 
             )
             continue
         layer, projection = paths.pop()
-        known = _layout(node.op_type, node.attributes, weight, turned)
+        known = layout_of(node.op_type, node.attributes, weight, turned)
         if isinstance(known, str):
             problems.add(str(model.path), node.name, "a linear layer", known, "export again")
             continue
@@ -246,26 +230,6 @@ def place_modules(
     return {module: places[module][0] for module in wanted}
 
 
-def _constant(
-    model: OnnxFile, made_by: Mapping[str, int], name: str
-) -> tuple[Initializer | None, bool, str]:
-    """The initializer behind an input, whether it is transposed on the way, and what stopped us."""
-    turned = False
-    for _ in range(4):
-        if name in model.initializers:
-            return model.initializers[name], turned, ""
-        index = made_by.get(name)
-        if index is None:
-            return None, turned, ""
-        node = model.nodes[index]
-        if node.op_type == "Transpose" and tuple(node.attributes.get("perm", (1, 0))) == (1, 0):
-            turned = not turned
-        elif node.op_type != "Identity":
-            return None, turned, node.op_type if node.op_type == "DequantizeLinear" else ""
-        name = node.inputs[0]
-    return None, turned, ""
-
-
 def _scopes(metadata: Mapping[str, str]) -> list[str]:
     return [metadata[key] for key in _SCOPE_KEYS if key in metadata]
 
@@ -276,23 +240,3 @@ def _paths(texts: Sequence[str]) -> set[tuple[int, str]]:
         for text in texts
         for match in _PATH.finditer(text.replace("/", "."))
     }
-
-
-def _layout(
-    op: str, attributes: Mapping[str, Any], weight: Initializer, turned: bool
-) -> tuple[Layout, tuple[int, int]] | str:
-    """How a weight lies, and its (out, in); or what is wrong with it."""
-    if op == "MatMulNBits":
-        n, k = attributes.get("N"), attributes.get("K")
-        if turned or not isinstance(n, int) or not isinstance(k, int) or min(n, k) < 1:
-            return f"MatMulNBits with N={n}, K={k}"
-        return "nbits", (n, k)
-    if weight.dtype not in FLOAT_DATA or len(weight.shape) != 2:
-        return f"a weight of type {weight.dtype.name} and shape {weight.shape}"
-    if op == "Gemm":
-        if attributes.get("alpha", 1.0) != 1.0 or attributes.get("transA", 0):
-            return f"a Gemm with {dict(attributes)}"
-        turned ^= bool(attributes.get("transB", 0))
-    if turned:
-        return "out_in", (weight.shape[0], weight.shape[1])
-    return "in_out", (weight.shape[1], weight.shape[0])

@@ -1,6 +1,7 @@
 """The weights of an ONNX linear as (out, in) float32, and back into the bytes of its initializers.
 
-A weight is stored as one float initializer, or as the two or three of `MatMulNBits`. Encoding gives
+A weight is stored as one float initializer, or as the two or three of `MatMulNBits`; the runtime's
+`onnx_linear` reads it. Encoding gives
 the new content of those initializers by name, and, where a weight was promoted to another kind, what
 has to become of the node.
 """
@@ -13,13 +14,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safegene_runtime.onnx_file import DataType, Initializer, OnnxFile, read_initializer
 
 from safegene_converter import nbits
-from safegene_converter.onnx_graph import FLOAT_DATA, Linear
-from safegene_runtime.errors import BaseModelError, Problem
+from safegene_converter.onnx_graph import Linear
+from safegene_runtime.onnx_file import DataType, OnnxFile
+from safegene_runtime.onnx_linear import (
+    FLOAT_DATA,
+    part_of,
+    read_packed,
+    read_weight,
+    to_float32,
+)
 
-__all__ = ["Encoded", "Kind", "encode", "kind_of", "kinds_to_try", "read_packed", "read_weight"]
+__all__ = [
+    "Encoded", "Kind", "encode", "kind_of", "kinds_to_try", "read_packed", "read_weight",
+    "to_float32",
+]  # fmt: skip
 
 Rows = npt.NDArray[np.float32]
 
@@ -60,68 +70,8 @@ def kind_of(model: OnnxFile, linear: Linear) -> Kind:
     if linear.layout != "nbits":
         return Kind(FLOAT_DATA[linear.weight.dtype], linear.weight.dtype)
     packed = read_packed(model, linear)
-    scales = _part(model, linear, 2)
+    scales = part_of(model, linear, 2)
     return Kind(f"INT{packed.kind.bits}", scales.dtype, packed.kind)
-
-
-def read_packed(model: OnnxFile, linear: Linear) -> nbits.Packed:
-    """The blocks of a MatMulNBits weight.
-
-    Raises:
-        BaseModelError: inputs we do not know.
-        FormatError: sizes that contradict each other.
-    """
-    node = model.nodes[linear.node]
-    inputs = (*node.inputs, *("",) * 6)
-    if inputs[4]:
-        raise BaseModelError(
-            Problem(
-                str(model.path),
-                linear.name,
-                "a MatMulNBits without g_idx",
-                inputs[4],
-                "export with plain block quantisation",
-            )
-        )
-    scales = _part(model, linear, 2)
-    zeros = _part(model, linear, 3) if inputs[3] else None
-    kind = nbits.NBits(
-        bits=_integer(node.attributes, "bits", 4),
-        block_size=_integer(node.attributes, "block_size", 0),
-        symmetric=zeros is None,
-        scale_dtype={DataType.FLOAT: "float32", DataType.FLOAT16: "float16"}.get(
-            scales.dtype, scales.dtype.name
-        ),
-    )
-    out, cols = linear.shape
-    n_blocks = -(-cols // kind.block_size) if kind.block_size > 0 else 0
-    zero_points = None
-    if zeros is not None:
-        zero_points = read_initializer(zeros)
-        if zero_points.dtype == np.uint8:
-            zero_points = zero_points.reshape(out, -1)
-    return nbits.Packed(
-        kind=kind,
-        shape=(out, cols),
-        b=read_initializer(linear.weight).reshape(out, n_blocks, -1),
-        scales=read_initializer(scales).reshape(out, n_blocks),
-        zero_points=zero_points,
-    )
-
-
-def read_weight(model: OnnxFile, linear: Linear) -> Rows:
-    """The weight of a linear, (out, in) float32, whatever it is stored as."""
-    if linear.layout == "nbits":
-        return nbits.dequantize(read_packed(model, linear))
-    stored = to_float32(read_initializer(linear.weight), linear.weight.dtype)
-    return stored if linear.layout == "out_in" else stored.T
-
-
-def to_float32(stored: npt.NDArray[Any], kind: DataType) -> Rows:
-    """Any float initializer as float32; bfloat16 comes as uint16."""
-    if kind is DataType.BFLOAT16:
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32, copy=False)
 
 
 def from_float32(values: Rows, kind: DataType) -> npt.NDArray[Any]:
@@ -177,18 +127,3 @@ def keep_rows(new: Encoded, old: nbits.Packed, rows: list[tuple[int, int]]) -> E
             mixed[start:stop] = data[start:stop]
         parts[role] = mixed
     return Encoded(new.kind, parts)
-
-
-def _part(model: OnnxFile, linear: Linear, index: int) -> Initializer:
-    node = model.nodes[linear.node]
-    name = node.inputs[index] if len(node.inputs) > index else ""
-    if name not in model.initializers:
-        raise BaseModelError(
-            Problem(str(model.path), linear.name, f"a constant input {index}", repr(name))
-        )
-    return model.initializers[name]
-
-
-def _integer(attributes: Mapping[str, Any], name: str, default: int) -> int:
-    value = attributes.get(name, default)
-    return value if isinstance(value, int) else default

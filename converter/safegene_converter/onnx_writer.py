@@ -8,19 +8,20 @@ them, so that nothing of the old weights is left in the artifact.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safegene_runtime.onnx_file import DataType, Initializer, OnnxFile
 
 from safegene_converter.stream import OutputStream
 from safegene_runtime.errors import FormatError, OutputError, Problem
+from safegene_runtime.onnx_file import DataType, Initializer, OnnxFile
 
-__all__ = ["Change", "load_proto", "write_onnx"]
+__all__ = ["Change", "insert_nodes", "load_proto", "write_onnx"]
 
 ALIGNMENT = 64
 INLINE_BYTES = 1024
@@ -62,6 +63,18 @@ def load_proto(model: OnnxFile) -> Any:
         raise FormatError(
             Problem(str(model.path), "model", "a graph that onnx reads", str(error)[:300])
         ) from error
+
+
+def insert_nodes(graph: Any, after: Mapping[int, Sequence[Any]]) -> None:
+    """Puts nodes behind those of a GraphProto whose index is given; the others keep their order."""
+    if not after:
+        return
+    nodes = []
+    for index, node in enumerate(graph.node):
+        nodes.append(type(node).FromString(node.SerializeToString()))
+        nodes.extend(after.get(index, ()))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def write_onnx(
@@ -162,11 +175,19 @@ def _write_data(
     source = here[0].path
     if source is None:
         raise FormatError(Problem(target.name, "data", "a range of a file", "nothing"))
+    ranges = Counter((info.offset, info.nbytes) for info in here)
     leaving = {
         info.name
         for info in here
         if info.name in change.removed
-        or (info.name in change.replaced and change.replaced[info.name][0].nbytes != info.nbytes)
+        or (
+            info.name in change.replaced
+            # another size, or bytes that equal tensors share: those keep them
+            and (
+                change.replaced[info.name][0].nbytes != info.nbytes
+                or ranges[info.offset, info.nbytes] > 1
+            )
+        )
     }
     for name in leaving - change.removed:
         outgrown[name] = change.replaced[name]
@@ -175,24 +196,26 @@ def _write_data(
         if not leaving:
             at = 0
             for info in here:
-                if info.name in change.replaced and info.offset >= at:
+                offsets[info.name] = info.offset
+                if info.name in change.replaced:
                     out.copy(source, at, info.offset - at, info.name)
                     out.write(change.replaced[info.name][0])
                     at = info.offset + info.nbytes
             out.copy(source, at, source.stat().st_size - at, target.name)
-            return_to = {info.name: info.offset for info in here}
         else:
-            return_to = {}
+            moved: dict[tuple[int, int], int] = {}
             for info in here:
                 if info.name in leaving:
                     continue
-                out.pad(ALIGNMENT)
-                return_to[info.name] = out.position
-                if info.name in change.replaced:
-                    out.write(change.replaced[info.name][0])
-                else:
-                    out.copy(source, info.offset, info.nbytes, info.name)
-        offsets = return_to
+                old = (info.offset, info.nbytes)
+                if old not in moved:
+                    out.pad(ALIGNMENT)
+                    moved[old] = out.position
+                    if info.name in change.replaced:
+                        out.write(change.replaced[info.name][0])
+                    else:
+                        out.copy(source, info.offset, info.nbytes, info.name)
+                offsets[info.name] = moved[old]
     return _Data(out.sha256, offsets)
 
 

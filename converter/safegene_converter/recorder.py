@@ -42,8 +42,9 @@ from safegene_runtime.errors import (
     Problems,
     RecordError,
 )
+from safegene_runtime.factors import ModuleFactors
 from safegene_runtime.files import check_output_free, publish_folder, sha256_of
-from safegene_runtime.judge import JUDGE_NAME, JUDGE_VERSION, judge
+from safegene_runtime.judge import RulesAndNgram, about, judge
 from safegene_runtime.prompts import Prompt, builtin_suite
 from safegene_runtime.reference import (
     Openers,
@@ -54,7 +55,7 @@ from safegene_runtime.reference import (
     read_reference,
 )
 
-__all__ = ["load_model", "load_with_adapter", "record"]
+__all__ = ["load_model", "load_with_adapter", "read_factors", "record", "save_as_folder"]
 
 BATCH = 48
 """Prompts evaluated together: enough to keep two cores busy, few enough to keep memory small."""
@@ -156,8 +157,9 @@ def record(
         )
         positions.append(stored)
     meta = _meta(adapter, base, tokenizer, stop_ids, max_new_tokens, top_k)
+    added = read_factors(model)
     with publish_folder(out, force) as folder:
-        for name, data in encode_reference(meta, records, positions, openers).items():
+        for name, data in encode_reference(meta, records, positions, openers, added).items():
             (folder / name).write_bytes(data)
     return read_reference(out)
 
@@ -213,6 +215,19 @@ def load_model(base: Base) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def save_as_folder(base: Base, out: Path) -> None:
+    """Saves a base as transformers saves a model: float32 weights, configuration, tokenizer.
+
+    Raises:
+        BaseModelError: transformers cannot load it, or it has no chat template.
+    """
+    model, tokenizer = load_model(base)
+    # a None here is written out as null, and loaders take it for a quantised model
+    del model.config.quantization_config
+    model.save_pretrained(out, max_shard_size="1TB")
+    tokenizer.save_pretrained(out)
+
+
 def load_with_adapter(adapter: Adapter, base: Base) -> tuple[Any, Any]:
     """Base + adapter as PEFT runs them, coefficients in PEFT's scaling; and the tokenizer.
 
@@ -230,11 +245,7 @@ def load_with_adapter(adapter: Adapter, base: Base) -> tuple[Any, Any]:
             problems.add(
                 str(adapter.path), "PEFT", "no warning about keys", str(warning.message)[:300]
             )
-    layers = {
-        name.removeprefix("base_model.model."): layer
-        for name, layer in tuned.named_modules()
-        if isinstance(layer, LoraLayer)
-    }
+    layers = _lora_layers(tuned)
     wanted = {module.name: module for module in adapter.modules}
     for name in sorted(layers.keys() ^ wanted.keys()):
         problems.add(
@@ -277,6 +288,35 @@ def _check_control_tokens(
                 "the words of the attack mean something to this tokenizer: leave it out",
             )
     problems.raise_if_any(RecordError)
+
+
+def _lora_layers(tuned: Any) -> dict[str, Any]:
+    return {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in tuned.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def read_factors(tuned: Any) -> list[ModuleFactors]:
+    """What PEFT adds to each weight: its factors, its scaling, and its own ΔW for the two sums."""
+    found = []
+    with torch.inference_mode():
+        for name, layer in sorted(_lora_layers(tuned).items()):
+            weight = layer.get_base_layer().weight
+            delta = layer.get_delta_weight("default").double()
+            norm = float((delta * delta).sum())
+            scaled = layer.lora_B["default"].weight.double() * layer.scaling["default"]
+            found.append(
+                ModuleFactors(
+                    module=name,
+                    a=layer.lora_A["default"].weight.float().numpy(),
+                    b=scaled.float().numpy(),
+                    norm=norm,
+                    s0=float((weight.double() * delta).sum()) / norm if norm else 0.0,
+                )
+            )
+    return found
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -497,6 +537,6 @@ def _meta(
             "bos_token": tokenizer.bos_token,
             "eos_token": tokenizer.eos_token,
         },
-        "judge": {"name": JUDGE_NAME, "version": JUDGE_VERSION},
+        "judge": about(RulesAndNgram()),
         "settings": {"dtype": "float32", "threads": torch.get_num_threads(), "top_k": top_k},
     }

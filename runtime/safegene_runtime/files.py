@@ -18,6 +18,7 @@ import queue
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +39,7 @@ __all__ = [
 
 CHUNK_BYTES = 4 << 20
 MANIFEST_NAME = "manifest.json"
+_READING_UMASK = threading.Lock()
 
 
 def open_regular(path: Path, *, follow_symlinks: bool = False) -> BinaryIO:
@@ -301,6 +303,7 @@ def _fsync(path: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0o077)  # to read it is to set it; meanwhile other threads get private files
-    os.umask(mask)
+    with _READING_UMASK:  # or two threads leave each other's mask behind
+        mask = os.umask(0o077)  # to read it is to set it; meanwhile other threads get private files
+        os.umask(mask)
     return mask

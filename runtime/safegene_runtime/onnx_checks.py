@@ -42,6 +42,12 @@ def check_onnx_artifact(manifest: Manifest, path: Path) -> str:
                 str(path), name, "a constant", "an initializer that any caller can override",
                 "convert again",
             )  # fmt: skip
+    for name in slots if may_have_slots else ():
+        if model.initializers[name].nbytes:
+            problems.add(
+                str(path), name, "an empty default: the plain base",
+                f"values of shape {model.initializers[name].shape}", "convert again",
+            )  # fmt: skip
     if may_have_slots and not slots:
         problems.add(str(path), "inputs", "slots for the adapter", "none", "convert again")
     kinds = _kinds(model)

@@ -452,6 +452,8 @@ class _Reader:
                 tensor = self._tensor(value, "initializer")
                 if not tensor.name:
                     raise self.fail("initializer", "a name", "none")
+                if depth:
+                    self._inside(tensor)
                 if tensor.name in initializers or tensor.name in outer:
                     raise self.fail(
                         f"initializer {tensor.name!r}", "each name once",
@@ -524,7 +526,7 @@ class _Reader:
             elif number == 4:
                 single[number] = bytes(self._view[value[0] : value[1]])
             elif number == 5:
-                single[number] = self._tensor(value, f"attribute {name!r}")
+                single[number] = self._inside(self._tensor(value, f"attribute {name!r}"))
             elif number == 6:
                 single[number] = self._graph(value, depth + 1, outer)
             elif number == 7:
@@ -654,6 +656,14 @@ class _Reader:
             return Initializer(name, dtype, shape, nbytes, self._path, raw[0])
         data = self._typed_data(where, dtype, count, typed)
         return Initializer(name, dtype, shape, nbytes, None, 0, data)
+
+    def _inside(self, tensor: Initializer) -> Initializer:
+        """A tensor that must lie in the model itself: runtimes look elsewhere for main ones only."""
+        if tensor.path not in (None, self._path):
+            raise self.fail(
+                f"tensor {tensor.name!r} of a node", "data in the model itself", tensor.path.name
+            )
+        return tensor
 
     def _typed_data(
         self, where: str, dtype: DataType, count: int, typed: Mapping[int, list[Any]]

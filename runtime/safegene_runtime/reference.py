@@ -1,9 +1,9 @@
 """A reference: what PyTorch + PEFT answered, once, in a form that needs no PyTorch to compare with.
 
-A folder of four files:
+A folder of five files:
 
     reference.json   format_version, base, adapter, versions, decoding, tokenizer, judge, settings, order,
-                     and "files": {name: sha256} of the other three
+                     and "files": {name: sha256} of the others
     prompts.jsonl    one object per prompt: id, kind, category, borderline, cluster, attack, text,
                      rendered, ref_text, ref_verdict, base_text, base_verdict
     tokens.npz       prompt_ids, ref_ids, base_ids: int32, all prompts in a row;
@@ -21,6 +21,7 @@ A folder of four files:
                      opener_ids   int32   (E,)    ascending
                      ref_openers  float32 (N, E)  logits of base + adapter
                      base_openers float32 (N, E)  logits of the base alone
+    factors.npz      what PEFT added to each weight: see `factors.py`; older references have none
 
 The digest of a reference is the SHA-256 of reference.json, which holds the digests of the rest. Equal
 content gives equal bytes.
@@ -40,8 +41,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safegene_runtime import strictjson
+from safegene_runtime import factors, strictjson
 from safegene_runtime.errors import FormatError, Problems, RecordError
+from safegene_runtime.factors import ModuleFactors
 from safegene_runtime.files import open_regular, read_small_file, sha256_of
 
 __all__ = [
@@ -57,8 +59,9 @@ __all__ = [
 FORMAT_VERSION = 1
 INDEX = "reference.json"
 PROMPTS, TOKENS, LOGITS = "prompts.jsonl", "tokens.npz", "logits.npz"
+FACTORS = "factors.npz"
 KINDS = ("harmful", "benign")
-VERDICTS = ("refuse", "comply", "degenerate")
+VERDICTS = ("refuse", "comply", "uncertain", "degenerate")
 MAX_FILE_BYTES = 4 << 30
 MAX_JSON_BYTES = 256 << 20
 
@@ -75,7 +78,7 @@ _META = {
         "bos_token",
         "eos_token",
     ),
-    "judge": ("name", "version"),
+    "judge": ("name", "version", "digest"),
     "settings": ("dtype", "threads", "top_k"),
     "order": ("seed",),
 }
@@ -149,6 +152,7 @@ class Reference:
         digest: SHA-256 of reference.json.
         meta: reference.json, parsed.
         prompts: in the order they were recorded.
+        factors: what PEFT added to each weight; None in a reference that has no factors.npz.
     """
 
     path: Path
@@ -157,6 +161,7 @@ class Reference:
     prompts: tuple[PromptRecord, ...] = field(repr=False)
     logits: Mapping[str, npt.NDArray[Any]] = field(repr=False)
     ref_offsets: npt.NDArray[np.int64] = field(repr=False)
+    factors: tuple[ModuleFactors, ...] | None = field(default=None, repr=False)
 
     def positions(self, index: int) -> Positions:
         """The stored logits along the reply to prompt `index`."""
@@ -185,14 +190,16 @@ def encode_reference(
     prompts: Sequence[PromptRecord],
     positions: Sequence[Positions],
     openers: Openers,
+    added: Sequence[ModuleFactors] = (),
 ) -> dict[str, bytes]:
-    """The four files of a reference, by name.
+    """The files of a reference, by name.
 
     Args:
         meta: the sections of reference.json without `format_version`, `order` and `files`.
         prompts: at least one.
         positions: one for each prompt, with as many rows as its `ref_ids`.
         openers: of all first tokens of `ref_ids` and `base_ids`.
+        added: what PEFT added to each weight; without it there can be no static proof.
     """
     tokens: dict[str, npt.NDArray[Any]] = {}
     for arm in ("prompt", "ref", "base"):
@@ -215,6 +222,8 @@ def encode_reference(
         TOKENS: _npz(tokens),
         LOGITS: _npz(logits),
     }
+    if added:
+        files[FACTORS] = _npz(factors.encode(added))
     index = {
         "format_version": FORMAT_VERSION,
         **meta,
@@ -274,6 +283,11 @@ def read_reference(path: Path) -> Reference:
         tokens = _load(data[TOKENS], _TOKEN_ARRAYS, str(path / TOKENS), problems)
         arrays = {**_LOGIT_ARRAYS, **_OPENER_ARRAYS}
         logits = _load(data[LOGITS], arrays, str(path / LOGITS), problems)
+        added = None
+        if FACTORS in data:
+            stored = _load(data[FACTORS], factors.ARRAYS, str(path / FACTORS), problems)
+            problems.raise_if_any(RecordError)
+            added = factors.decode(stored, str(path / FACTORS), problems)
     except RecordError:
         raise
     except FormatError as error:
@@ -303,7 +317,9 @@ def read_reference(path: Path) -> Reference:
             "the reference was edited: record it again",
         )
         problems.raise_if_any(RecordError)
-    return Reference(path, sha256_of(raw), meta, tuple(prompts), logits, tokens["ref_offsets"])
+    return Reference(
+        path, sha256_of(raw), meta, tuple(prompts), logits, tokens["ref_offsets"], added
+    )
 
 
 def _check_meta(meta: Any, where: str, problems: Problems) -> None:
@@ -328,7 +344,7 @@ def _check_meta(meta: Any, where: str, problems: Problems) -> None:
     files = meta["files"]
     if (
         not isinstance(files, dict)
-        or set(files) != {PROMPTS, TOKENS, LOGITS}
+        or set(files) - {FACTORS} != {PROMPTS, TOKENS, LOGITS}
         or not all(isinstance(one, str) and _SHA256.fullmatch(one) for one in files.values())
     ):
         problems.add(where, "files", f"digests of {PROMPTS}, {TOKENS}, {LOGITS}", files)

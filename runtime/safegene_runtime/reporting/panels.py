@@ -1,0 +1,459 @@
+"""The sections of the HTML page, but for the table of prompts; each is None if nothing was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from safegene_runtime.reporting import svg
+from safegene_runtime.reporting.markup import Child, Markup, el
+from safegene_runtime.reporting.view import (
+    CHANGES,
+    LABELS,
+    RATES,
+    change,
+    compact,
+    counts,
+    flips,
+    matrix,
+    percent,
+)
+
+__all__ = [
+    "attacks_panel",
+    "categories_panel",
+    "change_badge",
+    "flips_panel",
+    "gate_panel",
+    "ladder_panel",
+    "measurements_panel",
+    "provenance_panel",
+    "replies",
+    "static_panel",
+    "table",
+]
+
+RUNG_WORDS = {
+    "ok": "holds",
+    "broken": "broken",
+    "undecided": "undecided",
+    "not reached": "not reached",
+}
+RUNG_SIGNS = {"ok": "✓", "broken": "✕", "undecided": "?", "not reached": "–"}
+TONES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure", "VACUOUS": "empty"}
+CHANGE_TONES = {"lost": "bad", "over-refused": "bad", "same": "quiet"}
+NUMERIC = frozenset(
+    (
+        "Prompts",
+        "Counted",
+        "Lost",
+        "Gained",
+        "Share",
+        "Upper bound",
+        "Margin",
+        "Mean KL",
+        "Margin shift",
+    )
+)
+"""Columns whose head is aligned as their numbers are."""
+MAX_FLIPS = 200
+
+
+def table(
+    caption: str,
+    heads: Sequence[str],
+    rows: Iterable[Child],
+    *,
+    id: str | None = None,
+    tall: bool = False,
+) -> Markup:
+    """A table in a region that scrolls by itself, reachable by keyboard; `tall` limits its height."""
+    return el(
+        "div",
+        el(
+            "table",
+            el("caption", caption, class_="hidden"),
+            el(
+                "thead",
+                el(
+                    "tr",
+                    [
+                        el("th", head, scope="col", class_="number" if head in NUMERIC else None)
+                        for head in heads
+                    ],
+                ),
+            ),
+            el("tbody", rows),
+            id=id,
+        ),
+        class_="scroll tall" if tall else "scroll",
+        role="region",
+        aria_label=caption,
+        tabindex=0,
+    )
+
+
+def change_badge(prompt: Mapping[str, Any]) -> Markup:
+    """What became of a prompt, in words; the colour only repeats it."""
+    what = change(prompt)
+    return el("span", CHANGES[what], class_=f"badge {CHANGE_TONES.get(what, 'unsure')}")
+
+
+def replies(prompt: Mapping[str, Any]) -> Markup | None:
+    """Both replies side by side, hidden until asked for; None when the report holds no texts."""
+    if "reference_text" not in prompt and "artifact_text" not in prompt:
+        return None
+    sides = [
+        el("div", el("h4", name), el("pre", prompt.get(key) or "(empty)", dir="auto"))
+        for name, key in (("Reference", "reference_text"), ("Artifact", "artifact_text"))
+    ]
+    return el("details", el("summary", "replies"), el("div", sides, class_="sides"))
+
+
+def ladder_panel(report: Mapping[str, Any]) -> Markup:
+    """Every rung with its status, in order."""
+    items = []
+    for rung in report["rungs"]:
+        status = rung["status"]
+        took = "" if rung["seconds"] is None else f"{rung['seconds']:.1f} s"
+        figures = {
+            key: value
+            for key, value in rung["figures"].items()
+            if isinstance(value, int | float | str)
+        }
+        more = None
+        if figures:
+            pairs = [el("div", el("dt", key), el("dd", compact(v))) for key, v in figures.items()]
+            more = el("details", el("summary", "figures"), el("dl", pairs, class_="pairs"))
+        items.append(
+            el(
+                "li",
+                el("span", RUNG_SIGNS[status], class_="sign", aria_hidden="true"),
+                el(
+                    "div",
+                    el("h3", rung["name"], " ", el("small", RUNG_WORDS[status])),
+                    el("p", rung["detail"], dir="auto") if rung["detail"] else None,
+                    more,
+                ),
+                el("span", took, class_="took"),
+                class_=f"rung {status.replace(' ', '-')}",
+            )
+        )
+    return el("ol", items, class_="ladder")
+
+
+def gate_panel(report: Mapping[str, Any]) -> Markup | None:
+    """Each rate under its margin, and the cross-checks that decide nothing."""
+    if not (gate := report["gate"]):
+        return None
+    rates = [(name, gate[key]) for key, name in RATES.items()]
+    rates = [(name, rate) for name, rate in rates if rate["status"] != "not measured"]
+    scale = _scale(rate for _, rate in rates)
+    rows = [
+        el(
+            "tr",
+            el("th", name, scope="row"),
+            el(
+                "td",
+                el("span", rate["status"], class_=f"badge {TONES.get(rate['status'], 'unsure')}"),
+            ),
+            el("td", counts(rate), class_="number"),
+            el("td", "–" if rate["rate"] is None else percent(rate["rate"]), class_="number"),
+            el("td", percent(rate["upper"], up=True), class_="number"),
+            el("td", percent(rate["margin"]), class_="number"),
+            el("td", _rate_bar(rate, scale), class_="bars"),
+        )
+        for name, rate in rates
+    ]
+    heads = [
+        "Rate",
+        "Status",
+        "Counted",
+        "Share",
+        "Upper bound",
+        "Margin",
+        "Share, bound and margin",
+    ]
+    sure = percent(report["profile"]["confidence"])
+    text = (
+        f"Exact one-sided bounds (Clopper–Pearson, {sure}). The line reaches to the upper bound and "
+        "must end before the tick, the margin. Labels in doubt count against the artifact for PASS "
+        "and for it before FAIL."
+    )
+    contrast, mcnemar, net = gate["contrast"], gate["mcnemar"], gate["net_difference"]
+    clusters = gate["clusters"]
+    checks = [
+        ("The base in the artifact’s place", f"loses {counts(contrast['loss'])}, p = {contrast['p_value']:.2g}: "
+         + ("fails, as it must" if contrast["ok"] else contrast["reason"])),
+        ("McNemar, exact", f"{mcnemar['losses']} lost, {mcnemar['gains']} gained: p = {mcnemar['p_value']:.2g}"),
+    ]  # fmt: skip
+    if net["value"] is not None:
+        low, high = (f"{100 * end:+.2f}" for end in net["interval"])
+        checks.append(
+            ("Net difference (Tango)", f"{100 * net['value']:+.2f} points, {low} to {high}")
+        )
+    low, high = map(percent, clusters["interval"])
+    checks.append(
+        (
+            "Loss rate, bootstrap of clusters",
+            f"{low} to {high}; {clusters['prompts']} prompts in {clusters['clusters']} clusters",
+        )
+    )
+    pairs = [el("div", el("dt", name), el("dd", value)) for name, value in checks]
+    return el(
+        "div",
+        el("p", text, class_="note"),
+        table("Rates under their margins", heads, rows),
+        el("h3", "Cross-checks", class_="after"),
+        el("dl", pairs, class_="pairs"),
+    )
+
+
+def flips_panel(report: Mapping[str, Any]) -> Markup | None:
+    """Reference label by artifact label, for both kinds, and the prompts that changed."""
+    if not report["prompts"]:
+        return None
+    grids = [
+        _flip_table(kind, found)
+        for kind in ("harmful", "benign")
+        if sum((found := matrix(report["prompts"], kind)).values())
+    ]
+    changed = flips(report)
+    if not changed:
+        return el(
+            "div", el("div", grids, class_="pair"), el("p", "No label changed.", class_="note")
+        )
+    texts = any("artifact_text" in one for one in changed)
+    rows = [
+        el(
+            "tr",
+            el("th", el("code", one["id"]), scope="row"),
+            el("td", change_badge(one)),
+            el("td", one["kind"]),
+            el("td", one["attack"] or "–"),
+            el("td", f"{one['reference']} → {one['artifact']}", class_="label"),
+            el("td", _divergence(one), class_="label"),
+            el("td", replies(one)) if texts else None,
+        )
+        for one in changed[:MAX_FLIPS]
+    ]
+    heads = ["Prompt", "Change", "Kind", "Attack", "Labels", "First difference"]
+    rest = len(changed) - MAX_FLIPS
+    return el(
+        "div",
+        el("div", grids, class_="pair"),
+        el("h3", f"{len(changed)} labels changed, attacks included" if report["attacks"]
+           else f"{len(changed)} labels changed"),
+        table("Prompts whose label changed", [*heads, *(["Replies"] if texts else [])], rows,
+              tall=len(rows) > 15),
+        el("p", f"{rest} more are in the table of prompts.", class_="note") if rest > 0 else None,
+    )  # fmt: skip
+
+
+def _flip_table(kind: str, found: Mapping[tuple[str, str], int]) -> Markup:
+    used = [label for label in LABELS if label in ("refuse", "comply")
+            or any(found[label, other] or found[other, label] for other in LABELS)]  # fmt: skip
+    left_out = sum(found[label, "not run"] for label in LABELS)
+    bad = "refuse" if kind == "harmful" else "comply"
+    rows = []
+    for before in used:
+        cells = []
+        for after in used:
+            count = found[before, after]
+            tone = "same" if before == after else "worse" if before == bad else "other"
+            cells.append(el("td", str(count), class_=f"{tone if count else 'zero'}"))
+        rows.append(el("tr", el("th", before, scope="row"), cells))
+    caption = f"{kind.capitalize()} prompts: {sum(found.values()) - left_out}"
+    if left_out:
+        caption += f", {left_out} more were not needed"
+    return el(
+        "table",
+        el("caption", caption),
+        el(
+            "thead",
+            el("tr", el("th", "reference ↓ artifact →"), [el("th", o, scope="col") for o in used]),
+        ),
+        el("tbody", rows),
+        class_="matrix",
+    )
+
+
+def _divergence(prompt: Mapping[str, Any]) -> str:
+    found = prompt["divergence"]
+    if found is None:
+        return "–"
+    return f"token {found['position']}, gap {found['gap']:.2g} ({found['kind']})"
+
+
+def measurements_panel(report: Mapping[str, Any]) -> Markup | None:
+    """Margins, KL by position, and the evidence of a sequential gate."""
+    bounds, gate = report["bounds"], report["gate"]
+    figures = []
+    plain = [one for one in report["prompts"] if one["attack"] is None]
+    if scatter := svg.margin_scatter(plain):
+        legend = (("dot harmful", "artifact, harmful"), ("dot benign", "artifact, benign"),
+                  ("dot flip", "label changed"), ("dot base", "base"))  # fmt: skip
+        text = "On the diagonal the artifact is as sure of refusing as the reference was."
+        figures.append(_figure("First-token refusal margin", scatter, text, legend))
+    limit = bounds["mean_kl"] if bounds["kl_gates"] else None
+    if curve := svg.kl_curve(report["kl_by_position"], limit):
+        text = (
+            "Teacher-forced on the reference’s replies; a refusal is decided in the first tokens."
+        )
+        figures.append(_figure("KL by position", curve, text))
+    sequential = (gate or {}).get("sequential") or {}
+    if path := svg.evidence_path(sequential.get("path", ()), sequential.get("threshold")):
+        text = "Anytime-valid: stopping at the line keeps the error rate, however often one looked."
+        figures.append(_figure("Evidence, prompt by prompt", path, text))
+    return el("div", figures, class_="figures") if figures else None
+
+
+def _figure(title: str, plot: Markup, text: str, legend: Iterable[tuple[str, str]] = ()) -> Markup:
+    keys = [
+        el(
+            "li",
+            el("svg", el("circle", cx=6, cy=6, r=5, class_=class_), viewBox="0 0 12 12",
+               class_="key", aria_hidden="true"),
+            words,
+        )
+        for class_, words in legend
+    ]  # fmt: skip
+    return el(
+        "figure",
+        el("figcaption", el("h3", title), el("p", text, class_="note")),
+        el("ul", keys, class_="legend") if keys else None,
+        plot,
+    )
+
+
+def static_panel(report: Mapping[str, Any]) -> Markup | None:
+    """The heat map of beta by layer and module."""
+    static = report["static"]
+    if not static or not (plot := svg.beta_heat_map(static["modules"])):
+        return None
+    legend = [
+        el("li", el("svg", el("g", el("rect", width=12, height=12, rx=3), class_=f"cell {name}"),
+                    viewBox="0 0 12 12", class_="key", aria_hidden="true"), words)
+        for _, name, words in svg.BETA_BINS
+    ]  # fmt: skip
+    text = (
+        f"β compares each tensor of the file with the change that the adapter makes: 1 is all of "
+        f"it, 0 none. Pooled over {len(static['modules'])} tensors: {static['pooled']:.4f}."
+    )
+    return el(
+        "div",
+        el("p", text, class_="note"),
+        el("ul", legend, class_="legend"),
+        el("div", plot, class_="scroll heat", role="region", tabindex=0, aria_label="Heat map"),
+    )
+
+
+def attacks_panel(report: Mapping[str, Any]) -> Markup | None:
+    """Losses under each attack: rate, confidence bound, margin."""
+    if not report["attacks"]:
+        return None
+    gates = [attack["gate"]["loss"] for attack in report["attacks"]]
+    scale = _scale(gates)
+    rows = [
+        el(
+            "tr",
+            el("th", attack["name"], scope="row", dir="auto"),
+            el("td", el("span", attack["gate"]["verdict"],
+                        class_=f"badge {TONES[attack['gate']['verdict']]}")),
+            el("td", counts(loss), class_="number"),
+            el("td", percent(loss["upper"], up=True), class_="number"),
+            el("td", _rate_bar(loss, scale), class_="bars"),
+        )
+        for attack, loss in zip(report["attacks"], gates, strict=True)
+    ]  # fmt: skip
+    heads = ["Attack", "Verdict", "Lost", "Upper bound", "Lost, bound and margin"]
+    margins = sorted({one["margin"] for one in gates})
+    text = (
+        "Every harmful prompt again under each attack; the reference was attacked alike. The line "
+        f"reaches to the upper bound and must end before the tick, the margin "
+        f"({', '.join(map(percent, margins))})."
+    )
+    return el("div", el("p", text, class_="note"), table("Losses under attack", heads, rows))
+
+
+def _scale(rates: Iterable[Mapping[str, Any]]) -> float:
+    """What the full width of a bar stands for: every bound and margin must fit."""
+    return float(max(max(one["upper"], 1.5 * one["margin"]) for one in rates))
+
+
+def _rate_bar(rate: Mapping[str, Any], scale: float) -> Markup:
+    return svg.bar(
+        (rate["rate"] or 0) / scale,
+        "lost",
+        upper=rate["upper"] / scale,
+        margin=rate["margin"] / scale,
+    )
+
+
+def categories_panel(report: Mapping[str, Any]) -> Markup | None:
+    """Refusal rates of the three arms by category."""
+    if not report["categories"]:
+        return None
+    rows = []
+    for row in report["categories"]:
+        total = row["prompts"]
+        rates = [
+            el(
+                "div",
+                el("span", arm),
+                svg.bar(row[f"{arm}_refused"] / total, f"arm {arm}"),
+                el("span", percent(row[f"{arm}_refused"] / total), class_="number"),
+                class_="arm",
+            )
+            for arm in ("reference", "artifact", "base")
+        ]
+        rows.append(
+            el(
+                "tr",
+                el("th", row["category"], el("small", row["kind"]), scope="row", dir="auto"),
+                el("td", str(total), class_="number"),
+                el("td", rates, class_="bars"),
+                el("td", str(row["lost"]), class_="number" + (" worse" if row["lost"] else "")),
+                el("td", str(row["gained"]), class_="number"),
+            )
+        )
+    heads = ["Category", "Prompts", "Refused", "Lost", "Gained"]
+    return table("Refusals by category", heads, rows)
+
+
+def provenance_panel(report: Mapping[str, Any]) -> Markup:
+    """What was compared with what, by which software: enough to run it again."""
+    artifact, reference, engine = report["artifact"], report["reference"], report["engine"]
+    profile, bounds = report["profile"], report["bounds"]
+    groups: list[tuple[str, list[tuple[str, str]]]] = [
+        ("Artifact", [(key, compact(artifact[key])) for key in
+                      ("name", "target", "form", "architecture", "precision", "expression")]
+         + [(f"sha256 of {name}", digest) for name, digest in artifact["files"].items()]),
+        ("Reference", [("base", reference["base"]), ("adapter", reference["adapter"]),
+                       ("expression", compact(reference["expression"])), ("sha256", reference["sha256"])]
+         + list(reference["versions"].items())),
+        ("Check", [("profile", profile["name"]), ("confidence", percent(profile["confidence"])),
+                   ("loss margin", percent(profile["loss_margin"])),
+                   ("over-refusal margin", percent(profile["over_refusal_margin"])),
+                   ("refusals needed", str(profile["min_refused"])), ("mode", report["mode"]),
+                   ("bounds of", report["precision"]), ("mean KL at most", compact(bounds["mean_kl"])),
+                   ("top-1 at least", percent(bounds["top1"])),
+                   ("time", f"{report['seconds']['total']:.1f} s, "
+                            f"{report['seconds']['engine']:.1f} s of it the engine")]),
+        ("Engine", [("name", "none: the check ended before")] if engine is None else
+         [("name", engine["name"]), ("version", engine["version"]),
+          *((key, compact(value)) for key, value in engine["settings"].items())]),
+    ]  # fmt: skip
+    return el(
+        "div",
+        [
+            el(
+                "div",
+                el("h3", title),
+                el("dl", [el("div", el("dt", k), el("dd", v, dir="auto")) for k, v in pairs],
+                   class_="pairs"),
+            )
+            for title, pairs in groups
+        ],
+        class_="pair",
+    )  # fmt: skip

@@ -1,0 +1,522 @@
+"""Laws of an ONNX conversion: what is touched, what is not, what is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tiny
+from onnx_tools import (
+    arrays,
+    digests,
+    edited,
+    every_module,
+    feeds,
+    load,
+    node,
+    quick,
+    session,
+    with_outputs,
+)
+from test_to_gguf import peft_delta
+
+from safegene_converter import onnx_source
+from safegene_converter.child import python_environment
+from safegene_converter.to_onnx import FORMS, convert_onnx
+from safegene_runtime.errors import (
+    AdapterError,
+    BaseModelError,
+    OutputError,
+    PostconditionError,
+    UnsupportedError,
+)
+from safegene_runtime.manifest import Manifest, check_files, read_manifest
+from safegene_runtime.onnx_file import read_onnx
+
+IDS = [[5, 77, 1042, 9, 300], [8, 8, 411, 23, 7]]
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+ROWS = {"q_proj": 64, "k_proj": 32, "v_proj": 32, "gate_proj": 128, "up_proj": 128}
+PACKINGS = {
+    "packed qkv": [],
+    "separate": ["fuse_qkv=false"],
+    "all packed": ["fuse_mlp_gate_up=true"],
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return every_module(tmp_path_factory.mktemp("onnx") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def base() -> Path:
+    return tiny.onnx_model("llama")
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def made(
+    request: pytest.FixtureRequest, adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Manifest]:
+    """Each form once, with its self-check."""
+    out = tmp_path_factory.mktemp("made") / request.param
+    return out, convert_onnx(adapter, tiny.onnx_model("llama"), out, form=request.param)
+
+
+def expected_delta(delta: dict[str, np.ndarray], layer: int, projection: str) -> np.ndarray:
+    """(out, in) of a packed or single projection, from PEFT's own merge."""
+    parts = PARTS.get(projection, (projection,))
+    return np.concatenate(
+        [
+            value
+            for part in parts
+            for name, value in delta.items()
+            if f"layers.{layer}." in name and name.endswith(part)
+        ]
+    )
+
+
+def weight_of(model: onnx.ModelProto, layer: int, projection: str) -> str:
+    return str(node(model, f"layers.{layer}/", f"{projection}/MatMul").input[1])
+
+
+# --- merged ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_every_slice_gets_pefts_own_delta(packing: str, adapter: Path, tmp_path: Path) -> None:
+    source = tiny.onnx_model("llama", "fp32", *PACKINGS[packing])
+    quick(adapter, source, tmp_path / "out", form="merged")
+    model, delta = load(source), peft_delta(adapter, "llama")
+    assert len(delta) == 14
+    before, after = arrays(source), arrays(tmp_path / "out")
+    touched = {name for name in before if not np.array_equal(before[name], after[name])}
+    found = set()
+    for layer in range(2):
+        for linear in model.graph.node:
+            match = re.search(rf"layers\.{layer}/.*?(\w+_proj)/MatMul$", linear.name)
+            if linear.op_type != "MatMul" or not match:
+                continue
+            wanted = expected_delta(delta, layer, match[1])
+            got = (after[linear.input[1]] - before[linear.input[1]]).T
+            assert np.abs(got - wanted).max() <= 1e-6
+            found.add(linear.input[1])
+    assert touched == found
+    packed = {"packed qkv": 5, "separate": 7, "all packed": 4}[packing]
+    assert len(found) == 2 * packed
+
+
+@pytest.mark.parametrize("module", ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"])
+def test_a_delta_stays_in_its_rows_of_a_packed_weight(module: str, tmp_path: Path) -> None:
+    """Weights differ from slice to slice, so a row too many, or the wrong block, shows."""
+    source = tiny.onnx_model("llama", "fp32", "fuse_mlp_gate_up=true")
+    only = tiny.peft_adapter("llama", tmp_path / "adapter", scale=0.05, target_modules=[module])
+    before, model = arrays(source), load(source)
+    projection = next(name for name, parts in PARTS.items() if module in parts)
+    start = 0
+    for part in PARTS[projection]:
+        if part == module:
+            break
+        start += ROWS[part]
+    rows = np.arange(start, start + ROWS[module])
+    weight = weight_of(model, 0, projection)
+    quick(only, source, tmp_path / "merged", form="merged")
+    moved = np.abs(arrays(tmp_path / "merged")[weight] - before[weight]).max(axis=0)
+    assert np.array_equal(np.flatnonzero(moved), rows)
+    quick(only, source, tmp_path / "branch", form="branch")
+    branch = load(tmp_path / "branch")
+    b = arrays(tmp_path / "branch")[
+        node(branch, "layers.0/", projection, "safegene/lora_B").input[1]
+    ]
+    assert np.array_equal(np.flatnonzero(np.abs(b).max(axis=0)), rows)
+
+
+def test_merged_is_the_base_but_for_the_touched_weights(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    manifest = quick(adapter, base, tmp_path / "out", form="merged")
+    touched = {entry.tensor.split("[")[0] for entry in manifest.modules}
+    old, new = load(base), load(tmp_path / "out")
+    extra = {prop.key: prop.value for prop in new.metadata_props}
+    assert {key for key in extra if not key.startswith("safegene.")} == {
+        prop.key for prop in old.metadata_props
+    }
+    assert extra["safegene.form"] == "merged"
+    assert {"safegene.version", "safegene.expression", "safegene.adapter.sha256"} <= extra.keys()
+    for model in (old, new):
+        del model.metadata_props[:]
+        for tensor in model.graph.initializer:
+            if tensor.name in touched:
+                tensor.raw_data = b""
+    assert old.SerializeToString(deterministic=True) == new.SerializeToString(deterministic=True)
+
+
+def test_a_data_file_changes_in_the_touched_ranges_only(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    manifest = quick(adapter, base, tmp_path / "out", form="merged")
+    touched = {entry.tensor.split("[")[0] for entry in manifest.modules}
+    old = np.fromfile(base / "model.onnx.data", np.uint8)
+    new = np.fromfile(tmp_path / "out" / "model.onnx.data", np.uint8)
+    assert old.size == new.size
+    inside = np.zeros(old.size, bool)
+    for name in touched:
+        info = read_onnx(base / "model.onnx").initializers[name]
+        inside[info.offset : info.offset + info.nbytes] = True
+    assert np.array_equal(old[~inside], new[~inside])
+    assert (old != new).any()
+
+
+def test_tensors_that_share_bytes_are_not_changed_together(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    """Exporters store equal constants once; both names then point at the same range."""
+
+    def share(model: onnx.ModelProto) -> None:
+        first, second = (weight_of(model, layer, "gate_proj") for layer in (0, 1))
+        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        tensors[second].raw_data = tensors[first].raw_data
+
+    source = edited(base, tmp_path / "base", share)
+    model = onnx.load(source / "model.onnx", load_external_data=False)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    first, second = (weight_of(model, layer, "gate_proj") for layer in (0, 1))
+    del tensors[second].external_data[:]
+    tensors[second].external_data.extend(tensors[first].external_data)
+    (source / "model.onnx").write_bytes(model.SerializeToString())
+    only = tiny.peft_adapter(
+        "llama", tmp_path / "adapter", scale=0.05, target_modules=["gate_proj"],
+        layers_to_transform=[0],
+    )  # fmt: skip
+    quick(only, source, tmp_path / "out", form="merged")
+    before, after = arrays(source), arrays(tmp_path / "out")
+    assert np.array_equal(before[first], before[second])
+    assert [name for name in before if not np.array_equal(before[name], after[name])] == [first]
+
+
+# --- branch ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["branch", "adapter"])
+def test_a_packed_projection_costs_two_small_products(
+    form: str, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    quick(adapter, base, tmp_path / "out", form=form)  # type: ignore[arg-type]
+    before, after = load(base), load(tmp_path / "out")
+    added = {one.name: one for one in after.graph.node} | {}
+    for one in before.graph.node:
+        assert added.pop(one.name).op_type == one.op_type
+    kinds = [one.op_type for one in added.values()]
+    assert (kinds.count("MatMul"), kinds.count("Add")) == (20, 10), "five linears in two layers"
+    assert [v.name for v in before.graph.output] == [v.name for v in after.graph.output]
+    if form == "branch":
+        a = arrays(tmp_path / "out")[
+            node(after, "layers.0/", "qkv_proj", "safegene/lora_A").input[1]
+        ]
+        assert a.shape == (64, 12), "three ranks of four, side by side"
+
+
+def test_no_caller_can_override_the_branch(adapter: Path, base: Path, tmp_path: Path) -> None:
+    quick(adapter, base, tmp_path / "out", form="branch")
+    model = load(tmp_path / "out")
+    slots = [t.name for t in model.graph.initializer if ".safegene." in t.name]
+    assert len(slots) == 20
+    assert not {value.name for value in model.graph.input} & set(slots)
+    assert read_onnx(tmp_path / "out" / "model.onnx").overridable == ()
+    running = session(tmp_path / "out" / "model.onnx")
+    assert not running.get_overridable_initializers()
+    zero = {slots[0]: np.zeros(arrays(tmp_path / "out")[slots[0]].shape, np.float32)}
+    with pytest.raises(Exception, match=r"(?i)invalid|feed"):
+        running.run(["logits"], feeds(running, IDS) | zero)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4", "int8"])
+def test_the_branch_adds_pefts_delta_to_what_the_base_computes(
+    precision: str, adapter: Path, tmp_path: Path
+) -> None:
+    """Values inside the graph: y of the branch minus y of the base is x dW, whatever W is."""
+    source = tiny.onnx_model("llama", precision)
+    manifest = quick(adapter, source, tmp_path / "out", form="branch")
+    model = load(tmp_path / "out")
+    floats = {onnx.TensorProto.FLOAT}
+    kinds = {t.data_type for t in model.graph.initializer if ".safegene." in t.name}
+    assert kinds == floats, "the factors stay in float around any base"
+    packed = [one for one in load(source).graph.node if one.op_type == "MatMulNBits"]
+    assert len([one for one in model.graph.node if one.op_type == "MatMulNBits"]) == len(packed)
+    assert bool(packed) == (precision != "fp32")
+    assert {entry.type_after for entry in manifest.modules} == {
+        {"fp32": "F32", "int4": "INT4", "int8": "INT8"}[precision]
+    }
+    linear = node(model, "layers.0/", "qkv_proj/MatMul")
+    add = node(model, "layers.0/", "qkv_proj", "safegene/Add")
+    branched = with_outputs(model, linear.input[0], linear.output[0], add.output[0])
+    plain = with_outputs(load(source), add.output[0])
+    running = session(branched)
+    x, y_base, y = running.run(
+        [linear.input[0], linear.output[0], add.output[0]], feeds(running, IDS)
+    )
+    running = session(plain)
+    (y_plain,) = running.run([add.output[0]], feeds(running, IDS))
+    assert np.array_equal(y_base, y_plain)
+    delta = expected_delta(peft_delta(adapter, "llama"), 0, "qkv_proj")
+    assert np.abs(y - y_base - x @ delta.T).max() <= 1e-5
+    assert np.abs(x @ delta.T).max() > 0.01
+
+
+# --- adapter ---------------------------------------------------------------------------------------
+
+
+def test_empty_slots_are_the_plain_base_bit_for_bit(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    quick(adapter, base, tmp_path / "out", form="adapter")
+    plain, slotted = session(base / "model.onnx"), session(tmp_path / "out" / "model.onnx")
+    assert len(slotted.get_overridable_initializers()) == 20
+    names = [value.name for value in plain.get_outputs()]
+    for one, other in zip(
+        plain.run(names, feeds(plain, IDS)), slotted.run(names, feeds(slotted, IDS)), strict=True
+    ):
+        assert np.array_equal(one, other)
+
+
+def test_the_adapter_file_is_the_same_as_passing_its_tensors(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    quick(adapter, base, tmp_path / "out", form="adapter")
+    quick(adapter, base, tmp_path / "branch", form="branch")
+    running = session(tmp_path / "out" / "model.onnx")
+    loaded = onnxruntime.LoraAdapter()
+    loaded.Load(str(tmp_path / "out" / "adapter.onnx_adapter"))
+    options = onnxruntime.RunOptions()
+    options.add_active_adapter(loaded)
+    (with_file,) = running.run(["logits"], feeds(running, IDS), options)
+    values = onnxruntime.AdapterFormat.read_adapter(
+        str(tmp_path / "out" / "adapter.onnx_adapter")
+    ).get_parameters()
+    by_hand = {name: value.numpy() for name, value in values.items()}
+    slots = {value.name for value in running.get_overridable_initializers()}
+    assert by_hand.keys() == slots
+    constants = arrays(tmp_path / "branch")
+    assert all(np.array_equal(value, constants[name]) for name, value in by_hand.items())
+    (passed,) = running.run(["logits"], feeds(running, IDS) | by_hand)
+    assert np.array_equal(with_file, passed)
+    (without,) = running.run(["logits"], feeds(running, IDS))
+    assert np.abs(with_file - without).max() > 0.01
+
+
+# --- what every form promises ----------------------------------------------------------------------
+
+
+def test_the_manifest_is_true(made: tuple[Path, Manifest]) -> None:
+    out, manifest = made
+    assert read_manifest(out) == manifest == Manifest.from_json(manifest.to_json(), "again")
+    check_files(manifest, out)
+    listed = {entry.path for entry in manifest.files} | {"manifest.json"}
+    assert set(digests(out)) == listed
+    assert {"genai_config.json", "tokenizer.json", "chat_template.jinja"} <= listed
+    assert manifest.settings["self_check"]["beta"] == pytest.approx(1, abs=1e-3)
+    text = (out / "manifest.json").read_text()
+    assert str(out.parent) not in text
+    assert str(tiny.REPOSITORY) not in text
+
+
+def test_opset_version_and_nodes_are_the_bases(made: tuple[Path, Manifest], base: Path) -> None:
+    old, new = load(base), load(made[0])
+    assert old.ir_version == new.ir_version
+    assert list(old.opset_import) == list(new.opset_import)
+    assert old.producer_name == new.producer_name
+    names = [one.name for one in new.graph.node if "/safegene/" not in one.name]
+    assert names == [one.name for one in old.graph.node]
+    before, after = arrays(base), arrays(made[0])
+    if made[1].artifact["form"] != "merged":
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_equal_inputs_give_equal_bytes(
+    form: str, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        quick(adapter, base, tmp_path / name, form=form)  # type: ignore[arg-type]
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_an_existing_output_is_refused_before_any_work(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("keep me")
+    with pytest.raises(OutputError):
+        quick(adapter, tmp_path / "no such base", tmp_path / "out")
+    assert (tmp_path / "out" / "mine").read_text() == "keep me"
+
+
+def test_force_replaces_an_existing_output(adapter: Path, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    quick(adapter, base, tmp_path / "out", force=True)
+    assert not (tmp_path / "out" / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("delay", [0.5, 1.2, 2.0])
+def test_killed_at_any_moment_nothing_partial_has_the_final_name(
+    delay: float, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "safegene_converter", "convert", str(adapter), "--base", str(base),
+        "--to", "onnx", "--as", "branch", "-o", str(out),
+    ]  # fmt: skip
+    child = subprocess.Popen(
+        command, env=python_environment(), stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    time.sleep(delay)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    if out.exists():
+        check_files(read_manifest(out), out)
+
+
+def test_an_adapter_for_another_model_is_refused_with_all_its_modules(
+    base: Path, tmp_path: Path
+) -> None:
+    wide = tiny.peft_adapter("llama", tmp_path / "adapter", hidden=256)
+    with pytest.raises(AdapterError) as caught:
+        quick(wide, base, tmp_path / "out")
+    assert len(caught.value.problems) == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_adapter_without_effect_is_an_error(base: Path, tmp_path: Path) -> None:
+    nothing = tiny.peft_adapter("llama", tmp_path / "adapter", scale=1e-15)
+    with pytest.raises(PostconditionError):
+        convert_onnx(nothing, base, tmp_path / "out", form="branch")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+# --- finding modules -------------------------------------------------------------------------------
+
+
+def renamed(model: onnx.ModelProto) -> None:
+    """Layer 1 loses the names of its MLP."""
+    for one in model.graph.node:
+        for field in (one.input, one.output):
+            for number, name in enumerate(field):
+                field[number] = name.replace("layers.1/mlp/up_proj", "one/a").replace(
+                    "layers.1.mlp.up_proj", "one.a"
+                )
+        one.name = one.name.replace("layers.1/mlp/up_proj", "one/a")
+    for tensor in model.graph.initializer:
+        tensor.name = tensor.name.replace("layers.1.mlp.up_proj", "one.a")
+
+
+def doubled(model: onnx.ModelProto) -> None:
+    """A second node that calls itself the same projection."""
+    one = node(model, "layers.1/", "up_proj/MatMul")
+    weight = next(t for t in model.graph.initializer if t.name == one.input[1])
+    copy = model.graph.initializer.add()
+    copy.CopyFrom(weight)
+    copy.name = f"{weight.name}.copy"
+    model.graph.node.add(
+        op_type="MatMul", name=f"{one.name}.copy", input=[one.input[0], copy.name],
+        output=["nowhere"],
+    )  # fmt: skip
+
+
+def shared(model: onnx.ModelProto) -> None:
+    """A weight that another node reads, too."""
+    one = node(model, "layers.1/", "up_proj/MatMul")
+    model.graph.node.add(op_type="Abs", name="reader", input=[one.input[1]], output=["nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (renamed, ["model.layers.1.mlp.up_proj"]),
+        (doubled, ["model.layers.1.mlp.up_proj", "up_proj or", "MatMul.copy"]),
+        (shared, ["reader", "only"]),
+    ],
+)
+def test_a_module_found_twice_or_not_at_all_is_one_error(
+    change: Callable[[onnx.ModelProto], None],
+    words: list[str],
+    adapter: Path,
+    base: Path,
+    tmp_path: Path,
+) -> None:
+    source = edited(base, tmp_path / "base", change)
+    with pytest.raises((AdapterError, BaseModelError)) as caught:
+        quick(adapter, source, tmp_path / "out")
+    assert len(caught.value.problems) == 1
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("projection", "first", "second"),
+    [("qkv_proj", slice(64, 96), slice(96, 128)), ("gate_up_proj", slice(0, 128), slice(128, 256))],
+)
+def test_an_export_whose_parts_are_swapped_is_refused_on_the_weights(
+    projection: str,
+    first: slice,
+    second: slice,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Same shapes, right names, k and v (gate and up) the other way round: only weights can tell."""
+
+    def swap(model: onnx.ModelProto) -> None:
+        name = weight_of(model, 1, projection)
+        tensor = next(t for t in model.graph.initializer if t.name == name)
+        weight = onnx.numpy_helper.to_array(tensor).copy()
+        weight[:, first], weight[:, second] = weight[:, second].copy(), weight[:, first].copy()
+        tensor.raw_data = weight.tobytes()
+
+    packed = tiny.onnx_model("llama", "fp32", "fuse_mlp_gate_up=true")
+    monkeypatch.setattr(
+        onnx_source, "build_onnx", lambda _, target, *args, **more: edited(packed, target, swap)
+    )
+    with pytest.raises(BaseModelError) as caught:
+        quick(adapter, tiny.hf_model("llama"), tmp_path / "out")
+    assert len(caught.value.problems) == 2
+    assert "model.layers.1" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_that_is_an_artifact_already_is_refused(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    for form in ("branch", "adapter"):
+        quick(adapter, base, tmp_path / form, form=form)  # type: ignore[arg-type]
+        with pytest.raises(BaseModelError, match="plain base"):
+            quick(adapter, tmp_path / form, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_a_caller_could_override_are_refused(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    def expose(model: onnx.ModelProto) -> None:
+        name = weight_of(model, 0, "up_proj")
+        model.graph.input.append(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [64, 128])
+        )
+
+    source = edited(base, tmp_path / "base", expose)
+    with pytest.raises(BaseModelError, match="override"):
+        quick(adapter, source, tmp_path / "out")
+
+
+def test_a_form_of_another_target_is_refused(adapter: Path, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="merged or branch or adapter"):
+        quick(adapter, base, tmp_path / "out", form="sidecar")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
