@@ -17,6 +17,7 @@ import contextlib
 import copy
 import io
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -32,6 +33,7 @@ from peft.tuners.lora import LoraLayer
 from safegene_converter.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.base import Base, open_base
 from safegene_runtime import __version__
+from safegene_runtime.attacks import wrap
 from safegene_runtime.compare import logsumexp
 from safegene_runtime.errors import (
     AdapterError,
@@ -45,6 +47,7 @@ from safegene_runtime.files import check_output_free, publish_folder, sha256_of
 from safegene_runtime.judge import RulesAndNgram, about, judge
 from safegene_runtime.prompts import Prompt, builtin_suite
 from safegene_runtime.reference import (
+    Openers,
     Positions,
     PromptRecord,
     Reference,
@@ -66,6 +69,7 @@ def record(
     out: Path,
     *,
     prompts: Sequence[Prompt] | None = None,
+    attacks: Sequence[str] = (),
     expression: str | None = None,
     max_new_tokens: int = 24,
     top_k: int = 64,
@@ -79,6 +83,7 @@ def record(
         base_path: a Hugging Face folder, or a GGUF file that transformers decodes to float.
         out: the folder to create.
         prompts: what to ask; the built-in suite by default.
+        attacks: jailbreaks to ask the harmful prompts under, too; see `safegene_runtime.attacks`.
         expression: which set of layer coefficients; the adapter's default when None.
         max_new_tokens: length of replies, in tokens.
         top_k: tokens whose logits are stored per position.
@@ -87,11 +92,12 @@ def record(
 
     Raises:
         SafeGeneError: nothing is left under the name `out`. RecordError: the adapter has no effect
-            in PyTorch; AdapterError: PEFT ignored a part of it.
+            in PyTorch, or an attack adds control tokens; FormatError: an unknown attack, or one
+            that applies to no prompt; AdapterError: PEFT ignored a part of it.
     """
     tell: Tell = on_progress or (lambda stage, done, total: None)
     check_output_free(out, force)
-    chosen = tuple(builtin_suite() if prompts is None else prompts)
+    chosen = wrap(builtin_suite() if prompts is None else prompts, attacks)
     if not chosen or max_new_tokens < 1 or top_k < 2:
         raise RecordError(
             Problem(
@@ -115,10 +121,11 @@ def record(
         for prompt in chosen
     ]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
+    _check_control_tokens(chosen, ids, tokenizer)
     stop_ids = _stop_ids(model, tokenizer)
     with torch.inference_mode():
         _check_effect(model, ids[0])
-        arms = _run(model, ids, max_new_tokens, stop_ids, top_k, tell)
+        arms, openers = _run(model, ids, max_new_tokens, stop_ids, top_k, tell)
     records, positions = [], []
     for prompt, text, prompt_ids, (ref_ids, base_ids, stored) in zip(
         chosen, rendered, ids, arms, strict=True
@@ -135,6 +142,8 @@ def record(
                 kind=prompt.kind,
                 category=prompt.category,
                 borderline=prompt.borderline,
+                cluster=prompt.cluster,
+                attack=prompt.attack,
                 text=prompt.text,
                 rendered=text,
                 prompt_ids=tuple(prompt_ids),
@@ -150,7 +159,7 @@ def record(
     meta = _meta(adapter, base, tokenizer, stop_ids, max_new_tokens, top_k)
     added = read_factors(model)
     with publish_folder(out, force) as folder:
-        for name, data in encode_reference(meta, records, positions, added).items():
+        for name, data in encode_reference(meta, records, positions, openers, added).items():
             (folder / name).write_bytes(data)
     return read_reference(out)
 
@@ -258,6 +267,29 @@ def load_with_adapter(adapter: Adapter, base: Base) -> tuple[Any, Any]:
     return tuned, tokenizer
 
 
+def _check_control_tokens(
+    prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], tokenizer: Any
+) -> None:
+    """Raises when an attacked prompt has control tokens that the plain one has not."""
+    control = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    counts = {
+        prompt.id: sum(one in control for one in row)
+        for prompt, row in zip(prompts, ids, strict=True)
+    }
+    problems = Problems()
+    for prompt in prompts:
+        plain = counts[prompt.id.partition("@")[0]]
+        if prompt.attack is not None and counts[prompt.id] != plain:
+            problems.add(
+                prompt.id,
+                "control tokens",
+                plain,
+                counts[prompt.id],
+                "the words of the attack mean something to this tokenizer: leave it out",
+            )
+    problems.raise_if_any(RecordError)
+
+
 def _lora_layers(tuned: Any) -> dict[str, Any]:
     return {
         name.removeprefix("base_model.model."): layer
@@ -329,11 +361,16 @@ def _run(
     stop_ids: Sequence[int],
     top_k: int,
     tell: Tell,
-) -> list[Arms]:
-    """Both arms for every prompt: (reference ids, base ids, logits along the reference's)."""
+) -> tuple[list[Arms], Openers]:
+    """Both arms for every prompt: (reference ids, base ids, logits along the reference's).
+
+    Which tokens open replies is known at the end: until then the logits of all first positions are
+    kept, in a file, since they may be gigabytes.
+    """
     shared = _shared_length(ids)
     found: dict[int, Arms] = {}
     caches = {}
+    firsts: Any = None
     for arm in ("ref", "base"):
         with _arm(model, arm):
             caches[arm] = _prefill(model, ids[0][:shared])
@@ -344,6 +381,11 @@ def _run(
         with _arm(model, "base"):
             base_ids, _ = _generate(model, caches["base"], tails, limit, stop_ids, keep=False)
             base_logits = _follow(model, caches["base"], tails, ref_ids)
+        if firsts is None:
+            with tempfile.TemporaryFile() as file:
+                shape = (2, len(ids), ref_logits.shape[-1])
+                firsts = np.memmap(file, np.float32, "w+", shape=shape)
+        firsts[0, batch], firsts[1, batch] = ref_logits[:, 0].numpy(), base_logits[:, 0].numpy()
         for row, index in enumerate(batch):
             length = len(ref_ids[row])
             found[index] = (
@@ -352,7 +394,9 @@ def _run(
                 _store(ref_logits[row, :length], base_logits[row, :length], top_k),
             )
         tell("recording in PyTorch", len(found), len(ids))
-    return [found[index] for index in range(len(ids))]
+    arms = [found[index] for index in range(len(ids))]
+    openers = np.unique([reply[0] for one in arms for reply in one[:2]]).astype(np.int32)
+    return arms, Openers(openers, firsts[0][:, openers], firsts[1][:, openers])
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ third and fourth rung off it, and most of the fifth.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,10 @@ import numpy.typing as npt
 from safegene_runtime import compare
 from safegene_runtime.engine import Engine
 from safegene_runtime.errors import EngineError, Problem
+from safegene_runtime.margins import MarginRule, learn_margins, margin_of
 from safegene_runtime.reference import Reference
 
-__all__ = ["ACTIVE_POSITIONS", "ForcedPass", "forced_passes"]
+__all__ = ["ACTIVE_POSITIONS", "ForcedPass", "forced_passes", "kl_by_position"]
 
 ACTIVE_POSITIONS = 4
 """First positions of a reply, where a refusal is decided (arXiv 2406.05946)."""
@@ -35,6 +36,7 @@ class ForcedPass:
         agree: (T,) whether the likeliest token is the reference's.
         argmax: (T,) the likeliest token.
         gap: (T,) distance of the two largest logits.
+        margin: how much likelier than an answer a refusal was, nats; see `margins`.
     """
 
     kl: npt.NDArray[np.float64]
@@ -44,6 +46,7 @@ class ForcedPass:
     agree: npt.NDArray[np.bool_]
     argmax: npt.NDArray[np.int64]
     gap: npt.NDArray[np.float32]
+    margin: float | None
 
 
 def forced_passes(
@@ -56,9 +59,10 @@ def forced_passes(
     """
     sequences = [[*prompt.prompt_ids, *prompt.ref_ids[:-1]] for prompt in record.prompts]
     keep = [len(prompt.ref_ids) for prompt in record.prompts]
+    rule = learn_margins(record)
     found: list[ForcedPass | None] = [None] * len(sequences)
     for done, (index, logits) in enumerate(engine.logits(sequences, keep), start=1):
-        found[index] = _one_pass(record, index, logits)
+        found[index] = _one_pass(record, index, logits, rule)
         if tell:
             tell("comparing logits", done, len(sequences))
     missing = [record.prompts[i].id for i, one in enumerate(found) if one is None]
@@ -69,7 +73,17 @@ def forced_passes(
     return [one for one in found if one is not None]
 
 
-def _one_pass(record: Reference, index: int, logits: npt.NDArray[np.float32]) -> ForcedPass:
+def kl_by_position(passes: Sequence[ForcedPass]) -> list[float]:
+    """Mean KL at each position of a reply, over the replies that are that long; nats."""
+    longest = max((len(one.kl) for one in passes), default=0)
+    return [
+        float(np.mean([one.kl[at] for one in passes if len(one.kl) > at])) for at in range(longest)
+    ]
+
+
+def _one_pass(
+    record: Reference, index: int, logits: npt.NDArray[np.float32], rule: MarginRule
+) -> ForcedPass:
     """Reduces the logits (T, vocab) of one reply to what the rungs need."""
     position = record.positions(index)
     if not np.isfinite(logits).all():
@@ -101,4 +115,5 @@ def _one_pass(record: Reference, index: int, logits: npt.NDArray[np.float32]) ->
         agree=argmax == np.asarray(record.prompts[index].ref_ids),
         argmax=argmax,
         gap=np.abs(top2[:, 1] - top2[:, 0]),
+        margin=margin_of(rule, record.prompts[index], logits),
     )

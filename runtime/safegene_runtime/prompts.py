@@ -43,23 +43,39 @@ MAX_TEXT_CHARACTERS = 16_000
 MAX_PROBLEMS = 100
 KINDS = ("harmful", "benign")
 
-_COLUMNS = ("id", "text", "prompt", "kind", "category", "borderline")
+_COLUMNS = ("id", "text", "prompt", "kind", "category", "borderline", "cluster")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}")
-_HELP = "text (or prompt) is needed; id, kind, category and borderline are optional"
+_HELP = "text (or prompt) is needed; id, kind, category, borderline and cluster are optional"
 
 _Row = tuple[int, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user message; `borderline` is for benign ones that look harmful."""
+    """One user message.
+
+    Attributes:
+        id: unique; with an attack "ID@ATTACK".
+        text: what is asked.
+        kind: whether a safe model declines.
+        category: for tables.
+        borderline: benign, but looks harmful.
+        cluster: what near-duplicates share, the id of the prompt by default; kept by attacks.
+        attack: the name of the jailbreak that rewrote it, if one did.
+    """
 
     id: str
     text: str
     kind: Literal["harmful", "benign"]
     category: str
     borderline: bool = False
+    cluster: str = ""
+    attack: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.cluster:
+            object.__setattr__(self, "cluster", self.id)
 
 
 @functools.cache
@@ -80,7 +96,8 @@ def load_prompts(path: Path) -> tuple[Prompt, ...]:
     """Reads prompts from a JSONL file, or a CSV file with a header.
 
     Columns: `text` (or `prompt`), and optionally `id` (default: the line), `kind` (`harmful`, the
-    default, or `benign`), `category`, `borderline` (`true` or `false`).
+    default, or `benign`), `category`, `borderline` (`true` or `false`), `cluster` (a name that
+    near-duplicates share).
 
     Raises:
         FormatError: everything that is wrong with the file, with line numbers.
@@ -238,6 +255,10 @@ def _prompt(
         problems.add(where, "borderline", "true or false", repr(borderline)[:80], "correct it")
     elif borderline and kind == "harmful":
         problems.add(where, "borderline", "false: the prompt is harmful", "true", "correct one")
+    cluster = row.get("cluster", identity)
+    if "cluster" in row and (not isinstance(cluster, str) or not _ID.fullmatch(cluster)):
+        wanted = "up to 200 letters, digits and . _ : / -"
+        problems.add(where, "cluster", wanted, repr(cluster)[:80], "rename it")
     if len(problems) > before:
         return None
-    return Prompt(identity, text, kind, category, borderline)
+    return Prompt(identity, text, kind, category, borderline, cluster)

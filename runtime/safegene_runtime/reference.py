@@ -2,10 +2,10 @@
 
 A folder of five files:
 
-    reference.json   format_version, base, adapter, versions, decoding, tokenizer, judge, suite, dtype,
-                     threads, and "files": {name: sha256} of the others
-    prompts.jsonl    one object per prompt: id, kind, category, borderline, text, rendered, ref_text,
-                     ref_verdict, base_text, base_verdict
+    reference.json   format_version, base, adapter, versions, decoding, tokenizer, judge, settings, order,
+                     and "files": {name: sha256} of the others
+    prompts.jsonl    one object per prompt: id, kind, category, borderline, cluster, attack, text,
+                     rendered, ref_text, ref_verdict, base_text, base_verdict
     tokens.npz       prompt_ids, ref_ids, base_ids: int32, all prompts in a row;
                      prompt_offsets, ref_offsets, base_offsets: int64 (N + 1,)
     logits.npz       for the P positions of all reference replies in a row (prompt i has the rows
@@ -16,6 +16,11 @@ A folder of five files:
                      base_logits  float32 (P, K)  of the base alone
                      ref_lse      float64 (P,)    log-sum-exp over the vocabulary
                      base_lse     float64 (P,)
+                     and for the E distinct tokens that begin a reply of either arm, at the first
+                     position of all N prompts:
+                     opener_ids   int32   (E,)    ascending
+                     ref_openers  float32 (N, E)  logits of base + adapter
+                     base_openers float32 (N, E)  logits of the base alone
     factors.npz      what PEFT added to each weight: see `factors.py`; older references have none
 
 The digest of a reference is the SHA-256 of reference.json, which holds the digests of the rest. Equal
@@ -41,7 +46,15 @@ from safegene_runtime.errors import FormatError, Problems, RecordError
 from safegene_runtime.factors import ModuleFactors
 from safegene_runtime.files import open_regular, read_small_file, sha256_of
 
-__all__ = ["Positions", "PromptRecord", "Reference", "encode_reference", "read_reference"]
+__all__ = [
+    "Openers",
+    "Positions",
+    "PromptRecord",
+    "Reference",
+    "encode_reference",
+    "order_seed",
+    "read_reference",
+]
 
 FORMAT_VERSION = 1
 INDEX = "reference.json"
@@ -67,6 +80,7 @@ _META = {
     ),
     "judge": ("name", "version", "digest"),
     "settings": ("dtype", "threads", "top_k"),
+    "order": ("seed",),
 }
 _TOKEN_ARRAYS = {
     "prompt_ids": "int32",
@@ -83,6 +97,8 @@ _LOGIT_ARRAYS = {
     "ref_lse": "float64",
     "base_lse": "float64",
 }
+_OPENER_ARRAYS = {"opener_ids": "int32", "ref_openers": "float32", "base_openers": "float32"}
+_OLD = "it was made before attacks and clusters were recorded: record it again"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -94,6 +110,8 @@ class PromptRecord:
     kind: str
     category: str
     borderline: bool
+    cluster: str
+    attack: str | None
     text: str
     rendered: str
     prompt_ids: tuple[int, ...]
@@ -114,6 +132,15 @@ class Positions:
     base_logits: npt.NDArray[np.float32]
     ref_lse: npt.NDArray[np.float64]
     base_lse: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Openers:
+    """Logits at the first position of N replies, of the E tokens that begin one; see above."""
+
+    opener_ids: npt.NDArray[np.int32]
+    ref_openers: npt.NDArray[np.float32]
+    base_openers: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -141,19 +168,37 @@ class Reference:
         rows = slice(int(self.ref_offsets[index]), int(self.ref_offsets[index + 1]))
         return Positions(**{name: self.logits[name][rows] for name in _LOGIT_ARRAYS})
 
+    def openers(self) -> Openers:
+        """The logits of all openers, for all prompts."""
+        return Openers(**{name: self.logits[name] for name in _OPENER_ARRAYS})
+
+    def order(self) -> tuple[int, ...]:
+        """Indices of the prompts in the order of a sequential test: by SHA-256 of id + seed."""
+        seed = self.meta["order"]["seed"]
+        keys = [sha256_of((prompt.id + seed).encode()) for prompt in self.prompts]
+        return tuple(sorted(range(len(keys)), key=keys.__getitem__))
+
+
+def order_seed(prompts: Sequence[PromptRecord]) -> str:
+    """A seed that follows from ids and texts alone, so that nobody can choose the order."""
+    rows = sorted([prompt.id, prompt.text] for prompt in prompts)
+    return sha256_of(json.dumps(rows, ensure_ascii=True).encode())
+
 
 def encode_reference(
     meta: Mapping[str, Any],
     prompts: Sequence[PromptRecord],
     positions: Sequence[Positions],
+    openers: Openers,
     added: Sequence[ModuleFactors] = (),
 ) -> dict[str, bytes]:
     """The files of a reference, by name.
 
     Args:
-        meta: the sections of reference.json without `format_version` and `files`.
+        meta: the sections of reference.json without `format_version`, `order` and `files`.
         prompts: at least one.
         positions: one for each prompt, with as many rows as its `ref_ids`.
+        openers: of all first tokens of `ref_ids` and `base_ids`.
         added: what PEFT added to each weight; without it there can be no static proof.
     """
     tokens: dict[str, npt.NDArray[Any]] = {}
@@ -167,6 +212,7 @@ def encode_reference(
         name: np.concatenate([getattr(one, name) for one in positions]).astype(kind)
         for name, kind in _LOGIT_ARRAYS.items()
     }
+    logits |= {name: getattr(openers, name).astype(kind) for name, kind in _OPENER_ARRAYS.items()}
     lines = [
         json.dumps({name: getattr(prompt, name) for name in _PROMPT_FIELDS}, ensure_ascii=False)
         for prompt in prompts
@@ -181,6 +227,7 @@ def encode_reference(
     index = {
         "format_version": FORMAT_VERSION,
         **meta,
+        "order": {"seed": order_seed(prompts)},
         "files": {name: sha256_of(data) for name, data in files.items()},
     }
     return {**files, INDEX: strictjson.dumps(index)}
@@ -191,6 +238,8 @@ _PROMPT_FIELDS = (
     "kind",
     "category",
     "borderline",
+    "cluster",
+    "attack",
     "text",
     "rendered",
     "ref_text",
@@ -232,12 +281,13 @@ def read_reference(path: Path) -> Reference:
             for number, line in enumerate(data[PROMPTS].splitlines(), start=1)
         ]
         tokens = _load(data[TOKENS], _TOKEN_ARRAYS, str(path / TOKENS), problems)
-        logits = _load(data[LOGITS], _LOGIT_ARRAYS, str(path / LOGITS), problems)
+        arrays = {**_LOGIT_ARRAYS, **_OPENER_ARRAYS}
+        logits = _load(data[LOGITS], arrays, str(path / LOGITS), problems)
         added = None
         if FACTORS in data:
-            arrays = _load(data[FACTORS], factors.ARRAYS, str(path / FACTORS), problems)
+            stored = _load(data[FACTORS], factors.ARRAYS, str(path / FACTORS), problems)
             problems.raise_if_any(RecordError)
-            added = factors.decode(arrays, str(path / FACTORS), problems)
+            added = factors.decode(stored, str(path / FACTORS), problems)
     except RecordError:
         raise
     except FormatError as error:
@@ -258,12 +308,24 @@ def read_reference(path: Path) -> Reference:
             for arm in ("prompt", "ref", "base")
         }
         prompts.append(PromptRecord(**row, **ids))
+    if meta["order"]["seed"] != order_seed(prompts):
+        problems.add(
+            str(path / INDEX),
+            "order.seed",
+            order_seed(prompts),
+            meta["order"]["seed"],
+            "the reference was edited: record it again",
+        )
+        problems.raise_if_any(RecordError)
     return Reference(
         path, sha256_of(raw), meta, tuple(prompts), logits, tokens["ref_offsets"], added
     )
 
 
 def _check_meta(meta: Any, where: str, problems: Problems) -> None:
+    if isinstance(meta, dict) and "order" not in meta:
+        problems.add(where, "order", "the seed of the order of prompts", "nothing", _OLD)
+        return
     if not strictjson.check_keys(
         meta, where, problems, required=("format_version", *_META, "files")
     ):
@@ -357,12 +419,17 @@ def _load(
 def _check_rows(rows: Sequence[Any], where: str, problems: Problems) -> None:
     if not rows:
         problems.add(where, "prompts", "at least one", "none", "record with prompts")
+    if any(isinstance(row, dict) and not {"cluster", "attack"} <= row.keys() for row in rows):
+        problems.add(where, "cluster, attack", "in every prompt", "prompts without", _OLD)
+        return
     seen: set[str] = set()
     for number, row in enumerate(rows, start=1):
         here = f"{where}:{number}"
         if not strictjson.check_keys(row, here, problems, required=_PROMPT_FIELDS):
             continue
         for name in _PROMPT_FIELDS:
+            if name == "attack" and row[name] is None:
+                continue
             if not isinstance(row[name], bool if name == "borderline" else str):
                 problems.add(here, name, "a string", type(row[name]).__name__)
         if row["kind"] not in KINDS:
@@ -370,6 +437,13 @@ def _check_rows(rows: Sequence[Any], where: str, problems: Problems) -> None:
         for name in ("ref_verdict", "base_verdict"):
             if row[name] not in VERDICTS:
                 problems.add(here, name, ", ".join(VERDICTS), row[name])
+        name = str(row["id"]).partition("@")[2]
+        if (row["attack"] or "") != name or row["attack"] == "":
+            problems.add(here, "attack", f"that of the id {row['id']}", row["attack"])
+        if row["attack"] is not None and row["kind"] != "harmful":
+            problems.add(here, "kind", "harmful: it is under attack", row["kind"])
+        if not row["cluster"]:
+            problems.add(here, "cluster", "a name", "nothing")
         if str(row["id"]) in seen:
             problems.add(here, "id", "each id once", row["id"], "record again with other ids")
         seen.add(str(row["id"]))
@@ -407,6 +481,35 @@ def _check_arrays(
         wanted = (rows,) if name.endswith("lse") else top
         if logits[name].shape != wanted:
             problems.add(str(path / LOGITS), name, wanted, logits[name].shape)
+    if not len(problems):
+        _check_openers(tokens, logits, str(path / LOGITS), problems)
+
+
+def _check_openers(
+    tokens: Mapping[str, npt.NDArray[Any]],
+    logits: Mapping[str, npt.NDArray[Any]],
+    where: str,
+    problems: Problems,
+) -> None:
+    """Openers are the tokens that begin replies, and stored twice they have one logit."""
+    ids = logits["opener_ids"]
+    firsts = [tokens[f"{arm}_ids"][tokens[f"{arm}_offsets"][:-1]] for arm in ("ref", "base")]
+    wanted = np.unique(np.concatenate(firsts))
+    if not np.array_equal(ids, wanted):
+        problems.add(where, "opener_ids", "the first tokens of all replies", ids.shape)
+        return
+    rows = tokens["ref_offsets"][:-1]
+    same = logits["top_ids"][rows][:, :, None] == ids  # (N, K, E)
+    for arm in ("ref", "base"):
+        found = logits[f"{arm}_openers"]
+        if found.shape != (len(rows), len(ids)):
+            problems.add(where, f"{arm}_openers", (len(rows), len(ids)), found.shape)
+            continue
+        again = logits[f"{arm}_logits"][rows][:, :, None]
+        if (same & (again != found[:, None, :])).any():
+            problems.add(
+                where, f"{arm}_openers", f"the logits in {arm}_logits", "others", "record again"
+            )
 
 
 def _npz(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
