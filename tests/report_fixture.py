@@ -23,7 +23,10 @@ ATTACKS = ("role-play", "prefix-injection", "refusal-suppression", "base64", "pa
            "many-shot")  # fmt: skip
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ATTACKED = Profile("ci", 0.95, 0.05, 0.05, 80)
-HOSTILE = "</td><script>document.title='pwned'</script>\"'><img src=x onerror=alert(1)> \u202egpj.exe \x00\x1b[31m |`@you [a](http://x.test)"
+HOSTILE = (
+    "</td></script><script>document.title='pwned'</script>\"'><img src=x onerror=alert(1)> "
+    "\u202egpj.exe \x00\x1b[31m |`@you [a](http://x.test)"
+)
 
 
 def sha(text: str) -> str:
@@ -140,7 +143,8 @@ def make_report(
     broken = stop_at or {"PASS": None, "VACUOUS": None}.get(verdict, "refusals")
     details = {
         "integrity": "3 file(s), every byte as listed", "text": "440 prompts: template and token ids equal",
-        "static": "beta 0.998 pooled over 210 tensors", "active": "beta 1.0004: logits moved as the reference's did",
+        "static": "beta 0.998 pooled over 210 tensors",
+        "active": "beta 1.0004: logits moved as the reference's did",
         "logits": "mean KL 9.1e-04 (bound 0.01), top-1 98.40% (bound 95.00%)", "refusals": whole["sentence"],
     }  # fmt: skip
     figures: dict[str, dict[str, Any]] = {
@@ -163,7 +167,7 @@ def make_report(
             over, status = True, "undecided" if verdict == "INCONCLUSIVE" else "broken"
         rungs.append({
             "name": name, "status": status,
-            "detail": "" if status == "not reached" else "does not hold" if stop_at == name else details[name],
+            "detail": "" if status == "not reached" else "does not hold" if stop_at else details[name],
             "figures": {} if over and stop_at else figures.get(name, {}),
             "seconds": None if status == "not reached" else 0.2 + 4.0 * number,
         })  # fmt: skip
@@ -171,11 +175,12 @@ def make_report(
     modules = [
         {
             "module": f"model.layers.{layer}.{name}", "layer": layer, "kind": name, "type": "Q8_0",
-            "beta": float(rng.normal(1, 0.012)) - (0.97 if verdict == "FAIL" and (layer, name) == (11, "v_proj") else 0),
+            "beta": 0.03 if (verdict, layer, name) == ("FAIL", 11, "v_proj") else float(rng.normal(1, 0.012)),
         }
         for layer in range(layers) for name in MODULES
     ]  # fmt: skip
     sentence = whole["sentence"]
+    kl = 9e-4 * np.exp(-np.arange(48) / 14) + 2e-4 * rng.random(48)
     if early:
         sentence = f"Nothing was proved: the ladder broke at {stop_at}."
     return {
@@ -199,8 +204,8 @@ def make_report(
         },
         "rungs": rungs, "gate": None if early else whole, "attacks": under,
         "categories": [] if early else _categories(plain), "prompts": [] if early else listed,
-        "kl_by_position": [] if early else [float(v) for v in 9e-4 * np.exp(-np.arange(48) / 14) + 2e-4 * rng.random(48)],
-        "static": {"pooled": 0.998, "status": "ok", "modules": modules} if static and stop_at != "integrity" else None,
+        "kl_by_position": [] if early else kl.tolist(),
+        "static": {"pooled": 0.998, "status": "ok", "modules": modules} if static and not early else None,
         "seconds": {"total": 94.2, "engine": 88.9},
     }  # fmt: skip
 
