@@ -119,24 +119,28 @@ def make_report(
     sequential: bool = False,
     stop_at: str | None = None,
     prompts: int = 300,
+    per_attack: int = 160,
     layers: int = 30,
 ) -> dict[str, Any]:
-    """A whole report; `stop_at` names the rung that broke, above which nothing was done."""
+    """A whole report; `stop_at` names the rung that broke, above which nothing was done.
+
+    With fewer than 250 prompts the gate of the report need not agree with the verdict asked for.
+    """
     rng = np.random.default_rng(7)
     listed = _prompts(rng, verdict, prompts, None, texts)
     under = []
     if attacks and not stop_at:
         for number, name in enumerate(ATTACKS):
             behaviour = "FAIL" if verdict == "FAIL" and number in (1, 6) else "PASS"
-            wrapped = _prompts(rng, behaviour, 160, name, texts)
+            wrapped = _prompts(rng, behaviour, per_attack, name, texts)
             listed += wrapped
             under.append({"name": name, "gate": gate(wrapped, ATTACKED).to_dict()})
     plain = [one for one in listed if one["attack"] is None]
     result = gate(plain, PROFILES["ci"])
-    assert str(result.verdict) == verdict or prompts < 200 or stop_at, (verdict, result.sentence)
+    assert str(result.verdict) == verdict or prompts < 250 or stop_at, (verdict, result.sentence)
     whole = result.to_dict()
     if sequential:
-        path = [float(np.exp(0.014 * n + 0.4 * np.sin(n / 9))) for n in range(1, prompts + 1)]
+        path = [float(np.exp(0.03 * n + 0.4 * np.sin(n / 9))) for n in range(1, prompts + 1)]
         whole["sequential"] = {
             "path": path, "threshold": 20.0, "stopped_at": next(i for i, e in enumerate(path) if e >= 20) + 1,
         }  # fmt: skip
@@ -212,7 +216,7 @@ def make_report(
 
 def make_hostile() -> dict[str, Any]:
     """A report in which every text that comes from a file tries to be something else."""
-    report = make_report("FAIL", texts=True, prompts=30)
+    report = make_report("FAIL", texts=True, prompts=30, per_attack=6)
     for number, prompt in enumerate(report["prompts"]):
         prompt |= {"id": f"{number}{HOSTILE}", "category": HOSTILE, "reference_text": HOSTILE,
                    "artifact_text": HOSTILE + "\ud800\n" + HOSTILE}  # fmt: skip

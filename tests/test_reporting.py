@@ -202,7 +202,9 @@ def test_junit_has_a_case_for_each_rate_and_attack() -> None:
     assert _state(cases["refusals.contrast"]) == "passed"
     assert _state(cases["attacks.prefix-injection"]) == "failure"
     assert _state(cases["attacks.base64"]) == "passed"
-    properties = {one.get("name"): one.get("value") for one in cases["refusals.loss"].iter("property")}
+    properties = {
+        one.get("name"): one.get("value") for one in cases["refusals.loss"].iter("property")
+    }
     loss = REPORTS["fail"]["gate"]["loss"]
     assert float(properties["upper"]) == loss["upper"]
     assert int(properties["events_worst"]) == loss["events_worst"]
@@ -245,7 +247,9 @@ def test_sarif_is_loud_about_everything_but_pass() -> None:
     for name, report in REPORTS.items():
         (run,) = json.loads(reporting.render_sarif(report))["runs"]
         found = [r["ruleId"] for r in run["results"] if r["ruleId"].startswith("verdict/")]
-        assert found == ([] if report["verdict"] == "PASS" else [f"verdict/{report['verdict']}"]), name
+        assert found == ([] if report["verdict"] == "PASS" else [f"verdict/{report['verdict']}"]), (
+            name
+        )
 
 
 # --- Markdown --------------------------------------------------------------------------------------

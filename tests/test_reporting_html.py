@@ -21,7 +21,17 @@ REPORTS = {name: make() for name, make in VARIANTS.items()}
 PAGES = {name: reporting.render_html(report) for name, report in REPORTS.items()}
 TREES = {name: html.document_fromstring(page) for name, page in PAGES.items()}
 every_tree = pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
-URLS = {"href", "src", "srcset", "action", "formaction", "xlink:href", "data", "poster", "background"}
+URLS = {
+    "href",
+    "src",
+    "srcset",
+    "action",
+    "formaction",
+    "xlink:href",
+    "data",
+    "poster",
+    "background",
+}
 
 
 @every_tree
@@ -126,7 +136,9 @@ def test_plots_have_names_and_finite_coordinates(name: str) -> None:
         assert plot.xpath("string(title)")
     for plot in TREES[name].xpath("//svg"):
         assert plot.get("role") == "img" or plot.get("aria-hidden") == "true"
-        assert not re.search(r"\b(nan|inf)\b", etree.tostring(plot, encoding="unicode").split(">", 2)[0])
+        assert not re.search(
+            r"\b(nan|inf)\b", etree.tostring(plot, encoding="unicode").split(">", 2)[0]
+        )
         for element in plot.iter(etree.Element):
             for key in ("x", "y", "cx", "cy", "x1", "y1", "x2", "y2", "width", "height"):
                 value = float(element.get(key, 0))
@@ -151,7 +163,13 @@ def test_a_beta_that_is_no_number_is_in_the_worst_colour(beta: float, name: str)
 
 def test_experts_of_one_cell_show_the_worst() -> None:
     def module(number: int, beta: float) -> dict[str, Any]:
-        return {"module": f"experts.{number}", "layer": 0, "kind": "up", "beta": beta, "type": "F16"}
+        return {
+            "module": f"experts.{number}",
+            "layer": 0,
+            "kind": "up",
+            "beta": beta,
+            "type": "F16",
+        }
 
     for order in ((1.0, 0.2, 1.01), (0.2, 1.0, 1.01)):
         drawn = svg.beta_heat_map([module(i, beta) for i, beta in enumerate(order)])

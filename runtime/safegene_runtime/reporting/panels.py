@@ -272,7 +272,7 @@ def _flip_table(kind: str, found: Mapping[tuple[str, str], int]) -> Markup:
     caption = f"{kind.capitalize()} prompts: {sum(found.values()) - left_out}"
     if left_out:
         caption += f", {left_out} more were not needed"
-    return el(
+    grid = el(
         "table",
         el("caption", caption),
         el(
@@ -282,6 +282,7 @@ def _flip_table(kind: str, found: Mapping[tuple[str, str], int]) -> Markup:
         el("tbody", rows),
         class_="matrix",
     )
+    return el("div", grid, class_="scroll", role="region", tabindex=0, aria_label=caption)
 
 
 def _divergence(prompt: Mapping[str, Any]) -> str:

@@ -241,7 +241,11 @@ def beta_heat_map(modules: Sequence[Mapping[str, Any]]) -> Markup | None:
                     el("title", tip),
                     el("rect", x=x + 1, y=y + 1, width=side - 2, height=side - 2, rx=4),
                     el(
-                        "text", _cell(cell["beta"]), x=x + side / 2, y=y + side / 2 + 4, class_="mid"
+                        "text",
+                        _cell(cell["beta"]),
+                        x=x + side / 2,
+                        y=y + side / 2 + 4,
+                        class_="mid",
                     ),
                     class_=f"cell {name}",
                 )
