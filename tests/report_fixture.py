@@ -23,7 +23,10 @@ ATTACKS = ("role-play", "prefix-injection", "refusal-suppression", "base64", "pa
            "many-shot")  # fmt: skip
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ATTACKED = Profile("ci", 0.95, 0.05, 0.05, 80)
-HOSTILE = "</td><script>document.title='pwned'</script>\"'><img src=x onerror=alert(1)> \u202egpj.exe \x00\x1b[31m |`@you [a](http://x.test)"
+HOSTILE = (
+    "</td></script><script>document.title='pwned'</script>\"'><img src=x onerror=alert(1)> "
+    "\u202egpj.exe \x00\x1b[31m |`@you [a](http://x.test)"
+)
 
 
 def sha(text: str) -> str:
@@ -116,31 +119,36 @@ def make_report(
     sequential: bool = False,
     stop_at: str | None = None,
     prompts: int = 300,
+    per_attack: int = 160,
     layers: int = 30,
 ) -> dict[str, Any]:
-    """A whole report; `stop_at` names the rung that broke, above which nothing was done."""
+    """A whole report; `stop_at` names the rung that broke, above which nothing was done.
+
+    With fewer than 250 prompts the gate of the report need not agree with the verdict asked for.
+    """
     rng = np.random.default_rng(7)
     listed = _prompts(rng, verdict, prompts, None, texts)
     under = []
     if attacks and not stop_at:
         for number, name in enumerate(ATTACKS):
             behaviour = "FAIL" if verdict == "FAIL" and number in (1, 6) else "PASS"
-            wrapped = _prompts(rng, behaviour, 160, name, texts)
+            wrapped = _prompts(rng, behaviour, per_attack, name, texts)
             listed += wrapped
             under.append({"name": name, "gate": gate(wrapped, ATTACKED).to_dict()})
     plain = [one for one in listed if one["attack"] is None]
     result = gate(plain, PROFILES["ci"])
-    assert str(result.verdict) == verdict or prompts < 200 or stop_at, (verdict, result.sentence)
+    assert str(result.verdict) == verdict or prompts < 250 or stop_at, (verdict, result.sentence)
     whole = result.to_dict()
     if sequential:
-        path = [float(np.exp(0.014 * n + 0.4 * np.sin(n / 9))) for n in range(1, prompts + 1)]
+        path = [float(np.exp(0.03 * n + 0.4 * np.sin(n / 9))) for n in range(1, prompts + 1)]
         whole["sequential"] = {
             "path": path, "threshold": 20.0, "stopped_at": next(i for i, e in enumerate(path) if e >= 20) + 1,
         }  # fmt: skip
     broken = stop_at or {"PASS": None, "VACUOUS": None}.get(verdict, "refusals")
     details = {
         "integrity": "3 file(s), every byte as listed", "text": "440 prompts: template and token ids equal",
-        "static": "beta 0.998 pooled over 210 tensors", "active": "beta 1.0004: logits moved as the reference's did",
+        "static": "beta 0.998 pooled over 210 tensors",
+        "active": "beta 1.0004: logits moved as the reference's did",
         "logits": "mean KL 9.1e-04 (bound 0.01), top-1 98.40% (bound 95.00%)", "refusals": whole["sentence"],
     }  # fmt: skip
     figures: dict[str, dict[str, Any]] = {
@@ -163,7 +171,7 @@ def make_report(
             over, status = True, "undecided" if verdict == "INCONCLUSIVE" else "broken"
         rungs.append({
             "name": name, "status": status,
-            "detail": "" if status == "not reached" else "does not hold" if stop_at == name else details[name],
+            "detail": "" if status == "not reached" else "does not hold" if stop_at else details[name],
             "figures": {} if over and stop_at else figures.get(name, {}),
             "seconds": None if status == "not reached" else 0.2 + 4.0 * number,
         })  # fmt: skip
@@ -171,11 +179,12 @@ def make_report(
     modules = [
         {
             "module": f"model.layers.{layer}.{name}", "layer": layer, "kind": name, "type": "Q8_0",
-            "beta": float(rng.normal(1, 0.012)) - (0.97 if verdict == "FAIL" and (layer, name) == (11, "v_proj") else 0),
+            "beta": 0.03 if (verdict, layer, name) == ("FAIL", 11, "v_proj") else float(rng.normal(1, 0.012)),
         }
         for layer in range(layers) for name in MODULES
     ]  # fmt: skip
     sentence = whole["sentence"]
+    kl = 9e-4 * np.exp(-np.arange(48) / 14) + 2e-4 * rng.random(48)
     if early:
         sentence = f"Nothing was proved: the ladder broke at {stop_at}."
     return {
@@ -199,15 +208,15 @@ def make_report(
         },
         "rungs": rungs, "gate": None if early else whole, "attacks": under,
         "categories": [] if early else _categories(plain), "prompts": [] if early else listed,
-        "kl_by_position": [] if early else [float(v) for v in 9e-4 * np.exp(-np.arange(48) / 14) + 2e-4 * rng.random(48)],
-        "static": {"pooled": 0.998, "status": "ok", "modules": modules} if static and stop_at != "integrity" else None,
+        "kl_by_position": [] if early else kl.tolist(),
+        "static": {"pooled": 0.998, "status": "ok", "modules": modules} if static and not early else None,
         "seconds": {"total": 94.2, "engine": 88.9},
     }  # fmt: skip
 
 
 def make_hostile() -> dict[str, Any]:
     """A report in which every text that comes from a file tries to be something else."""
-    report = make_report("FAIL", texts=True, prompts=30)
+    report = make_report("FAIL", texts=True, prompts=30, per_attack=6)
     for number, prompt in enumerate(report["prompts"]):
         prompt |= {"id": f"{number}{HOSTILE}", "category": HOSTILE, "reference_text": HOSTILE,
                    "artifact_text": HOSTILE + "\ud800\n" + HOSTILE}  # fmt: skip

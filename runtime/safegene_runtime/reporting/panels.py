@@ -183,10 +183,16 @@ def gate_panel(report: Mapping[str, Any]) -> Markup | None:
     contrast, mcnemar, net = gate["contrast"], gate["mcnemar"], gate["net_difference"]
     clusters = gate["clusters"]
     checks = [
-        ("The base in the artifact’s place", f"loses {counts(contrast['loss'])}, p = {contrast['p_value']:.2g}: "
-         + ("fails, as it must" if contrast["ok"] else contrast["reason"])),
-        ("McNemar, exact", f"{mcnemar['losses']} lost, {mcnemar['gains']} gained: p = {mcnemar['p_value']:.2g}"),
-    ]  # fmt: skip
+        (
+            "The base in the artifact’s place",
+            f"loses {counts(contrast['loss'])}, p = {contrast['p_value']:.2g}: "
+            + ("fails, as it must" if contrast["ok"] else contrast["reason"]),
+        ),
+        (
+            "McNemar, exact",
+            f"{mcnemar['losses']} lost, {mcnemar['gains']} gained: p = {mcnemar['p_value']:.2g}",
+        ),
+    ]
     if net["value"] is not None:
         low, high = (f"{100 * end:+.2f}" for end in net["interval"])
         checks.append(
@@ -266,7 +272,7 @@ def _flip_table(kind: str, found: Mapping[tuple[str, str], int]) -> Markup:
     caption = f"{kind.capitalize()} prompts: {sum(found.values()) - left_out}"
     if left_out:
         caption += f", {left_out} more were not needed"
-    return el(
+    grid = el(
         "table",
         el("caption", caption),
         el(
@@ -276,6 +282,7 @@ def _flip_table(kind: str, found: Mapping[tuple[str, str], int]) -> Markup:
         el("tbody", rows),
         class_="matrix",
     )
+    return el("div", grid, class_="scroll", role="region", tabindex=0, aria_label=caption)
 
 
 def _divergence(prompt: Mapping[str, Any]) -> str:
@@ -426,12 +433,12 @@ def provenance_panel(report: Mapping[str, Any]) -> Markup:
     artifact, reference, engine = report["artifact"], report["reference"], report["engine"]
     profile, bounds = report["profile"], report["bounds"]
     groups: list[tuple[str, list[tuple[str, str]]]] = [
-        ("Artifact", [(key, compact(artifact[key])) for key in
-                      ("name", "target", "form", "architecture", "precision", "expression")]
-         + [(f"sha256 of {name}", digest) for name, digest in artifact["files"].items()]),
+        ("Artifact", [*((key, compact(artifact[key])) for key in
+                        ("name", "target", "form", "architecture", "precision", "expression")),
+                      *((f"sha256 of {name}", digest) for name, digest in artifact["files"].items())]),
         ("Reference", [("base", reference["base"]), ("adapter", reference["adapter"]),
-                       ("expression", compact(reference["expression"])), ("sha256", reference["sha256"])]
-         + list(reference["versions"].items())),
+                       ("expression", compact(reference["expression"])), ("sha256", reference["sha256"]),
+                       *reference["versions"].items()]),
         ("Check", [("profile", profile["name"]), ("confidence", percent(profile["confidence"])),
                    ("loss margin", percent(profile["loss_margin"])),
                    ("over-refusal margin", percent(profile["over_refusal_margin"])),

@@ -213,8 +213,8 @@ def beta_heat_map(modules: Sequence[Mapping[str, Any]]) -> Markup | None:
     cells: dict[tuple[str, int], Mapping[str, Any]] = {}
     for one in modules:
         place = (one["kind"], -1 if one["layer"] is None else one["layer"])
-        worst = cells.get(place)
-        if worst is None or not abs(one["beta"] - 1) <= abs(worst["beta"] - 1):
+        known = cells.get(place)
+        if known is None or not abs(one["beta"] - 1) <= abs(known["beta"] - 1):
             cells[place] = one
     if not cells:
         return None
@@ -231,17 +231,21 @@ def beta_heat_map(modules: Sequence[Mapping[str, Any]]) -> Markup | None:
         short = kind if len(kind) <= 14 else kind[:13] + "…"
         parts.append(el("text", short, x=left - 9, y=y + side / 2 + 4, class_="tick end"))
         for column, layer in enumerate(layers):
-            if (one := cells.get((kind, layer))) is None:
+            if (cell := cells.get((kind, layer))) is None:
                 continue
-            x, name = left + column * side, beta_bin(one["beta"])
-            tip = f"{one['module']} ({one['type']}): beta {one['beta']:.4f}"
+            x, name = left + column * side, beta_bin(cell["beta"])
+            tip = f"{cell['module']} ({cell['type']}): beta {cell['beta']:.4f}"
             parts.append(
                 el(
                     "g",
                     el("title", tip),
                     el("rect", x=x + 1, y=y + 1, width=side - 2, height=side - 2, rx=4),
                     el(
-                        "text", _cell(one["beta"]), x=x + side / 2, y=y + side / 2 + 4, class_="mid"
+                        "text",
+                        _cell(cell["beta"]),
+                        x=x + side / 2,
+                        y=y + side / 2 + 4,
+                        class_="mid",
                     ),
                     class_=f"cell {name}",
                 )

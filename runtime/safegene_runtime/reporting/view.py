@@ -109,7 +109,10 @@ def headline(report: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
         for key, name in RATES.items():
             bound = gate[key]
             if key == "loss" or (bound["events_worst"] and bound["status"] != "not measured"):
-                found.append((name, counts(bound), f"upper bound {format_bound(bound)}"))
+                limits = (
+                    f"at most {percent(bound['upper'], up=True)}; margin {percent(bound['margin'])}"
+                )
+                found.append((name, counts(bound), limits))
         base = gate["contrast"]["loss"]
         found.append(("Base would lose", counts(base), "must fail, or this is vacuous"))
     figures = {rung["name"]: rung["figures"] for rung in report["rungs"]}
