@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# onnx.py lies beside this file: to us and to our children that name must mean the package
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT / "benchmarks"]
 PEFT_MERGE = """
 import sys, torch
 from pathlib import Path

@@ -23,13 +23,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 from measuring import PEFT_MERGE, environment, measure
-
-sys.path.remove(str(Path(__file__).resolve().parent))  # this file's name is a package's
-
-import onnxruntime
 
 from safegene_converter.demo import find_adapter, find_smollm2
 from safegene_converter.onnx_build import BUILDER, build_onnx
@@ -142,7 +139,7 @@ def main() -> None:
     parser.add_argument("--skip-conversion", action="store_true", help="rates only")
     arguments = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}; ONNX Runtime "
-          f"{onnxruntime.__version__}, {arguments.threads} threads; median of {arguments.repeat} "
+          f"{version('onnxruntime')}, {arguments.threads} threads; median of {arguments.repeat} "
           f"conversions, {arguments.rounds} rounds; load {os.getloadavg()[0]:.1f} at the start")  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
