@@ -1,0 +1,162 @@
+"""ONNX beside its peers, in one run: conversion, then tokens per second of every form.
+
+    python benchmarks/onnx.py [--repeat 3] [--rounds 7] [--precision fp32 int4]
+
+Conversion: the three forms from an ONNX folder and from a Hugging Face folder, beside PEFT's merge
+followed by the onnxruntime-genai builder, and beside the builder's own `adapter_path`. Neither peer
+knows layer coefficients, and none of them checks what it wrote.
+
+Speed: every form in ONNX Runtime with the settings of our engine, one after the other in each round, so
+that a machine that drifts drifts for all; a ratio is the median of a round's own ratios to the plain
+base. Only ratios count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from measuring import PEFT_MERGE, environment, measure
+
+from safegene_converter.demo import find_adapter, find_smollm2
+from safegene_converter.onnx_build import BUILDER, build_onnx
+from safegene_runtime.ort_engine import OrtEngine
+
+FORMS = ("merged", "branch", "adapter")
+SAVE_HF = """
+import sys
+from pathlib import Path
+from safegene_converter.base import open_base
+from safegene_converter.recorder import save_hf
+save_hf(open_base(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+PROMPT_TOKENS, NEW_TOKENS = 256, 48
+
+
+def conversion(folder: Path, hf: Path, base: Path, repeat: int) -> None:
+    """Prints wall time, peak memory and size of every way to get an fp32 ONNX with the adapter."""
+    adapter, out, merged = str(find_adapter()), folder / "out", folder / "merged-hf"
+    ours = [sys.executable, "-m", "safegene_converter", "convert", adapter, "--to", "onnx",
+            "-o", str(out)]  # fmt: skip
+    builder = [sys.executable, "-m", BUILDER, "-o", str(out), "-p", "fp32", "-e", "cpu",
+               "-c", str(folder / "cache")]  # fmt: skip
+    script = f'"{sys.executable}" -c \'{PEFT_MERGE}\' "$1" "$2" "$3" && shift 3 && "$@"'
+    rows: list[tuple[str, str, list[str]]] = []
+    for form in FORMS:
+        for job, source in (("from ONNX", base), ("from HF", hf)):
+            command = [*ours, "--as", form, "--base", str(source)]
+            rows.append((job, f"safegene, {form}", command))
+            rows.append((job, f"safegene, {form}, no self-check", [*command, "--no-self-check"]))
+    rows.append(("from HF", "PEFT merge + builder",
+                 ["bash", "-c", script, "-", str(hf), adapter, str(merged),
+                  *builder, "-i", str(merged), "--extra_options", "hf_token=false"]))  # fmt: skip
+    rows.append(("from HF", "builder, adapter_path",
+                 [*builder, "-i", str(hf),
+                  "--extra_options", "hf_token=false", f"adapter_path={adapter}"]))  # fmt: skip
+    print("\n| job | tool | wall s | peak MiB | MB out |\n|---|---|---|---|---|")
+    for job, tool, command in sorted(rows, key=lambda row: row[0] != "from ONNX"):
+        shutil.rmtree(merged, ignore_errors=True)
+        wall, peak, size = measure(command, out, repeat)
+        print(f"| {job} | {tool} | {wall:.2f} | {peak:.0f} | {size:.1f} |", flush=True)
+
+
+def speed(folder: Path, hf: Path, base: Path, precision: str, rounds: int, threads: int) -> None:
+    """Prints tokens per second of every form, and its ratio to the plain base."""
+    made = {"plain base": (base, False)}
+    for form in FORMS:
+        out = folder / f"{precision}-{form}"
+        subprocess.run(
+            [sys.executable, "-m", "safegene_converter", "convert", str(find_adapter()), "--base",
+             str(base), "--to", "onnx", "--as", form, "-o", str(out), "--no-self-check"],
+            check=True, env=environment(), capture_output=True,
+        )  # fmt: skip
+        if form == "adapter":
+            made["adapter, off"] = (out, False)
+        made["adapter, on" if form == "adapter" else form] = (out, form == "adapter")
+    peer = folder / f"{precision}-peer"
+    subprocess.run(
+        [sys.executable, "-m", BUILDER, "-i", str(hf), "-o", str(peer), "-p", precision, "-e", "cpu",
+         "-c", str(folder / "cache"),
+         "--extra_options", "hf_token=false", f"adapter_path={find_adapter()}"],
+        check=True, env=environment(), capture_output=True,
+    )  # fmt: skip
+    made["builder, adapter_path"] = (peer, False)
+    engines = {
+        name: OrtEngine(out / "model.onnx", out / "adapter.onnx_adapter" if on else None,
+                        threads=threads)
+        for name, (out, on) in made.items()
+    }  # fmt: skip
+    ids = engines["plain base"].tokenize("The quick brown fox jumps. " * 60, add_special=False)
+
+    def prompt(engine: OrtEngine) -> None:
+        for _ in engine.logits([ids[:PROMPT_TOKENS]], [1]):
+            pass
+
+    def decode(engine: OrtEngine) -> None:
+        engine.generate([ids[:8]], NEW_TOKENS, ())
+
+    jobs: dict[str, tuple[Callable[[OrtEngine], None], int]] = {
+        f"prompt of {PROMPT_TOKENS}": (prompt, PROMPT_TOKENS),
+        f"{NEW_TOKENS} new tokens": (decode, NEW_TOKENS),
+    }
+    print(f"\n| {precision} | job | tokens/s | x plain base | [min, max] |\n|---|---|---|---|---|")
+    for job, (run, tokens) in jobs.items():
+        times: dict[str, list[float]] = {name: [] for name in engines}
+        for number in range(rounds + 1):
+            # every other round the other way round: what heats up or cools down hits all alike
+            for name in list(engines)[:: 1 if number % 2 else -1]:
+                start = time.perf_counter()
+                run(engines[name])
+                if number:  # the first round warms up
+                    times[name].append(time.perf_counter() - start)
+        plain = times["plain base"]
+        for name, own in times.items():
+            ratios = [mine / base for mine, base in zip(plain, own, strict=True)]
+            print(f"| {name} | {job} | {tokens / statistics.median(own):.0f} | "
+                  f"{statistics.median(ratios):.3f} | [{min(ratios):.2f}, {max(ratios):.2f}] |",
+                  flush=True)  # fmt: skip
+    for engine in engines.values():
+        engine.close()
+
+
+def main() -> None:
+    """Prints one table of conversions, and one of rates per precision."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeat", type=int, default=3, help="of each conversion")
+    parser.add_argument("--rounds", type=int, default=7, help="of the rates")
+    parser.add_argument("--precision", nargs="+", default=["fp32", "int4"], help="of the rates")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--skip-conversion", action="store_true", help="rates only")
+    arguments = parser.parse_args()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}; ONNX Runtime "
+          f"{version('onnxruntime')}, {arguments.threads} threads; median of {arguments.repeat} "
+          f"conversions, {arguments.rounds} rounds; load {os.getloadavg()[0]:.1f} at the start")  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        hf = folder / "hf"
+        subprocess.run([sys.executable, "-c", SAVE_HF, str(find_smollm2()), str(hf)],
+                       check=True, env=environment(), capture_output=True)  # fmt: skip
+        bases = {
+            precision: folder / f"base-{precision}"
+            for precision in dict.fromkeys(["fp32", *arguments.precision])
+        }
+        for precision, base in bases.items():
+            build_onnx(hf, base, precision)
+        if not arguments.skip_conversion:
+            conversion(folder, hf, bases["fp32"], arguments.repeat)
+        for precision in arguments.precision:
+            speed(folder, hf, bases[precision], precision, arguments.rounds, arguments.threads)
+
+
+if __name__ == "__main__":
+    main()
