@@ -44,7 +44,8 @@ def check_decodable(base: Base) -> None:
             where, "base", "one GGUF file", f"{len(base.files)} shards",
             "pass the Hugging Face folder: transformers reads no sharded GGUF",
         )  # fmt: skip
-    scaling = base.model.get(f"{base.architecture}.rope.scaling.type")
+    stated = base.model.metadata.get(f"{base.architecture}.rope.scaling.type")
+    scaling = None if stated is None else stated.value
     if "rope_freqs.weight" in base.model.tensors or scaling not in (None, "none"):
         problems.add(
             where, "rotary embedding", "one without scaling", str(scaling or "rope_freqs.weight"),

@@ -222,7 +222,8 @@ def save_as_folder(base: Base, out: Path) -> None:
         BaseModelError: transformers cannot load it, or it has no chat template.
     """
     model, tokenizer = load_model(base)
-    # a None here is written out as null, and loaders take it for a quantised model
+    # a decoded GGUF still calls itself quantised, and a None here would be written out as null
+    model.hf_quantizer = None
     del model.config.quantization_config
     model.save_pretrained(out, max_shard_size="1TB")
     tokenizer.save_pretrained(out)

@@ -49,7 +49,7 @@ from safegene_runtime.files import (
 )
 from safegene_runtime.manifest import FileEntry, Manifest, ModuleEntry
 from safegene_runtime.onnx_checks import precision_class
-from safegene_runtime.onnx_file import read_onnx
+from safegene_runtime.onnx_file import DataType, read_onnx
 from safegene_runtime.ort_engine import read_text_files
 
 __all__ = ["FORMS", "OnnxBase", "convert_onnx", "open_onnx_base"]
@@ -107,6 +107,8 @@ def convert_onnx(
     export = Export(precision, block_size, accuracy_level, tuple(builder_options))
     source = open_source(base_path, export)
     check_base_fits(adapter, source.shapes, source.architecture, source.n_layers)
+    if check:
+        _check_runnable(source, export)
     with publish_folder(out, force) as folder, digesting(source) as digests:
         work = folder / ".work"
         work.mkdir()
@@ -163,6 +165,29 @@ def convert_onnx(
         shutil.rmtree(work)
         (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
     return manifest
+
+
+def _check_runnable(source: Base | OnnxBase, export: Export) -> None:
+    """Refuses a self-check that could only fail, before any work.
+
+    Raises:
+        UnsupportedError: a bfloat16 graph, for which ONNX Runtime has no kernels on the CPU.
+    """
+    kinds = (
+        {value.elem_type for value in source.model.inputs}
+        if isinstance(source, OnnxBase)
+        else {DataType.BFLOAT16 if export.effective_precision == "bf16" else DataType.FLOAT}
+    )
+    if DataType.BFLOAT16 in kinds:
+        raise UnsupportedError(
+            Problem(
+                "self-check",
+                "precision",
+                "a graph that ONNX Runtime runs on the CPU: fp32, fp16, int8, int4",
+                "bf16",
+                "pass --no-self-check, and check the result on the device it is meant for",
+            )
+        )
 
 
 def _default_form(base: OnnxBase, touched: Sequence[Touched]) -> Form:

@@ -1,0 +1,273 @@
+"""Where the base graph comes from: tied or not, from GGUF, larger than protobuf can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+from onnx import TensorProto, helper
+from onnx_tools import arrays, every_module, feeds, quick, session
+from test_to_gguf import peft_delta
+
+from safegene_converter.base import open_base
+from safegene_converter.child import python_environment
+from safegene_converter.gguf_to_hf import check_decodable, gguf_to_hf
+from safegene_converter.onnx_build import build_onnx
+from safegene_runtime.errors import BaseModelError, SafeGeneError, UnsupportedError
+from safegene_runtime.gguf import Value, ValueType
+from safegene_runtime.onnx_file import read_onnx
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return every_module(tmp_path_factory.mktemp("source") / "adapter")
+
+
+# --- GGUF ------------------------------------------------------------------------------------------
+
+
+def test_a_float_gguf_gives_what_its_folder_gives(adapter: Path, tmp_path: Path) -> None:
+    manifest = quick(adapter, tiny.gguf_model("llama"), tmp_path / "gguf", form="merged")
+    assert manifest.base["kind"] == "gguf"
+    assert list(manifest.base["files"]) == ["model.gguf"]
+    assert manifest.settings["transform_error"] == manifest.settings["weight_error"] == 0.0
+    quick(adapter, tiny.onnx_model("llama"), tmp_path / "onnx", form="merged")
+    one, two = arrays(tmp_path / "gguf"), arrays(tmp_path / "onnx")
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "gguf" / name).read_bytes() == (tmp_path / "onnx" / name).read_bytes()
+
+
+def test_a_quantised_gguf_is_refused_by_its_types(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"F32, F16, BF16.*Q4_1.*\n.*float model"):
+        quick(adapter, tiny.smollm2_gguf(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_gguf_loader_would_drop_is_refused() -> None:
+    base = open_base(tiny.gguf_model("llama"))
+    assert base.model is not None
+    check_decodable(base)
+    scaled = {**base.model.metadata,
+              "llama.rope.scaling.type": Value(ValueType.STRING, "yarn", None)}  # fmt: skip
+    model = dataclasses.replace(base.model, metadata=scaled)
+    with pytest.raises(UnsupportedError, match="yarn"):
+        check_decodable(dataclasses.replace(base, model=model))
+    with pytest.raises(UnsupportedError, match="2 shards"):
+        check_decodable(dataclasses.replace(base, files=base.files * 2))
+
+
+def test_a_loader_that_mixes_rows_is_caught_on_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader must undo llama.cpp's order of q and k; here it seems not to have done so."""
+    base = dataclasses.replace(open_base(tiny.gguf_model("llama")), n_head=1, n_head_kv=1)
+    monkeypatch.setattr(
+        "safegene_converter.gguf_to_hf.run_child",
+        lambda command, **more: shutil.copytree(tiny.hf_model("llama"), command[-1]),
+    )
+    with pytest.raises(BaseModelError) as caught:
+        gguf_to_hf(base, tmp_path / "out", lambda stage, done, total: None)
+    assert len(caught.value.problems) == 4, "q and k of two layers"
+
+
+# --- tied and untied -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_untouched_tied_or_not(tied: bool, adapter: Path, tmp_path: Path) -> None:
+    """A delta on the blocks must not reach the embeddings, nor the head that may share them."""
+    base = tiny.onnx_model("llama")
+    if not tied:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(tiny.hf_model("llama"))
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = type(model.lm_head.weight)(model.lm_head.weight.detach() * 0.5)
+        shutil.copytree(tiny.hf_model("llama"), tmp_path / "hf")
+        model.save_pretrained(tmp_path / "hf")
+        base = tmp_path / "base"
+        build_onnx(tmp_path / "hf", base, "fp32")
+        shutil.copy(tmp_path / "hf" / "config.json", base)
+    manifest = quick(adapter, base, tmp_path / "out", form="merged")
+    before, after = arrays(base), arrays(tmp_path / "out")
+    head = [name for name in before if "lm_head" in name or "embed" in name]
+    assert len({before[name].tobytes() for name in head}) >= (1 if tied else 2)
+    assert all(np.array_equal(before[name], after[name]) for name in head)
+    assert len(manifest.modules) == 14
+    one, two = session(base / "model.onnx"), session(tmp_path / "out" / "model.onnx")
+    logits = [s.run(["logits"], feeds(s, [[5, 77, 1042]]))[0] for s in (one, two)]
+    assert np.abs(logits[0] - logits[1]).max() > 0.01
+
+
+# --- more than 2 GB --------------------------------------------------------------------------------
+
+GIB = 1 << 30
+PEAK_KIB = """
+import json, resource, sys
+from pathlib import Path
+from safegene_converter.to_onnx import convert_onnx
+adapter, base, out = sys.argv[1:]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+convert_onnx(Path(adapter), Path(base), Path(out), form="merged", check=False)
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def large_base(out: Path, n_files: int) -> Path:
+    """The tiny model with 2.5 GiB of holes beside its weights, in one data file or in several."""
+    source = tiny.onnx_model("llama")
+    shutil.copytree(source, out)
+    (out / "model.onnx.data").rename(out / "weights-0.bin")
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "weights-0.bin"
+    start = -(-os.path.getsize(out / "weights-0.bin") // 4096) * 4096
+    for number in range(5):
+        name = f"weights-{number % n_files}.bin"
+        if not (out / name).exists():
+            (out / name).touch()
+        offset = start if name == "weights-0.bin" else os.path.getsize(out / name)
+        start = start + GIB // 2 if name == "weights-0.bin" else start
+        os.truncate(out / name, offset + GIB // 2)
+        tensor = model.graph.initializer.add(
+            name=f"hole.{number}", data_type=TensorProto.FLOAT, dims=[GIB // 8]
+        )
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", name), ("offset", offset), ("length", GIB // 2)):
+            tensor.external_data.add(key=key, value=str(value))
+        model.graph.node.append(helper.make_node("Identity", [tensor.name], [f"unused.{number}"]))
+    (out / "model.onnx").write_bytes(model.SerializeToString())
+    return out
+
+
+@pytest.mark.parametrize("n_files", [1, 3])
+def test_a_base_of_more_than_2_gb_is_not_loaded(
+    n_files: int, adapter: Path, tmp_path: Path
+) -> None:
+    base = large_base(tmp_path / "base", n_files)
+    total = sum(file.stat().st_size for file in base.iterdir())
+    assert total > 2.5 * GIB
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK_KIB, adapter, base, tmp_path / "out"],
+        env=python_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, peak = map(int, done.stdout.split())
+    assert (peak - before) * 1024 < 300 << 20, "a chunk or two, not the model"
+    old, new = read_onnx(base / "model.onnx"), read_onnx(tmp_path / "out" / "model.onnx")
+    for number in range(5):
+        one, two = old.initializers[f"hole.{number}"], new.initializers[f"hole.{number}"]
+        assert (one.offset, one.nbytes) == (two.offset, two.nbytes)
+        assert one.path is not None
+        assert two.path is not None
+        assert one.path.name == two.path.name
+    name = next(n.inputs[1] for n in old.nodes if "layers.1/mlp/down_proj/MatMul" in n.name)
+    pair = []
+    for model in (old, new):
+        info = model.initializers[name]
+        assert info.path is not None
+        raw = np.fromfile(info.path, np.float32, info.nbytes // 4, offset=info.offset)
+        pair.append(raw.reshape(info.shape).T)
+    delta = peft_delta(adapter, "llama")
+    change = pair[1] - pair[0]
+    assert np.abs(change - delta["model.layers.1.mlp.down_proj"]).max() <= 1e-6
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(base)
+
+
+# --- bad input, as a new user gives it -------------------------------------------------------------
+
+
+def test_every_wrong_base_is_one_clear_message(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two").mkdir()
+    for name in ("a.onnx", "b.onnx"):
+        shutil.copy(tiny.onnx_model("llama") / "model.onnx", tmp_path / "two" / name)
+    (tmp_path / "hub" / "onnx").mkdir(parents=True)
+    (tmp_path / "hub" / "config.json").write_text("{}")
+    (tmp_path / "noise").mkdir()
+    (tmp_path / "noise" / "model.onnx").write_bytes(b"no model at all")
+    shutil.copytree(tiny.onnx_model("llama"), tmp_path / "lost")
+    (tmp_path / "lost" / "model.onnx.data").unlink()
+    shutil.copytree(tiny.onnx_model("llama"), tmp_path / "named")
+    genai = json.loads((tmp_path / "named" / "genai_config.json").read_text())
+    genai["model"]["decoder"]["filename"] = "../other.onnx"
+    (tmp_path / "named" / "genai_config.json").write_text(json.dumps(genai))
+    given = {p.name for p in tmp_path.iterdir()}
+    for base, words in {
+        tmp_path / "nowhere": "nothing there",
+        tmp_path / "empty": "config.json",
+        tmp_path / "two": "a.onnx, b.onnx",
+        tmp_path / "hub": "--base",
+        tmp_path / "noise": "model.onnx",
+        tmp_path / "lost": "model.onnx.data",
+        tmp_path / "named": "../other.onnx",
+        tiny.onnx_model("llama") / "model.onnx": "folder",
+        tiny.onnx_model("llama") / "tokenizer.json": "GGUF",
+        adapter: "adapter",
+    }.items():
+        with pytest.raises(SafeGeneError) as caught:
+            quick(adapter, base, tmp_path / "out")
+        assert len(caught.value.problems) == 1, base
+        assert words in str(caught.value), caught.value
+    assert {p.name for p in tmp_path.iterdir()} == given
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"precision": "int3"}, "int4"),
+        ({"precision": "int4", "block_size": 48}, "16, 32"),
+        ({"block_size": 32}, "int4 or int8"),
+        ({"precision": "int4", "accuracy_level": 9}, "1, 2, 3, 4"),
+        ({"builder_options": ["fuse_qkv"]}, "KEY=VALUE"),
+        ({"builder_options": ["adapter_path=x"]}, "adapter_path"),
+    ],
+)
+def test_options_that_the_builder_would_misread_are_refused(
+    options: dict[str, object], words: str, adapter: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        quick(adapter, tiny.hf_model("llama"), tmp_path / "out", **options)
+    assert words in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_onnx_base_has_its_precision(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="has its precision"):
+        quick(adapter, tiny.onnx_model("llama"), tmp_path / "out", precision="fp16")
+
+
+def test_the_command_says_it_once_and_leaves_nothing(adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    onnx_base = tiny.onnx_model("llama")
+    for arguments, words in (
+        (["--base", onnx_base, "--as", "sidecar"], "merged or branch or adapter"),
+        (["--base", onnx_base, "--type", "q4_k_m"], "--precision"),
+        (["--base", onnx_base, "--imatrix", "x"], "--imatrix"),
+        (["--base", onnx_base, "--asd", "merged"], "--asd"),
+        (["--base", tiny.smollm2_gguf()], "float GGUF"),
+        (["--base", tmp_path / "nowhere"], "nothing there"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "safegene_converter", "convert", adapter, "--to", "onnx",
+             "-o", out, *map(str, arguments)],
+            env=python_environment(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not list(tmp_path.iterdir())
