@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safegene_runtime.onnx_file import DataType, Initializer, OnnxFile, read_initializer
 
 from safegene_converter import nbits
 from safegene_converter.onnx_graph import FLOAT_DATA, Linear
 from safegene_runtime.errors import BaseModelError, Problem
+from safegene_runtime.onnx_file import DataType, Initializer, OnnxFile, read_initializer
 
 __all__ = ["Encoded", "Kind", "encode", "kind_of", "kinds_to_try", "read_packed", "read_weight"]
 

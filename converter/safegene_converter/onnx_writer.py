@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safegene_runtime.onnx_file import DataType, Initializer, OnnxFile
 
 from safegene_converter.stream import OutputStream
 from safegene_runtime.errors import FormatError, OutputError, Problem
+from safegene_runtime.onnx_file import DataType, Initializer, OnnxFile
 
 __all__ = ["Change", "load_proto", "write_onnx"]
 

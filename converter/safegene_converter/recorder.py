@@ -51,7 +51,7 @@ from safegene_runtime.reference import (
     read_reference,
 )
 
-__all__ = ["load_model", "load_with_adapter", "record"]
+__all__ = ["greedy_replies", "load_model", "load_with_adapter", "record", "stop_ids_of"]
 
 BATCH = 48
 """Prompts evaluated together: enough to keep two cores busy, few enough to keep memory small."""
@@ -114,7 +114,7 @@ def record(
         for prompt in chosen
     ]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
-    stop_ids = _stop_ids(model, tokenizer)
+    stop_ids = stop_ids_of(model, tokenizer)
     with torch.inference_mode():
         _check_effect(model, ids[0])
         arms = _run(model, ids, max_new_tokens, stop_ids, top_k, tell)
@@ -247,7 +247,8 @@ def load_with_adapter(adapter: Adapter, base: Base) -> tuple[Any, Any]:
     return tuned, tokenizer
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
+def stop_ids_of(model: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends a reply, by generation config, config and tokenizer."""
     found: set[int] = set()
     for holder in (model.generation_config, model.config, tokenizer):
         value = getattr(holder, "eos_token_id", None)
@@ -312,6 +313,27 @@ def _run(
                 _store(ref_logits[row, :length], base_logits[row, :length], top_k),
             )
         tell("recording in PyTorch", len(found), len(ids))
+    return [found[index] for index in range(len(ids))]
+
+
+def greedy_replies(
+    model: Any,
+    ids: Sequence[Sequence[int]],
+    limit: int,
+    stop_ids: Sequence[int],
+    tell: Tell | None = None,
+) -> list[list[int]]:
+    """Greedy replies of a model as it is now, a stop id included, in the order of the prompts."""
+    found: dict[int, list[int]] = {}
+    with torch.inference_mode():
+        shared = _shared_length(ids)
+        cache = _prefill(model, ids[0][:shared])
+        for batch in _batches(ids):
+            tails = torch.tensor([ids[index][shared:] for index in batch])
+            replies, _ = _generate(model, cache, tails, limit, stop_ids, keep=False)
+            found.update(zip(batch, replies, strict=True))
+            if tell:
+                tell("answering in PyTorch", len(found), len(ids))
     return [found[index] for index in range(len(ids))]
 
 
