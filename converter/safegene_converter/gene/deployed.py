@@ -69,6 +69,7 @@ def recalibrate_deployed(
     expression: str | None = None,
     settings: Settings | None = None,
     max_evaluations: int = 60,
+    default: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Recalibrated:
@@ -82,6 +83,7 @@ def recalibrate_deployed(
         expression: the one to start from; the default when None.
         settings: its bounds are used.
         max_evaluations: how often the artifact may be rebuilt.
+        default: make the new expression the default.
         force: replace an expression of this name.
         progress: told what is being done.
 
@@ -114,7 +116,7 @@ def recalibrate_deployed(
     shots = len(reference.prompts)
     add_expression(
         gene, name, Expression(coefficients, f"{adapter.target or 'the target'}, as deployed", shots),
-        force=force,
+        force=force, default=default,
     )  # fmt: skip
     return Recalibrated(
         name=name,
@@ -135,7 +137,7 @@ def gguf_rebuild(
     type_name: str = "auto",
     threads: int | None = None,
 ) -> Iterator[Rebuild]:
-    """Rebuilds a GGUF artifact for any coefficients: `with gguf_rebuild(...) as rebuild`.
+    """A GGUF artifact for any coefficients, inside a `with`.
 
     Args:
         gene: the adapter folder.

@@ -11,8 +11,9 @@ from safegene_runtime import strictjson
 from safegene_runtime.errors import FormatError, GeneError, Problem, Problems
 from safegene_runtime.files import read_small_file
 from safegene_runtime.prompts import Prompt
+from safegene_runtime.reference import Reference
 
-__all__ = ["MIN_SHOTS", "Shots", "check_disjoint", "read_task", "shots_of"]
+__all__ = ["MIN_SHOTS", "Shots", "check_disjoint", "check_same_prompts", "read_task", "shots_of"]
 
 MIN_SHOTS = 4
 """Of each kind: with fewer, a coefficient per layer is fitted to the wording of one prompt."""
@@ -74,6 +75,20 @@ def check_disjoint(sets: Mapping[str, Sequence[Prompt]]) -> None:
                 problems.add(left, "prompts", "none that are tested on", got,
                              "figures would be worthless: use other prompts, or --evaluation")  # fmt: skip
     problems.raise_if_any(GeneError)
+
+
+def check_same_prompts(reference: Reference, shots: Sequence[Prompt], where: str) -> None:
+    """Refuses a reference that was recorded with other prompts than the shots.
+
+    Raises:
+        GeneError: it was.
+    """
+    recorded = {prompt.text for prompt in reference.prompts}
+    if recorded != {prompt.text for prompt in shots}:
+        raise GeneError(
+            Problem(where, "prompts", "the shots", "others",
+                    "record again: safegene record GENE --base MODEL --prompts SHOTS")
+        )  # fmt: skip
 
 
 def read_task(path: Path) -> tuple[tuple[str, str], ...]:
