@@ -70,7 +70,9 @@ def test_adapters_on_one_base_give_the_dense_result_without_dense_matrices(
 ) -> None:
     base = tiny.hf_model("llama")
     one = tiny.peft_adapter("llama", tmp_path / "a", seed=1, use_rslora=True)
-    two = tiny.peft_adapter("llama", tmp_path / "b", seed=2, r=2, target_modules=["q_proj", "v_proj"])
+    two = tiny.peft_adapter(
+        "llama", tmp_path / "b", seed=2, r=2, target_modules=["q_proj", "v_proj"]
+    )
     folders = [changed_model(tmp_path / f"{p.name}-merged", dense_of(p)) for p in (one, two)]
     dense = extract(folders[0], [folders[1]], tmp_path / "dense", rank=6)
 
@@ -244,7 +246,8 @@ def test_an_expression_leaves_the_vectors_untouched(gene: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "coefficients", [{0: 1.0}, {0: 1.0, 1: 0.0}, {0: 1.0, 1: 1.0, 2: 1.0}, {0: float("inf"), 1: 1.0}]
+    "coefficients",
+    [{0: 1.0}, {0: 1.0, 1: 0.0}, {0: 1.0, 1: 1.0, 2: 1.0}, {0: float("inf"), 1: 1.0}],
 )
 def test_an_invalid_expression_leaves_the_gene_as_it_was(
     gene: Path, coefficients: dict[int, float]

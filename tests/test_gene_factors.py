@@ -43,7 +43,8 @@ def test_the_svd_of_a_sum_of_products_is_the_dense_one(rank: int) -> None:
     expected = svd_of_dense(both.dense())[1]
     assert np.allclose(s, expected[: len(s)], rtol=1e-12, atol=1e-12 * expected[0])
     assert np.allclose((u * s) @ z, both.dense(), rtol=0, atol=1e-12 * expected[0])
-    assert np.allclose(u.T @ u, np.eye(len(s))) and np.allclose(z @ z.T, np.eye(len(s)))
+    assert np.allclose(u.T @ u, np.eye(len(s)))
+    assert np.allclose(z @ z.T, np.eye(len(s)))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
@@ -77,7 +78,8 @@ def test_energy_takes_no_more_ranks_than_it_needs() -> None:
 def test_a_product_that_cancels_has_no_singular_values() -> None:
     one = random_factors(0, 3)
     cut = truncate(svd_of_factors(combine([one, one], [1.0, -1.0])), rank=8)
-    assert cut.rank == 0 and cut.norm == 0
+    assert cut.rank == 0
+    assert cut.norm == 0
     nothing = Factors(np.zeros((5, 0)), np.zeros((0, 4)))
     assert truncate(svd_of_factors(nothing), rank=8).rank == 0
 
