@@ -149,7 +149,7 @@ class Planted(Objective):
     """KL to the same model under planted coefficients: least exactly there, and 0."""
 
     def __init__(self, model: GeneModel, at: list[float]) -> None:
-        super().__init__(model, Shots((), tuple(TEXTS)))
+        super().__init__(model, Shots((), tuple(TEXTS[:2])), reply_tokens=4)
         with torch.no_grad():
             model.set(at)
             self._benign = [
@@ -165,7 +165,7 @@ def test_calibration_finds_planted_coefficients(gene: Path, planted: list[float]
         losses, safety, kl = objective.gradient(at)
         return losses.total, safety + kl
 
-    found = minimise(gradient, np.ones(2), Settings(max_steps=80, patience=25))
+    found = minimise(gradient, np.ones(2), Settings(max_steps=60, patience=20))
     assert np.allclose(found.coefficients, planted, atol=0.06)
     assert found.value < 0.02 * found.history[0]
 

