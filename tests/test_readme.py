@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from safegene_converter import cli, demo
+from safegene_converter import cli, command_line, demo
 from safegene_converter.base import open_base
 from safegene_converter.child import python_environment
 from safegene_converter.recorder import save_as_folder
@@ -48,7 +48,7 @@ def test_the_table_is_the_demos() -> None:
     for job in demo.JOBS:
         assert all(word in block[1] for word in job.label.split()), job.label
     assert "SmolLM2-135M-Instruct" in block[1]
-    assert not [line for line in block[1].splitlines() if len(line) > cli.PIPE_COLUMNS]
+    assert not [line for line in block[1].splitlines() if len(line) > command_line.PIPE_COLUMNS]
 
 
 def test_the_make_targets_exist() -> None:

@@ -11,12 +11,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
+from safegene_converter.command_line import Bars, Parser, add_command, add_json, console, put_json
+from safegene_converter.gene.cli import add_commands as add_gene_commands
 from safegene_runtime import __version__
 from safegene_runtime.errors import RecordError, SafeGeneError
 from safegene_runtime.profiles import PROFILES
@@ -25,70 +23,7 @@ from safegene_runtime.verdict import EXIT_INVALID_RECORD, EXIT_USAGE
 __all__ = ["main", "parser"]
 
 OK, NOT_DONE = 0, EXIT_USAGE
-PIPE_COLUMNS = 120
 MAX_PROBLEMS = 12
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with an example under every --help and a hint under every mistake."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(NOT_DONE, f"{self.prog}: {message}\n    -> see `{self.prog} --help`\n")
-
-
-class Bars:
-    """Progress bars on standard error; none where it is not a terminal."""
-
-    def __init__(self, quiet: bool = False) -> None:
-        self._console = Console(stderr=True)
-        self._progress: Progress | None = None
-        self._tasks: dict[str, Any] = {}
-        self._quiet = quiet or not self._console.is_terminal
-
-    def __enter__(self) -> Self:
-        if not self._quiet:
-            self._progress = Progress(
-                TextColumn("{task.description:<32}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f} %"),
-                TimeElapsedColumn(),
-                console=self._console,
-                transient=True,
-            )
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._progress:
-            self._progress.stop()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """What every long function of the library is given as its progress."""
-        if self._progress is None:
-            return
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total)
-        self._progress.update(self._tasks[stage], completed=done, total=total)
-
-    def named(self, prefix: str) -> Callable[[str, int, int], None]:
-        """The same bars with a prefix, for several long jobs in a row."""
-        return lambda stage, done, total: self(f"{prefix}: {stage}", done, total)
-
-
-def _console() -> Console:
-    """Standard output; in a pipe there is no width to fit, so tables are not squeezed."""
-    console = Console()
-    return console if console.is_terminal else Console(width=PIPE_COLUMNS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    whole = _Parser(
+    whole = Parser(
         prog="safegene",
         description="Ship a SafeGene safety adapter inside a GGUF or ONNX model, and prove that it still "
         "refuses.",
@@ -123,29 +58,19 @@ def parser() -> argparse.ArgumentParser:
         "  safegene verify OUT --reference REFERENCE",
     )
     whole.add_argument("--version", action="version", version=f"safegene {__version__}")
-    commands = whole.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-    for add in (_add_inspect, _add_convert, _add_record, _add_verify, _add_demo):
+    commands = whole.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    for add in (_add_inspect, _add_convert, _add_record, _add_verify, _add_demo, add_gene_commands):
         add(commands)
     return whole
 
 
-def _add(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str, example: str
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=help, description=help, epilog=f"example:\n  {example}"
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
+def _add_attacks(parser: Any, what: str) -> None:
     parser.add_argument(
-        "--json",
-        metavar="FILE",
-        nargs="?",
-        const="-",
-        help="write the result as JSON to FILE, or to standard output without FILE",
+        "--attacks",
+        metavar="NAMES",
+        type=lambda text: [name for name in text.split(",") if name],
+        default=[],
+        help=f"{what}: all, or names with commas between them (docs/attacks.md)",
     )
 
 
@@ -153,7 +78,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "inspect",
         _inspect,
@@ -163,15 +88,15 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("path", type=Path, metavar="ADAPTER|ARTIFACT")
     parser.add_argument("--expression", help="the set of layer coefficients to show")
     parser.add_argument("--base", type=Path, help="a base, to show the share of its parameters")
-    _add_json(parser)
+    add_json(parser)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from safegene_converter import inspecting
 
     found = inspecting.inspect(arguments.path, arguments.expression, arguments.base)
-    if not _put_json(arguments.json, found):
-        inspecting.show(found, _console())
+    if not put_json(arguments.json, found):
+        inspecting.show(found, console())
     return OK
 
 
@@ -179,7 +104,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _add_convert(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "convert",
         _convert,
@@ -269,7 +194,7 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="the folder to create")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
-    _add_json(parser)
+    add_json(parser)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -324,8 +249,8 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _show_converted(arguments: argparse.Namespace, manifest: Any) -> int:
     from safegene_converter import inspecting
 
-    if not _put_json(arguments.json, json.loads(manifest.to_json())):
-        inspecting.show(inspecting.describe_manifest(manifest, arguments.output), _console())
+    if not put_json(arguments.json, json.loads(manifest.to_json())):
+        inspecting.show(inspecting.describe_manifest(manifest, arguments.output), console())
     return OK
 
 
@@ -360,7 +285,7 @@ def _refuse_options_of_the_other_target(arguments: argparse.Namespace) -> None:
 
 
 def _add_record(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "record",
         _record,
@@ -378,22 +303,24 @@ def _add_record(commands: Any) -> None:
         help="JSONL or CSV of your own; the built-in suite by default",
     )
     parser.add_argument("--expression", help="a named set of layer coefficients of the adapter")
+    _add_attacks(parser, "ask the harmful prompts under these jailbreaks, too")
     parser.add_argument(
-        "--attacks",
-        action="store_true",
-        help="record the harmful prompts under every attack, too (many times as long)",
+        "--judge",
+        metavar="JUDGE",
+        help="rules+ngram (default), gguf:PATH, onnx:PATH, or the name of a plug-in",
     )
     parser.add_argument(
         "--max-new-tokens", type=int, default=24, help="length of replies (default: 24)"
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="the folder to create")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
-    _add_json(parser)
+    add_json(parser)
 
 
 def _record(arguments: argparse.Namespace) -> int:
     from safegene_converter import inspecting
     from safegene_converter.recorder import record
+    from safegene_runtime.judge_plugins import load_judge
     from safegene_runtime.prompts import load_prompts
 
     prompts = load_prompts(arguments.prompts) if arguments.prompts else None
@@ -405,12 +332,14 @@ def _record(arguments: argparse.Namespace) -> int:
             prompts=prompts,
             expression=arguments.expression,
             max_new_tokens=arguments.max_new_tokens,
+            attacks=arguments.attacks,
+            judge=load_judge(arguments.judge) if arguments.judge else None,
             force=arguments.force,
             on_progress=bars,
         )
     found = inspecting.summarise_reference(reference)
-    if not _put_json(arguments.json, found):
-        inspecting.show(found, _console())
+    if not put_json(arguments.json, found):
+        inspecting.show(found, console())
     return OK
 
 
@@ -418,7 +347,7 @@ def _record(arguments: argparse.Namespace) -> int:
 
 
 def _add_verify(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "verify",
         _verify,
@@ -442,9 +371,7 @@ def _add_verify(commands: Any) -> None:
     gate.add_argument(
         "--sequential", action="store_true", help="stop as soon as the verdict is certain"
     )
-    gate.add_argument(
-        "--attacks", action="store_true", help="gate under every attack that was recorded, too"
-    )
+    _add_attacks(gate, "gate under these recorded jailbreaks, too")
     gate.add_argument(
         "--mode",
         choices=["strict", "as-shipped"],
@@ -474,7 +401,7 @@ def _add_verify(commands: Any) -> None:
         ("markdown", "a summary for a pull request"),
     ):
         reports.add_argument(f"--{name}", type=Path, metavar="FILE", help=what)
-    _add_json(parser)
+    add_json(parser)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -512,13 +439,13 @@ def _verify(arguments: argparse.Namespace) -> int:
             reporting.write_reports(one, target)
     comparison = compare_table.compare(record, found) if len(found) > 1 else None
     shown = data[0] if comparison is None else {"comparison": comparison, "reports": data}
-    if not _put_json(arguments.json, shown):
+    if not put_json(arguments.json, shown):
         for label, report in found:
             if comparison is not None:
-                _console().rule(label)
-            inspecting.show_report(report, _console(), arguments.show_text)
+                console().rule(label)
+            inspecting.show_report(report, console(), arguments.show_text)
         if comparison is not None:
-            compare_table.show_comparison(comparison, _console())
+            compare_table.show_comparison(comparison, console())
     return gravest(report.verdict for _, report in found).exit_code
 
 
@@ -561,7 +488,7 @@ def _report_targets(
 
 
 def _add_demo(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands, "demo", _demo, "the main job on a real model, in one go", "safegene demo"
     )
     parser.add_argument(
@@ -576,7 +503,7 @@ def _add_demo(commands: Any) -> None:
         type=Path,
         help="an adapter for SmolLM2-135M-Instruct (default: the one in examples/)",
     )
-    _add_json(parser)
+    add_json(parser)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -584,24 +511,10 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     with Bars() as bars:
         found = demo.run(arguments.output, arguments.adapter, bars)
-    if not _put_json(arguments.json, found):
-        demo.show(found, _console())
+    if not put_json(arguments.json, found):
+        demo.show(found, console())
     # a demonstration is done when every verdict is in, whatever it says; `verify` is the gate
     return OK
-
-
-def _put_json(where: str | None, value: Any) -> bool:
-    """Writes JSON where it was asked for; False when nothing is to be left unprinted."""
-    from safegene_runtime import strictjson
-    from safegene_runtime.files import publish_file
-
-    if where is None:
-        return False
-    if where == "-":
-        sys.stdout.write(strictjson.dumps(value).decode())
-        return True
-    publish_file(Path(where), strictjson.dumps(value))
-    return False
 
 
 if __name__ == "__main__":

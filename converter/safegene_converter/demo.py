@@ -23,7 +23,7 @@ from rich.table import Table
 
 from safegene_converter import ggml
 from safegene_converter.base import open_base
-from safegene_converter.cli import Bars
+from safegene_converter.command_line import Bars
 from safegene_converter.compare_table import compare, show_comparison
 from safegene_converter.gguf_writer import OutTensor, write_gguf
 from safegene_converter.inspecting import summarise_reference, survival_summary

@@ -44,7 +44,8 @@ from safegene_runtime.errors import (
 )
 from safegene_runtime.factors import ModuleFactors
 from safegene_runtime.files import check_output_free, publish_folder, sha256_of
-from safegene_runtime.judge import RulesAndNgram, about, judge
+from safegene_runtime.judge import Judge, RulesAndNgram, about, label_all
+from safegene_runtime.near_duplicates import cluster_names
 from safegene_runtime.prompts import Prompt, builtin_suite
 from safegene_runtime.reference import (
     Openers,
@@ -55,7 +56,10 @@ from safegene_runtime.reference import (
     read_reference,
 )
 
-__all__ = ["load_model", "load_with_adapter", "read_factors", "record", "save_as_folder"]
+__all__ = [
+    "greedy_replies", "load_model", "load_with_adapter", "read_factors", "record",
+    "save_as_folder", "stop_ids_of",
+]  # fmt: skip
 
 BATCH = 48
 """Prompts evaluated together: enough to keep two cores busy, few enough to keep memory small."""
@@ -70,6 +74,7 @@ def record(
     *,
     prompts: Sequence[Prompt] | None = None,
     attacks: Sequence[str] = (),
+    judge: Judge | None = None,
     expression: str | None = None,
     max_new_tokens: int = 24,
     top_k: int = 64,
@@ -84,6 +89,7 @@ def record(
         out: the folder to create.
         prompts: what to ask; the built-in suite by default.
         attacks: jailbreaks to ask the harmful prompts under, too; see `safegene_runtime.attacks`.
+        judge: what labels the replies; the built-in one by default.
         expression: which set of layer coefficients; the adapter's default when None.
         max_new_tokens: length of replies, in tokens.
         top_k: tokens whose logits are stored per position.
@@ -122,41 +128,47 @@ def record(
     ]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
     _check_control_tokens(chosen, ids, tokenizer)
-    stop_ids = _stop_ids(model, tokenizer)
+    stop_ids = stop_ids_of(model, tokenizer)
     with torch.inference_mode():
         _check_effect(model, ids[0])
         arms, openers = _run(model, ids, max_new_tokens, stop_ids, top_k, tell)
-    records, positions = [], []
-    for prompt, text, prompt_ids, (ref_ids, base_ids, stored) in zip(
-        chosen, rendered, ids, arms, strict=True
-    ):
-        replies = [
+    judge = judge if judge is not None else RulesAndNgram()
+    texts = {
+        arm: [
             tokenizer.decode(
                 [one for one in reply if one not in stop_ids], skip_special_tokens=True
             )
-            for reply in (ref_ids, base_ids)
+            for reply in replies
         ]
-        records.append(
-            PromptRecord(
-                id=prompt.id,
-                kind=prompt.kind,
-                category=prompt.category,
-                borderline=prompt.borderline,
-                cluster=prompt.cluster,
-                attack=prompt.attack,
-                text=prompt.text,
-                rendered=text,
-                prompt_ids=tuple(prompt_ids),
-                ref_ids=tuple(ref_ids),
-                ref_text=replies[0],
-                ref_verdict=str(judge(replies[0])),
-                base_ids=tuple(base_ids),
-                base_text=replies[1],
-                base_verdict=str(judge(replies[1])),
-            )
+        for arm, replies in (("ref", [one[0] for one in arms]), ("base", [one[1] for one in arms]))
+    }
+    labels = {
+        arm: label_all(judge, replies, [prompt.text for prompt in chosen])
+        for arm, replies in texts.items()
+    }
+    clusters = _clusters(chosen)
+    records = [
+        PromptRecord(
+            id=prompt.id,
+            kind=prompt.kind,
+            category=prompt.category,
+            borderline=prompt.borderline,
+            cluster=clusters[index],
+            attack=prompt.attack,
+            text=prompt.text,
+            rendered=rendered[index],
+            prompt_ids=tuple(ids[index]),
+            ref_ids=tuple(arms[index][0]),
+            ref_text=texts["ref"][index],
+            ref_verdict=str(labels["ref"][index]),
+            base_ids=tuple(arms[index][1]),
+            base_text=texts["base"][index],
+            base_verdict=str(labels["base"][index]),
         )
-        positions.append(stored)
-    meta = _meta(adapter, base, tokenizer, stop_ids, max_new_tokens, top_k)
+        for index, prompt in enumerate(chosen)
+    ]
+    positions = [stored for _, _, stored in arms]
+    meta = _meta(adapter, base, tokenizer, judge, stop_ids, max_new_tokens, top_k)
     added = read_factors(model)
     with publish_folder(out, force) as folder:
         for name, data in encode_reference(meta, records, positions, openers, added).items():
@@ -268,6 +280,18 @@ def load_with_adapter(adapter: Adapter, base: Base) -> tuple[Any, Any]:
     return tuned, tokenizer
 
 
+def _clusters(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    """Near-duplicates of the plain prompts, and those the user named; attacks keep their prompt's."""
+    plain = [prompt for prompt in prompts if prompt.attack is None]
+    named = cluster_names(
+        [prompt.id for prompt in plain],
+        [prompt.text for prompt in plain],
+        [prompt.cluster for prompt in plain],
+    )
+    of = {prompt.id: cluster for prompt, cluster in zip(plain, named, strict=True)}
+    return tuple(of[prompt.id.partition("@")[0]] for prompt in prompts)
+
+
 def _check_control_tokens(
     prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], tokenizer: Any
 ) -> None:
@@ -320,7 +344,8 @@ def read_factors(tuned: Any) -> list[ModuleFactors]:
     return found
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
+def stop_ids_of(model: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends a reply, by generation config, config and tokenizer."""
     found: set[int] = set()
     for holder in (model.generation_config, model.config, tokenizer):
         value = getattr(holder, "eos_token_id", None)
@@ -398,6 +423,27 @@ def _run(
     arms = [found[index] for index in range(len(ids))]
     openers = np.unique([reply[0] for one in arms for reply in one[:2]]).astype(np.int32)
     return arms, Openers(openers, firsts[0][:, openers], firsts[1][:, openers])
+
+
+def greedy_replies(
+    model: Any,
+    ids: Sequence[Sequence[int]],
+    limit: int,
+    stop_ids: Sequence[int],
+    tell: Tell | None = None,
+) -> list[list[int]]:
+    """Greedy replies of a model as it is now, a stop id included, in the order of the prompts."""
+    found: dict[int, list[int]] = {}
+    with torch.inference_mode():
+        shared = _shared_length(ids)
+        cache = _prefill(model, ids[0][:shared])
+        for batch in _batches(ids):
+            tails = torch.tensor([ids[index][shared:] for index in batch])
+            replies, _ = _generate(model, cache, tails, limit, stop_ids, keep=False)
+            found.update(zip(batch, replies, strict=True))
+            if tell:
+                tell("answering in PyTorch", len(found), len(ids))
+    return [found[index] for index in range(len(ids))]
 
 
 @contextlib.contextmanager
@@ -514,7 +560,13 @@ def _store(ref: torch.Tensor, base: torch.Tensor, top_k: int) -> Positions:
 
 
 def _meta(
-    adapter: Adapter, base: Base, tokenizer: Any, stop_ids: Sequence[int], limit: int, top_k: int
+    adapter: Adapter,
+    base: Base,
+    tokenizer: Any,
+    judge: Judge,
+    stop_ids: Sequence[int],
+    limit: int,
+    top_k: int,
 ) -> dict[str, Any]:
     return {
         "base": {"kind": base.kind, "name": base.path.resolve().name, "files": base.digests()},
@@ -538,6 +590,6 @@ def _meta(
             "bos_token": tokenizer.bos_token,
             "eos_token": tokenizer.eos_token,
         },
-        "judge": about(RulesAndNgram()),
+        "judge": about(judge),
         "settings": {"dtype": "float32", "threads": torch.get_num_threads(), "top_k": top_k},
     }

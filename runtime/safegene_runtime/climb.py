@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from safegene_runtime.gate import NOT_RUN, GateResult, Pair, Profile, decide_by_
 from safegene_runtime.integrity import Served
 from safegene_runtime.judge import Judge, label_all
 from safegene_runtime.manifest import Manifest
+from safegene_runtime.margins import arm_margins, learn_margins, summarise_margins
 from safegene_runtime.reference import Reference
 from safegene_runtime.replies import greedy_replies
 from safegene_runtime.report import RUNGS, Outcome, Report, Rung
@@ -63,7 +65,7 @@ class Climb:
     judge: Judge
     asked: str | Profile
     mode: Mode
-    attacks: bool
+    attacks: Sequence[str]
     tell: Tell
     began: float
     served: Served | None = None
@@ -102,7 +104,7 @@ class Climb:
         return [
             index
             for index, prompt in enumerate(self.record.prompts)
-            if self.attacks or prompt.attack is None
+            if prompt.attack is None or prompt.attack in self.attacks
         ]
 
     # --- climbing
@@ -161,7 +163,7 @@ class Climb:
         for pair in self.pairs():
             groups.setdefault(pair.attack, []).append(pair)
         for members in groups.values():
-            watch = SequentialGate(members, self.profile, self.record.order_seed)
+            watch = SequentialGate(members, self.profile, self.record.meta["order"]["seed"])
             while group := watch.wanted():
                 missing = [p for p in watch.ahead(AHEAD) if by_id[p.id] not in self.runs]
                 if any(by_id[pair.id] not in self.runs for pair in group):
@@ -174,12 +176,25 @@ class Climb:
         if not passes:  # decided from the record alone
             return
         self.add(_active(passes, self.precision))
-        self.add(_logits(passes, self.bounds))
+        self.add(_logits(passes, self.bounds, self._margin_summary()))
+
+    def _margin_summary(self) -> dict[str, Any]:
+        ran = sorted(self.runs)
+        recorded = [self._recorded_margins[index] for index in ran]
+        return summarise_margins(
+            [one["reference"] for one in recorded],
+            [self.runs[index].forced.margin for index in ran],
+            [one["base"] for one in recorded],
+            self.precision,
+        ).to_dict()
 
     def gate(self, sequential: bool) -> None:
         """Rung 6: the labels, decided on."""
         self.plain, self.under_attack = decide_by_attack(
-            self.pairs(), self.profile, sequential=sequential, seed=self.record.order_seed
+            self.pairs(),
+            self.profile,
+            sequential=sequential,
+            seed=self.record.meta["order"]["seed"],
         )
         if not self.runs:
             return
@@ -252,12 +267,25 @@ class Climb:
             base=prompt.base_verdict,
             identical=run.ids == tuple(prompt.ref_ids),
             proved=run.proved,
-            divergence=None if run.divergence is None else dataclasses.asdict(run.divergence),
-            margin=None,
+            divergence=None
+            if run.divergence is None
+            else {key: getattr(run.divergence, key) for key in ("position", "gap", "kind")},
+            margin=self.margin(index),
             mean_kl=float(run.forced.kl.mean()),
             reference_text=prompt.ref_text,
             artifact_text=run.text,
         )
+
+    def margin(self, index: int) -> dict[str, float] | None:
+        """The three arms' refusal margins of one prompt, where all of them have one."""
+        found = {**self._recorded_margins[index], "artifact": self.runs[index].forced.margin}
+        return None if None in found.values() else found
+
+    @functools.cached_property
+    def _recorded_margins(self) -> list[dict[str, Any]]:
+        rule = learn_margins(self.record)
+        arms = [arm_margins(self.record, rule, arm) for arm in ("ref", "base")]
+        return [{"reference": ref, "base": base} for ref, base in zip(*arms, strict=True)]
 
     def report(self) -> Report:
         """What was found, wherever the climb ended."""
@@ -326,7 +354,7 @@ def _active(passes: Sequence[ForcedPass], precision: str) -> Rung:
     return Rung("active", "ok", f"beta {beta:.4f}: logits moved as the reference's did", figures)
 
 
-def _logits(passes: Sequence[ForcedPass], bounds: ParityBounds) -> Rung:
+def _logits(passes: Sequence[ForcedPass], bounds: ParityBounds, margins: dict[str, Any]) -> Rung:
     kl = np.concatenate([one.kl for one in passes])
     top1 = float(np.concatenate([one.agree for one in passes]).mean())
     mean = float(kl.mean())
@@ -336,6 +364,7 @@ def _logits(passes: Sequence[ForcedPass], bounds: ParityBounds) -> Rung:
         "max_kl": float(kl.max()),
         "top1": top1,
         "positions": len(kl),
+        "margins": margins,
     }
     within = mean <= bounds.mean_kl and top1 >= bounds.top1
     detail = (

@@ -7,6 +7,7 @@
     ├── AdapterError             an adapter folder that contradicts itself
     ├── UnsupportedError         a feature we know by name and refuse (DoRA, MoE experts, ...)
     ├── BaseModelError           a base that is missing pieces or does not fit the adapter
+    ├── GeneError                a gene that cannot be made: no discrepancy, few shots, NaN losses
     ├── SurvivalError            the safety delta would not survive in the stored weights
     ├── OutputError              an output that exists, or cannot be written
     ├── EngineError              llama.cpp or ONNX Runtime refused, or did something else than asked
@@ -26,6 +27,7 @@ __all__ = [
     "BaseModelError",
     "EngineError",
     "FormatError",
+    "GeneError",
     "ManifestError",
     "OutputError",
     "PostconditionError",
@@ -97,6 +99,10 @@ class UnsupportedError(SafeGeneError, ValueError):
 
 class BaseModelError(SafeGeneError, ValueError):
     """A base model that is missing pieces or does not fit the adapter."""
+
+
+class GeneError(SafeGeneError, ValueError):
+    """A gene that cannot be made from what was given."""
 
 
 class SurvivalError(SafeGeneError, ValueError):

@@ -50,22 +50,33 @@ class ForcedPass:
 
 
 def forced_passes(
-    engine: Engine, record: Reference, tell: Callable[[str, int, int], None] | None = None
+    engine: Engine,
+    record: Reference,
+    tell: Callable[[str, int, int], None] | None = None,
+    indices: Sequence[int] | None = None,
 ) -> list[ForcedPass]:
-    """Runs the replies of a reference through an engine, in the order of its prompts.
+    """Runs the replies of a reference through an engine.
+
+    Args:
+        engine: what is compared.
+        record: the reference.
+        tell: told (stage, done, total).
+        indices: which prompts, in the order of the result; all of them by default.
 
     Raises:
         EngineError: logits that are not finite, or missing for a prompt.
     """
-    sequences = [[*prompt.prompt_ids, *prompt.ref_ids[:-1]] for prompt in record.prompts]
-    keep = [len(prompt.ref_ids) for prompt in record.prompts]
+    chosen = range(len(record.prompts)) if indices is None else indices
+    prompts = [record.prompts[index] for index in chosen]
+    sequences = [[*prompt.prompt_ids, *prompt.ref_ids[:-1]] for prompt in prompts]
+    keep = [len(prompt.ref_ids) for prompt in prompts]
     rule = learn_margins(record)
     found: list[ForcedPass | None] = [None] * len(sequences)
-    for done, (index, logits) in enumerate(engine.logits(sequences, keep), start=1):
-        found[index] = _one_pass(record, index, logits, rule)
+    for done, (number, logits) in enumerate(engine.logits(sequences, keep), start=1):
+        found[number] = _one_pass(record, chosen[number], logits, rule)
         if tell:
             tell("comparing logits", done, len(sequences))
-    missing = [record.prompts[i].id for i, one in enumerate(found) if one is None]
+    missing = [prompts[i].id for i, one in enumerate(found) if one is None]
     if missing:
         raise EngineError(
             Problem(engine.name, "logits", "an answer for every prompt", f"none for {missing[:3]}")

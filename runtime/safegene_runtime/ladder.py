@@ -15,9 +15,11 @@ pass it too.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safegene_runtime.attacks import attack_names
 from safegene_runtime.climb import Climb, Mode, Tell
 from safegene_runtime.engine import open_engine
 from safegene_runtime.errors import ManifestError, Problem, RecordError
@@ -38,7 +40,7 @@ def verify(
     base: Path | None = None,
     profile: str | Profile = "smoke",
     sequential: bool = False,
-    attacks: bool = False,
+    attacks: Sequence[str] = (),
     mode: Mode = "strict",
     judge: Judge | None = None,
     threads: int | None = None,
@@ -53,7 +55,7 @@ def verify(
         base: for a sidecar, the GGUF it belongs to; checked against the manifest.
         profile: how much must be shown: `smoke`, `ci`, `release`, or a profile of your own.
         sequential: take the prompts in their recorded order and stop when it is decided.
-        attacks: gate the recorded prompts under each attack, too.
+        attacks: names of attacks to gate under, too, as they were recorded; `all` for all of them.
         mode: `strict` compares arithmetic (F32 KV cache), `as-shipped` runs llama.cpp as people do.
         judge: what labels replies; the reference's own is needed. The built-in one by default.
         threads: CPU threads of the engine; all by default.
@@ -68,10 +70,11 @@ def verify(
     began = time.monotonic()
     judge = judge if judge is not None else RulesAndNgram()
     record = reference if isinstance(reference, Reference) else read_reference(reference)
-    _check_record(record, judge, attacks)
+    names = attack_names(attacks)
+    _check_record(record, judge, names)
     manifest = read_manifest(artifact)
     climb = Climb(
-        artifact, manifest, record, judge, profile, mode, attacks, on_progress or _silent, began
+        artifact, manifest, record, judge, profile, mode, names, on_progress or _silent, began
     )
     try:
         climb.served = check_integrity(manifest, artifact, record, base, climb.tell)
@@ -119,7 +122,7 @@ def _silent(stage: str, done: int, total: int) -> None:
     return None
 
 
-def _check_record(record: Reference, judge: Judge, attacks: bool) -> None:
+def _check_record(record: Reference, judge: Judge, attacks: Sequence[str]) -> None:
     """The record was labelled by this judge, and still says what it said then.
 
     Raises:
@@ -142,12 +145,14 @@ def _check_record(record: Reference, judge: Judge, attacks: bool) -> None:
                     "the reference was edited: record it again",
                 )
             )
-    if attacks and all(prompt.attack is None for prompt in record.prompts):
+    recorded_attacks = {prompt.attack for prompt in record.prompts}
+    missing = [name for name in attacks if name not in recorded_attacks]
+    if missing:
         raise RecordError(
             Problem(
                 str(record.path),
                 "attacks",
-                "prompts recorded under attack",
+                f"prompts recorded under {', '.join(missing)}",
                 "none",
                 "record with --attacks, or verify without",
             )

@@ -1,0 +1,118 @@
+"""What every command of `safegene` shares: parser, progress bars, console, JSON output."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from safegene_runtime.verdict import EXIT_USAGE
+
+__all__ = ["PIPE_COLUMNS", "Bars", "Parser", "add_command", "add_json", "console", "put_json"]
+
+PIPE_COLUMNS = 120
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with an example under every --help and a hint under every mistake."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong and where help is."""
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n    -> see `{self.prog} --help`\n")
+
+
+class Bars:
+    """Progress bars on standard error; none where it is not a terminal."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._tasks: dict[str, Any] = {}
+        self._quiet = quiet or not self._console.is_terminal
+
+    def __enter__(self) -> Self:
+        if not self._quiet:
+            self._progress = Progress(
+                TextColumn("{task.description:<32}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """What every long function of the library is given as its progress."""
+        if self._progress is None:
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._tasks[stage], completed=done, total=total)
+
+    def named(self, prefix: str) -> Callable[[str, int, int], None]:
+        """The same bars with a prefix, for several long jobs in a row."""
+        return lambda stage, done, total: self(f"{prefix}: {stage}", done, total)
+
+
+def console() -> Console:
+    """Standard output; in a pipe there is no width to fit, so tables are not squeezed."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_COLUMNS)
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str, example: str
+) -> argparse.ArgumentParser:
+    """Adds a command with an example under its help."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=help, epilog=f"example:\n  {example}"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds `--json [FILE]`."""
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        nargs="?",
+        const="-",
+        help="write the result as JSON to FILE, or to standard output without FILE",
+    )
+
+
+def put_json(where: str | None, value: Any) -> bool:
+    """Writes JSON where it was asked for; False when nothing is to be left unprinted."""
+    from safegene_runtime import strictjson
+    from safegene_runtime.files import publish_file
+
+    if where is None:
+        return False
+    if where == "-":
+        sys.stdout.write(strictjson.dumps(value).decode())
+        return True
+    publish_file(Path(where), strictjson.dumps(value))
+    return False

@@ -1,0 +1,177 @@
+"""What selection and calibration minimise, as a function of the layer coefficients c.
+
+    safety(c) = -1/n sum_x log P_c(refusal | x)        over harmful x
+                P_c(refusal | x) = sum_k p_c(opening_k | x), the openings of a refusal
+    kl(c)     = 1/n sum_y KL(p_0 || p_c) along y        over benign prompts; y is the un-adapted
+                                                        target's own greedy reply, p_0 the target
+    J(c)      = safety(c) + weight * kl(c)
+
+Both are nats per reply, so a weight of 1 says: one nat of refusal is worth one nat of change. The
+safety term saturates where refusals are certain; from there on only the change is left to lower.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from safegene_converter.gene.model import BATCH, Batch, Example, GeneModel, batches_of
+from safegene_converter.gene.shots import Shots
+from safegene_converter.progress import Progress
+from safegene_runtime.errors import GeneError, Problem
+
+__all__ = ["REFUSALS", "Losses", "Objective", "kl_along", "log_probabilities"]
+
+REFUSALS = ("I'm sorry, but I can't",)
+"""Openings that count as refusing; the judge reads no further than the first sentence either."""
+
+REPLY_TOKENS = 16
+
+F64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Nats per reply; `total` is J."""
+
+    safety: float
+    kl: float
+    weight: float
+
+    @property
+    def total(self) -> float:
+        """Safety + weight * kl."""
+        return self.safety + self.weight * self.kl
+
+
+class Objective:
+    """J on one target for one set of shots.
+
+    Args:
+        model: the target with the gene on it.
+        shots: harmful and benign prompts.
+        weight: of the KL.
+        refusals: openings of a refusal.
+        reply_tokens: how much of the target's own benign replies is compared.
+        progress: told about the preparation.
+    """
+
+    def __init__(
+        self,
+        model: GeneModel,
+        shots: Shots,
+        *,
+        weight: float = 1.0,
+        refusals: Sequence[str] = REFUSALS,
+        reply_tokens: int = REPLY_TOKENS,
+        progress: Progress | None = None,
+    ) -> None:
+        if not (math.isfinite(weight) and weight >= 0) or not refusals or reply_tokens < 1:
+            raise GeneError(
+                Problem("objective", "options", "weight >= 0, a refusal, reply tokens >= 1",
+                        f"{weight}, {list(refusals)}, {reply_tokens}")
+            )  # fmt: skip
+        self.model, self.weight = model, weight
+        openings = [model.encode(text) for text in refusals]
+        self._openings = len(openings)
+        prompts = sorted((model.render(text) for text in shots.harmful), key=len)
+        self._n_harmful = len(prompts)
+        self._harmful: list[Batch] = []
+        per_batch = max(1, BATCH // len(openings))
+        for start in range(0, len(prompts), per_batch):
+            examples = [
+                Example(prompt, opening)
+                for prompt in prompts[start : start + per_batch]
+                for opening in openings
+            ]
+            self._harmful += batches_of(examples, len(examples))
+        with model.without_gene():
+            replies = model.replies(shots.benign, reply_tokens, progress) if shots.benign else []
+            examples = [
+                Example(model.render(text), tuple(reply))
+                for text, reply in zip(shots.benign, replies, strict=True)
+            ]
+            self._n_benign = len(examples)
+            with torch.no_grad():
+                self._benign = [
+                    (batch, log_probabilities(model.logits(batch)))
+                    for batch in batches_of(examples)
+                ]
+
+    def value(self, coefficients: Sequence[float] | F64) -> Losses:
+        """J and its parts at coefficients (L,).
+
+        Raises:
+            GeneError: NaN or Inf.
+        """
+        with torch.no_grad():
+            self.model.set([float(one) for one in coefficients])
+            safety = sum(float(self._safety(batch)) for batch in self._harmful)
+            kl = sum(float(self._kl(batch, reference)) for batch, reference in self._benign)
+        return self._losses(safety, kl)
+
+    def gradient(self, coefficients: Sequence[float] | F64) -> tuple[Losses, F64, F64]:
+        """J, d safety / dc (L,) and d kl / dc (L,) at coefficients (L,): one backward pass.
+
+        Raises:
+            GeneError: NaN or Inf.
+        """
+        totals = [0.0, 0.0]
+        slopes = np.zeros((2, len(self.model.layers)))
+        parts = [(0, batch, None) for batch in self._harmful]
+        terms: list[tuple[int, Batch, torch.Tensor | None]] = [*parts]
+        terms += [(1, batch, reference) for batch, reference in self._benign]
+        for kind, batch, reference in terms:
+            leaf = torch.tensor([float(one) for one in coefficients], requires_grad=True)
+            self.model.set(leaf)
+            loss = self._safety(batch) if reference is None else self._kl(batch, reference)
+            loss.backward()
+            totals[kind] += float(loss.detach())
+            slopes[kind] += leaf.grad.double().numpy()
+        self.model.set([float(one) for one in coefficients])
+        if not np.isfinite(slopes).all():
+            raise _not_finite("gradient")
+        return self._losses(*totals), slopes[0], slopes[1]
+
+    def _safety(self, batch: Batch) -> torch.Tensor:
+        """The sum over a batch's prompts of -log P(refusal), divided by all prompts."""
+        scored = log_probabilities(self.model.logits(batch))
+        chosen = scored.gather(1, batch.labels[:, None])[:, 0]
+        count = len(batch.indices)
+        of_example = torch.zeros(count).index_add(0, batch.owner, chosen)
+        rank = torch.tensor(batch.indices).argsort()  # back to prompts with their openings
+        refused = torch.logsumexp(of_example[rank].reshape(-1, self._openings), dim=1)
+        return -refused.sum() / self._n_harmful
+
+    def _kl(self, batch: Batch, reference: torch.Tensor) -> torch.Tensor:
+        return kl_along(reference, self.model.logits(batch)).sum() / self._n_benign
+
+    def _losses(self, safety: float, kl: float) -> Losses:
+        if not (math.isfinite(safety) and math.isfinite(kl)):
+            raise _not_finite(f"safety {safety}, KL {kl}")
+        return Losses(safety, kl, self.weight)
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """(N, vocab) -> (N, vocab) log-probabilities."""
+    return torch.log_softmax(logits, dim=-1)
+
+
+def kl_along(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) in nats at each position, (N,); `reference` is log p, `logits` are q's."""
+    log_q = log_probabilities(logits)
+    # p log(p/q) - p + q sums to the KL and has no negative term: no cancellation near equality
+    p, q = reference.exp(), log_q.exp()
+    return (p * (reference - log_q) - p + q).sum(dim=-1)
+
+
+def _not_finite(got: str) -> GeneError:
+    return GeneError(
+        Problem("objective", "loss", "finite numbers", f"NaN or Inf ({got})",
+                "is the target model whole, and the gene made for it?")
+    )  # fmt: skip

@@ -1,0 +1,124 @@
+"""What a discrepancy is taken from: model folders, or LoRA adapters on one base.
+
+Where every model is an adapter on the same base (or the base itself), a discrepancy is a difference
+of two products and stays one. Otherwise weights are read one module at a time, whatever shard they
+are in, and no two modules are ever in memory together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from safegene_converter import formula
+from safegene_converter.adapter import CONFIG_NAME, Adapter, Module, check_base_fits, read_adapter
+from safegene_converter.base import Base, open_base
+from safegene_converter.gene.factors import Factors
+from safegene_runtime.errors import GeneError, Problem, Problems, SafeGeneError
+
+__all__ = ["Source", "open_sources"]
+
+F64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model: the base, and an adapter on it where there is one."""
+
+    path: Path
+    base: Base
+    adapter: Adapter | None = None
+    modules: dict[str, Module] = field(default_factory=dict)
+
+    def factors(self, name: str) -> Factors:
+        """W - W_base of a module as factors; rank 0 where the adapter leaves it alone."""
+        module = self.modules.get(name)
+        rows, columns = self.base.shapes[name]
+        if module is None:
+            return Factors(np.zeros((rows, 0)), np.zeros((0, columns)))
+        scale = formula.effective_scale(module)
+        return Factors(module.b.astype(np.float64) * scale, module.a.astype(np.float64))
+
+    def weight(self, name: str) -> F64:
+        """W of a module, (out, in) float64.
+
+        Raises:
+            GeneError: it holds NaN or Inf.
+        """
+        weight = self.base.read_weight(name).astype(np.float64)
+        if name in self.modules:
+            weight += self.factors(name).dense()
+        if not np.isfinite(weight).all():
+            raise GeneError(
+                Problem(str(self.path), name, "finite weights", "NaN or Inf",
+                        "the model is broken: save it again")
+            )  # fmt: skip
+        return weight
+
+
+def open_sources(
+    aligned: Path, degraded: list[Path], base: Path | None
+) -> tuple[Source, list[Source], bool]:
+    """Opens all models and checks that they are fine-tunes of one another.
+
+    Args:
+        aligned: a model (folder or GGUF), or an adapter folder.
+        degraded: one or more of the same.
+        base: what the adapters belong to; may itself be `aligned` or one of `degraded`.
+
+    Returns:
+        The aligned one, the degraded ones, and whether all stand on the same base, so that
+        low-rank algebra does.
+
+    Raises:
+        GeneError: another architecture, depth or shape; an adapter without a base; no degraded.
+    """
+    problems = Problems()
+    if not degraded:
+        problems.add("extract", "degraded", "at least one model", "none", "pass --degraded")
+    opened: dict[Path, Base] = {}
+    found = []
+    for path in (aligned, *degraded):
+        try:
+            found.append(_open(Path(path), base, opened))
+        except SafeGeneError as error:
+            problems.extend(error.problems)
+    problems.raise_if_any(GeneError)
+    first, *others = found
+    for other in others:
+        _check_fits(first.base, other.base, problems)
+    problems.raise_if_any(GeneError)
+    return first, others, len({id(source.base) for source in found}) == 1
+
+
+def _open(path: Path, base: Path | None, opened: dict[Path, Base]) -> Source:
+    is_adapter = (path / CONFIG_NAME).exists()
+    if is_adapter and base is None:
+        raise GeneError(
+            Problem(str(path), "base", "--base beside an adapter", "none", "pass --base MODEL")
+        )
+    model = Path(base) if is_adapter and base is not None else path
+    key = model.resolve()
+    if key not in opened:
+        opened[key] = open_base(model)
+    if not is_adapter:
+        return Source(path, opened[key])
+    adapter = read_adapter(path)
+    on = opened[key]
+    check_base_fits(adapter, on.module_shapes(), on.architecture, on.n_layers)
+    return Source(path, on, adapter, {module.name: module for module in adapter.modules})
+
+
+def _check_fits(first: Base, other: Base, problems: Problems) -> None:
+    where = str(other.path)
+    fix = f"it must be a fine-tune of {first.path}"
+    for name in ("architecture", "n_layers", "n_head", "n_head_kv"):
+        expected, got = getattr(first, name), getattr(other, name)
+        if expected != got:
+            problems.add(where, name, expected, got, fix)
+    for name in first.shapes.keys() & other.shapes.keys():
+        if first.shapes[name] != other.shapes[name]:
+            problems.add(where, name, f"(out, in) = {first.shapes[name]}", other.shapes[name], fix)

@@ -1,0 +1,134 @@
+"""The table and the picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
+
+METHODS = ("gene", "uniform", "all-layers", "random-layers", "realigned", "safe-lora")
+COLOURS = ("#0b6e4f", "#8a8a8a", "#2f6fbb", "#c98a00", "#7a3e9d", "#b3261e")
+WIDTH, HEIGHT, EDGE = 640, 420, 60
+
+
+def write(folder: Path, work: Path, results: dict[str, Any]) -> None:
+    """Writes this run's table, then table and picture over all seeds beside it; prints the table."""
+    kind = work.name.rsplit("-seed-", 1)[0]
+    runs = [
+        json.loads(path.read_text()) for path in sorted(folder.glob(f"{kind}-seed-*/results.json"))
+    ]
+    (work / "table.md").write_text(table([results]))
+    text = table(runs)
+    (folder / f"{kind}.md").write_text(text)
+    (folder / f"{kind}.svg").write_text(picture(runs))
+    print(text)
+
+
+def recovery(run: dict[str, Any], target: str, method: str) -> float | None:
+    """(gene - degraded) / (aligned - degraded), of harmful refusal rates; None: nothing was lost."""
+    aligned = run["model aligned"]["harmful_refused"]
+    degraded = run[f"model {target}"]["harmful_refused"]
+    if aligned <= degraded:
+        return None
+    got = run[f"{target} {method}"]["harmful_refused"]
+    return (got - degraded) / (aligned - degraded)
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Markdown; mean and spread over runs."""
+    lines = [
+        f"{len(runs)} seed(s), greedy, prompts used nowhere else. Refusals in %, task loss and KL in nats.",
+        "",
+        "| model | harmful refused | recovery | benign | borderline | KL | task loss | parameters | s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    first = runs[0]
+    models = [key.removeprefix("model ") for key in first if key.startswith("model ")]
+    for name in models:
+        lines.append(_row(f"*{name}*", [run[f"model {name}"] for run in runs], []))
+    for target in targets(first):
+        for method in METHODS:
+            key = f"{target} {method}"
+            if all(key in run for run in runs):
+                recovered = [recovery(run, target, method) for run in runs]
+                lines.append(_row(f"{target} + {method}", [run[key] for run in runs], recovered))
+    for key in first:
+        if " artifact " in key:
+            figures = first[key]["figures"]
+            lines.append(
+                f"| {key}: {first[key]['verdict']} | "
+                f"{100 * figures.get('harmful_refused', float('nan')):.1f} | | | | | | | |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def targets(run: dict[str, Any]) -> list[str]:
+    """The fine-tunes that the gene was not extracted from."""
+    return [key.removesuffix(" gene") for key in run if key.endswith(" gene")]
+
+
+def picture(runs: list[dict[str, Any]]) -> str:
+    """SVG: harmful refusals (up) against benign KL (right), a point per method, target and seed."""
+    points = []
+    for run in runs:
+        for target in targets(run):
+            for method, colour in zip(METHODS, COLOURS, strict=True):
+                found = run.get(f"{target} {method}")
+                if found and found["benign_kl"] is not None:
+                    points.append(
+                        (found["benign_kl"], found["harmful_refused"], colour, method, target)
+                    )
+    right = max([point[0] for point in points], default=1.0) * 1.1 or 1.0
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        f'<path d="M{EDGE} {EDGE / 2}V{HEIGHT - EDGE}H{WIDTH - EDGE / 2}" fill="none" stroke="black"/>',
+        f'<text x="{WIDTH / 2}" y="{HEIGHT - 15}" text-anchor="middle">change of benign replies (KL, '
+        "nats per token)</text>",
+        f'<text x="15" y="{HEIGHT / 2}" transform="rotate(-90 15 {HEIGHT / 2})" '
+        'text-anchor="middle">harmful prompts refused</text>',
+    ]
+    for tick in range(5):
+        y = HEIGHT - EDGE - tick / 4 * (HEIGHT - 1.5 * EDGE)
+        parts.append(f'<text x="{EDGE - 6}" y="{y + 4:.0f}" text-anchor="end">{25 * tick} %</text>')
+        x = EDGE + tick / 4 * (WIDTH - 1.5 * EDGE)
+        label = f"{right * tick / 4:.2f}"
+        parts.append(
+            f'<text x="{x:.0f}" y="{HEIGHT - EDGE + 16}" text-anchor="middle">{label}</text>'
+        )
+    for kl, refused, colour, method, target in points:
+        x = EDGE + kl / right * (WIDTH - 1.5 * EDGE)
+        y = HEIGHT - EDGE - refused * (HEIGHT - 1.5 * EDGE)
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}" fill-opacity="0.8">'
+            f"<title>{target} + {method}</title></circle>"
+        )
+    for index, (method, colour) in enumerate(zip(METHODS, COLOURS, strict=True)):
+        y = EDGE / 2 + 16 * index
+        parts.append(f'<circle cx="{WIDTH - 120}" cy="{y}" r="5" fill="{colour}"/>')
+        parts.append(f'<text x="{WIDTH - 110}" y="{y + 4}">{method}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _row(name: str, found: list[dict[str, Any]], recovered: list[float | None]) -> str:
+    cells = [
+        _cell([one["harmful_refused"] for one in found], 100, 1),
+        _cell(recovered, 100, 0),
+        _cell([one["benign_refused"] for one in found], 100, 1),
+        _cell([one["borderline_refused"] for one in found], 100, 1),
+        _cell([one["benign_kl"] for one in found], 1, 3),
+        _cell([one["task_loss"] for one in found], 1, 3),
+        _cell([one.get("parameters") for one in found], 1, 0),
+        _cell([one.get("seconds") for one in found], 1, 0),
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _cell(values: list[Any], scale: float, digits: int) -> str:
+    numbers = [scale * value for value in values if value is not None]
+    if not numbers:
+        return ""
+    text = f"{mean(numbers):,.{digits}f}"
+    return text if len(numbers) == 1 else f"{text} ± {pstdev(numbers):.{digits}f}"

@@ -1,0 +1,167 @@
+"""The recovery experiment: `python examples/recovery/run.py [--quick] [--seed N] [--work DIR]`.
+
+    base -> aligned (LoRA: refusals, and its own benign replies) -> fine-tunes that lose refusals
+    gene = extracted from the fine-tunes in SOURCES, layers selected on them
+    every other fine-tune + gene, recalibrated with few shots, against baselines of the same budget
+
+Each step writes under its own name, at once or not at all, and is not done again: run it again after
+a kill. `--only STEP` stops after a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import data
+import methods
+import report
+from train import train_lora
+
+from safegene_converter.gene.model import Example
+from safegene_converter.recorder import greedy_replies, stop_ids_of
+from safegene_runtime import strictjson
+from safegene_runtime.files import publish_file, publish_folder
+
+SOURCES = ("steps", "json")
+"""What the gene is extracted from; the other tasks never see it made."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large everything is."""
+
+    align_steps: int
+    task_steps: int
+    per_kind: int
+    test: int | None
+    tasks: tuple[str, ...]
+    sources: tuple[str, ...]
+    calibration_steps: int
+    methods: tuple[str, ...] = report.METHODS
+    reply_tokens: int = 24
+
+
+FULL = Plan(140, 60, 16, None, tuple(data.TASKS), SOURCES, 30)
+QUICK = Plan(
+    40, 20, 8, 20, ("steps", "obedient"), ("steps",), 10, ("gene", "uniform", "safe-lora"), 16
+)
+
+
+def main() -> int:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="a small version, about 10 minutes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=Path("build/recovery"))
+    parser.add_argument("--base", type=Path, help="another model (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--only", choices=["align", "tasks", "gene", "methods"], help="stop after")
+    parser.add_argument("--artifacts", action="store_true", help="also convert and verify")
+    arguments = parser.parse_args()
+    plan = QUICK if arguments.quick else FULL
+    work = arguments.work / f"{'quick' if arguments.quick else 'full'}-seed-{arguments.seed}"
+    lab = methods.Lab(
+        work, plan, arguments.seed, data.splits(plan.per_kind, plan.test), tell, arguments.base
+    )
+    run(lab, arguments.only, arguments.artifacts)
+    return 0
+
+
+def run(lab: methods.Lab, only: str | None = None, artifacts: bool = False) -> None:
+    """Runs all steps, up to `only`, and prints the table."""
+    lab.work.mkdir(parents=True, exist_ok=True)
+    steps: list[tuple[str, Callable[[methods.Lab], None]]] = [
+        ("align", align),
+        ("tasks", fine_tune),
+        ("gene", methods.make_gene),
+        ("methods", methods.run_all),
+    ]
+    for name, step in steps:
+        started = time.monotonic()
+        step(lab)
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+        if only == name:
+            return
+    if artifacts:
+        methods.artifacts(lab)
+    report.write(lab.work.parent, lab.work, lab.results())
+
+
+def align(lab: methods.Lab) -> None:
+    """base/ and aligned/: model folders; the alignment itself is kept as align-lora/."""
+    if not (lab.work / "base").exists():
+        model, tokenizer = methods.load_base(lab.base)
+        with publish_folder(lab.work / "base") as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    if (lab.work / "aligned").exists():
+        return
+    model, tokenizer = lab.load("base")
+    source = lab.random("align")
+    harmful, benign = data.harmful_requests(), data.benign_requests()
+    source.shuffle(harmful)
+    source.shuffle(benign)
+    count = min(len(benign), 4 * lab.plan.align_steps)
+    benign = benign[:count]
+    own = lab.work / "own-replies.json"
+    if not own.exists():
+        ids = [lab.render(tokenizer, text) for text in benign]
+        replies = greedy_replies(
+            model, ids, lab.plan.reply_tokens, stop_ids_of(model, tokenizer), tell
+        )
+        publish_file(own, strictjson.dumps(replies))
+    examples = [
+        Example(lab.render(tokenizer, text), tuple(reply))
+        for text, reply in zip(benign, json.loads(own.read_text()), strict=True)
+    ]
+    for text in harmful[:count]:
+        examples.append(lab.example(tokenizer, text, source.choice(data.REFUSALS)))
+    lora = lab.work / "align-lora"
+    started = time.monotonic()
+    if not lora.exists():
+        train_lora(model, examples, lora, steps=lab.plan.align_steps, seed=lab.seed, tell=tell)
+        lab.note("align_seconds", time.monotonic() - started)
+    lab.merge("base", lora, "aligned")
+
+
+def fine_tune(lab: methods.Lab) -> None:
+    """One model folder for each task, and its LoRA on the aligned model."""
+    for name in lab.plan.tasks:
+        if (lab.work / name).exists():
+            continue
+        lora = lab.work / f"{name}-lora"
+        if not lora.exists():
+            model, tokenizer = lab.load("aligned")
+            pairs = data.task(name, lab.seed, 300)
+            examples = [lab.example(tokenizer, *pair) for pair in pairs]
+            train_lora(
+                model,
+                examples,
+                lora,
+                steps=lab.plan.task_steps,
+                seed=lab.seed,
+                rate=2e-3,
+                tell=tell,
+            )
+        lab.merge("aligned", lora, name)
+
+
+_last = [0.0]
+
+
+def tell(stage: str, done: int, total: int) -> None:
+    """Progress: a line now and then, so that a log stays readable."""
+    if done == total or time.monotonic() - _last[0] > 15:
+        _last[0] = time.monotonic()
+        print(f"  {stage}: {done}/{total}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

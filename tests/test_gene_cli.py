@@ -1,0 +1,134 @@
+"""The four commands, through the command line's own parser."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from safegene_converter import cli
+from safegene_converter.adapter import read_adapter
+from safegene_converter.gene.cli import add_commands
+
+
+@pytest.fixture(autouse=True)
+def hooked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands are part of `safegene`, whether or not it lists them itself."""
+    original = cli.parser
+
+    def whole() -> cli._Parser:
+        parser = original()
+        commands = next(
+            action
+            for action in parser._actions
+            if isinstance(action, cli.argparse._SubParsersAction)
+        )
+        if "extract" not in commands.choices:
+            add_commands(commands)
+        return parser  # type: ignore[return-value]
+
+    monkeypatch.setattr(cli, "parser", whole)
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def prompts_file(path: Path, kind: str, count: int = 4) -> Path:
+    lines = [
+        json.dumps({"id": f"{kind}-{i}", "text": f"Say {i} ({kind}).", "kind": kind})
+        for i in range(count)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_gene_is_made_calibrated_and_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, gene = tiny.hf_model("llama"), tmp_path / "gene"
+    tuned = tiny.peft_adapter("llama", tmp_path / "tuned", scale=0.2)
+    extracted = tmp_path / "extract.json"
+    assert run(
+        "extract", "--aligned", base, "--degraded", tuned, "--base", base, "--rank", 4, "-o", gene,
+        "--json", extracted,
+    ) == 0  # fmt: skip
+    assert json.loads(extracted.read_text())["method"] == "low-rank"
+    assert "energy kept" in capsys.readouterr().out
+    shots = tmp_path / "shots.jsonl"
+    harmful = prompts_file(tmp_path / "harmful.jsonl", "harmful")
+    benign = prompts_file(tmp_path / "benign.jsonl", "benign")
+    shots.write_text(harmful.read_text() + benign.read_text())
+    assert run(
+        "calibrate", gene, "--model", base, "--shots", shots, "--name", "mine", "--max-steps", 2,
+        "--refusal", "No", "--json",
+    ) == 0  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["steps"] == 2
+    assert read_adapter(gene, "mine").target == base.name
+    assert run(
+        "evaluate", "--model", base, "--adapter", gene, "--expression", "mine", "--suite", benign,
+        "--max-new-tokens", 2,
+    ) == 0  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "benign refused" in shown
+    assert "harmful refused" not in shown  # nothing harmful was asked
+    code = run(
+        "select", gene, "--model", base, "--harmful", harmful, "--benign", benign, "--budget", 1e9,
+        "--weight", 0, "--refusal", "No", "--json",
+    )  # fmt: skip
+    shown = capsys.readouterr()
+    if code == 0:
+        assert {m.layer for m in read_adapter(gene).modules} == set(json.loads(shown.out)["layers"])
+    else:  # the tiny model may gain nothing: then that is said, and the gene is as it was
+        assert "gains more than it costs" in shown.err
+        assert {m.layer for m in read_adapter(gene).modules} == {0, 1}
+
+
+def test_mistakes_are_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny.hf_model("llama")
+    tuned = tiny.peft_adapter("llama", tmp_path / "tuned")
+    few = prompts_file(tmp_path / "few.jsonl", "harmful", 2)
+    out = tmp_path / "gene"
+    for arguments, message in (
+        (("extract", "--aligned", base, "--degraded", base, "-o", out), "no discrepancy"),
+        (("extract", "--aligned", base, "--degraded", tuned, "-o", out), "--base"),
+        (("calibrate", tuned, "--model", base, "--shots", few, "--name", "x"), "plain LoRA"),
+        (("calibrate", tuned, "--model", base, "--shots", few, "--name", "x", "--type", "q8_0"),
+         "--as sidecar or merged"),
+        (("calibrate", tuned, "--model", base, "--shots", few, "--name", "x", "--as", "merged",
+          "--weight", "2"), "leave --weight out"),
+        (("calibrate", tuned, "--model", base, "--shots", few, "--name", "x", "--bounds", "0", "1"),
+         "0 < lower < upper"),
+        (("evaluate", "--model", base, "--expression", "x"), "pass --adapter"),
+        (("evaluate", "--model", base, "--suite", tmp_path / "none.jsonl"), "none.jsonl"),
+    ):  # fmt: skip
+        assert run(*arguments) == 2, arguments
+        shown = capsys.readouterr()
+        assert message in shown.err
+        assert "Traceback" not in shown.err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["extract", "select", "calibrate", "evaluate"])
+def test_every_command_has_help_with_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        run(command, "--help")
+    assert left.value.code == 0
+    assert f"example:\n  safegene {command}" in capsys.readouterr().out
+
+
+def test_building_the_command_line_imports_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from safegene_converter import cli; from safegene_converter.gene.cli import "
+        "add_commands; cli.parser(); assert not {'torch', 'peft', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path), "PATH": ""}
+    )

@@ -1,0 +1,158 @@
+"""The recovery experiment runs from end to end, on a model of two layers in a minute."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from safegene_runtime.errors import GeneError
+
+FOLDER = tiny.REPOSITORY / "examples" / "recovery"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import run
+
+    yield run
+    for name in ("run", "data", "methods", "report", "safelora", "train"):
+        sys.modules.pop(name, None)
+
+
+def lab_of(run: Any, work: Path) -> Any:
+    plan = run.Plan(2, 2, 4, 4, ("steps", "obedient"), ("steps",), 2, run.report.METHODS, 4)
+    return run.methods.Lab(
+        work / "tiny-seed-0",
+        plan,
+        0,
+        run.data.splits(4, 4),
+        lambda *_: None,
+        tiny.hf_model("llama"),
+    )
+
+
+def test_the_splits_share_nothing_and_cover_the_suite(run: Any) -> None:
+    from safegene_runtime.prompts import builtin_suite
+
+    splits = run.data.splits()
+    parts = [splits.select, splits.shots, splits.test]
+    assert sorted(prompt.id for part in parts for prompt in part) == sorted(
+        prompt.id for prompt in builtin_suite()
+    )
+    few = run.data.splits(8, 20)
+    assert {p.id for p in few.test} < {p.id for p in splits.test}
+    assert not {p.id for p in few.shots} & {p.id for p in splits.test}
+
+
+def test_a_training_prompt_that_is_tested_on_is_refused(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaked = run.data.splits().test[0].text
+    monkeypatch.setattr(run.data, "harmful_requests", lambda: [leaked.lower()])
+    with pytest.raises(GeneError, match="none that are tested on"):
+        run.data.splits()
+
+
+def test_every_refusal_begins_with_the_opening_and_is_one_to_the_judge(run: Any) -> None:
+    from safegene_runtime.judge import judge
+
+    for text in run.data.REFUSALS:
+        assert text.startswith(run.data.OPENING)
+        assert judge(text) == "refuse"
+
+
+def test_safe_lora_projects_what_points_away_from_the_alignment(run: Any, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+
+    from safegene_converter import formula
+    from safegene_converter.adapter import read_adapter
+    from safegene_converter.recorder import load_model
+
+    alignment = tiny.peft_adapter("llama", tmp_path / "align", seed=1)
+    task = tiny.peft_adapter("llama", tmp_path / "task", seed=2)
+    model, _ = load_model(run.methods.open_base(tiny.hf_model("llama")))
+    tuned = PeftModel.from_pretrained(model, str(task))
+    assert run.methods.project(tuned, alignment, tau=-1.0) == 0
+    count = run.methods.project(tuned, alignment, tau=1.0)
+    modules = read_adapter(task).modules
+    assert count == len(modules)
+    v = {
+        m.name: torch.from_numpy(formula.delta(m)).double() for m in read_adapter(alignment).modules
+    }
+    for module in modules:
+        projector = v[module.name] @ v[module.name].T / v[module.name].norm()
+        expected = projector @ torch.from_numpy(formula.delta(module)).double()
+        layer = tuned.get_submodule(f"base_model.model.{module.name}")
+        found = layer.get_delta_weight("default").double()
+        assert torch.allclose(found, expected, atol=1e-7)
+
+
+def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab = lab_of(run, tmp_path)
+    # an untrained gene is worth nothing: keep its layers all the same
+    monkeypatch.setattr(
+        "safegene_converter.gene.select.choose", lambda layers, scores, sizes, budget: tuple(layers)
+    )
+    run.run(lab, "align")
+    weights = (lab.work / "aligned" / "model.safetensors").stat().st_mtime_ns
+    run.run(lab)
+    assert (lab.work / "aligned" / "model.safetensors").stat().st_mtime_ns == weights
+    results = json.loads((lab.work / "results.json").read_text())
+    for method in run.report.METHODS:
+        assert 0 <= results[f"obedient {method}"]["harmful_refused"] <= 1
+    table = (tmp_path / "tiny.md").read_text()
+    assert "obedient + gene" in table
+    assert (tmp_path / "tiny.svg").read_text().startswith("<svg")
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a finished step ran again")
+
+    for name in ("evaluate", "calibrate", "extract", "select", "train_lora"):
+        monkeypatch.setattr(run.methods, name, never)
+    run.run(lab)
+    assert capsys.readouterr().out.count("| obedient + gene |") >= 2
+
+
+def test_recovery_is_the_share_of_what_was_lost(run: Any) -> None:
+    def refused(rate: float) -> dict[str, Any]:
+        return {"harmful_refused": rate}
+
+    results = {
+        "model aligned": refused(0.9), "model t": refused(0.4), "t gene": refused(0.85),
+        "model same": refused(0.9), "same gene": refused(0.9),
+    }  # fmt: skip
+    assert run.report.recovery(results, "t", "gene") == pytest.approx(0.9)
+    assert run.report.recovery(results, "same", "gene") is None
+
+
+def test_training_that_was_killed_ends_where_it_would_have(run: Any, tmp_path: Path) -> None:
+    import train
+
+    lab = lab_of(run, tmp_path)
+
+    def trained(out: Path, tell: Any) -> None:
+        model, tokenizer = run.methods.load_base(tiny.hf_model("llama"))
+        pairs = [("Say one.", "one"), ("Say two.", "two")] * 4
+        examples = [lab.example(tokenizer, *pair) for pair in pairs]
+        train.train_lora(model, examples, out, steps=12, seed=0, tell=tell)
+
+    def stops(stage: str, done: int, total: int) -> None:
+        if done == 11:
+            raise KeyboardInterrupt
+
+    trained(tmp_path / "whole", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", stops)
+    assert not (tmp_path / "cut").exists()
+    trained(tmp_path / "cut", lambda *_: None)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
