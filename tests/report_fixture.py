@@ -140,9 +140,13 @@ def make_report(
     assert str(result.verdict) == verdict or prompts < 250 or stop_at, (verdict, result.sentence)
     whole = result.to_dict()
     if sequential:
-        path = [float(np.exp(0.03 * n + 0.4 * np.sin(n / 9))) for n in range(1, prompts + 1)]
         whole["sequential"] = {
-            "path": path, "threshold": 20.0, "stopped_at": next(i for i, e in enumerate(path) if e >= 20) + 1,
+            "threshold": float(np.log(20)),
+            "path": [
+                {"rate": "loss", "trial": n, "worst": False, "best": False, "log_e_fail": None,
+                 "log_e_pass": float(0.03 * n + 0.4 * np.sin(n / 9))}
+                for n in range(1, prompts + 1)
+            ],
         }  # fmt: skip
     broken = stop_at or {"PASS": None, "VACUOUS": None}.get(verdict, "refusals")
     details = {

@@ -159,6 +159,10 @@ def test_axe_finds_nothing(
     browser: Browser, pages: dict[str, Path], name: str, scheme: str
 ) -> None:
     with Opened(browser, pages[name], color_scheme=scheme, bypass_csp=True) as opened:
+        # every row is made alike, and axe looks at each element several times
+        opened.page.evaluate(
+            "document.querySelectorAll('tbody tr:nth-child(n+9)').forEach(row => row.remove())"
+        )
         found = Axe().run(opened.page)
         assert found.violations_count == 0, found.generate_report()
 

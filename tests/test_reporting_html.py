@@ -103,8 +103,8 @@ def test_parts_that_were_not_measured_are_not_shown() -> None:
     assert parts("fail") == everything
     assert parts("pass-bare") == everything - {"weights", "attacks"}
     assert parts("fail-integrity") == {"verdict", "ladder", "provenance"}
-    assert "Evidence, prompt by prompt" in PAGES["pass-sequential"]
-    assert "Evidence, prompt by prompt" not in PAGES["pass"]
+    assert "Evidence for no loss, prompt by prompt" in PAGES["pass-sequential"]
+    assert "Evidence for no loss, prompt by prompt" not in PAGES["pass"]
 
 
 def test_replies_are_there_only_with_texts_and_hidden_until_asked_for() -> None:

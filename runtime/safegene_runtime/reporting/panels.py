@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -308,10 +309,15 @@ def measurements_panel(report: Mapping[str, Any]) -> Markup | None:
             "Teacher-forced on the reference’s replies; a refusal is decided in the first tokens."
         )
         figures.append(_figure("KL by position", curve, text))
-    sequential = (gate or {}).get("sequential") or {}
-    if path := svg.evidence_path(sequential.get("path", ()), sequential.get("threshold")):
+    sequential = (gate or {}).get("sequential") or {"path": (), "threshold": 0.0}
+    evidence = [
+        math.exp(min(one["log_e_pass"], 600.0))
+        for one in sequential["path"]
+        if one["rate"] == "loss" and one["log_e_pass"] is not None
+    ]
+    if path := svg.evidence_path(evidence, math.exp(sequential["threshold"])):
         text = "Anytime-valid: stopping at the line keeps the error rate, however often one looked."
-        figures.append(_figure("Evidence, prompt by prompt", path, text))
+        figures.append(_figure("Evidence for no loss, prompt by prompt", path, text))
     return el("div", figures, class_="figures") if figures else None
 
 
