@@ -1,0 +1,88 @@
+"""The real chat model and the trained adapter in ONNX: as exact as the tiny ones, and in GenAI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_onnx_genai import N_NEW, genai, without_end
+
+from safegene_converter.base import open_base
+from safegene_converter.demo import find_adapter, find_smollm2, write_float_base
+from safegene_converter.gguf_to_hf import gguf_to_hf
+from safegene_converter.onnx_build import build_onnx
+from safegene_converter.recorder import record
+from safegene_converter.to_onnx import FORMS, Form, convert_onnx
+from safegene_runtime.forced import forced_passes
+from safegene_runtime.manifest import read_manifest
+from safegene_runtime.ort_engine import OrtEngine
+from safegene_runtime.prompts import builtin_suite
+from safegene_runtime.reference import Reference
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("onnx"), pytest.mark.timeout(900)]
+
+N_PROMPTS = 3
+
+
+@dataclass(frozen=True)
+class Real:
+    """The float model as a folder, and what PyTorch + PEFT answer."""
+
+    hf: Path
+    reference: Reference
+
+    def base(self, precision: str) -> Path:
+        """Exported once, when first asked for."""
+        out = self.hf.parent / precision
+        if not out.exists():
+            build_onnx(self.hf, out, precision)
+        return out
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
+    folder = tmp_path_factory.mktemp("real")
+    write_float_base(find_smollm2(), folder / "f32.gguf")
+    hf, _ = gguf_to_hf(open_base(folder / "f32.gguf"), folder / "hf", lambda *_: None)
+    suite = builtin_suite()
+    prompts = [
+        prompt
+        for kind in ("harmful", "benign")
+        for prompt in [one for one in suite if one.kind == kind][:N_PROMPTS]
+    ]
+    reference = record(find_adapter(), hf.path, folder / "r", prompts=prompts, max_new_tokens=8)
+    return Real(hf.path, reference)
+
+
+@pytest.mark.parametrize(
+    ("precision", "form"), [*(("fp32", form) for form in FORMS), ("int4", "branch")]
+)
+def test_onnx_runtime_and_genai_say_what_pytorch_says(
+    precision: str, form: Form, real: Real, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    convert_onnx(find_adapter(), real.base(precision), out, form=form, check=False)
+    file = out / "adapter.onnx_adapter" if form == "adapter" else None
+    known = {entry.path: entry.sha256 for entry in read_manifest(out).files}
+    prompts = real.reference.prompts
+    with OrtEngine(out / "model.onnx", file, digests=known) as engine:
+        found = forced_passes(engine, real.reference)
+        kl = float(np.mean(np.concatenate([one.kl for one in found])))
+        replies = engine.generate(
+            [prompt.prompt_ids for prompt in prompts],
+            8,
+            real.reference.meta["decoding"]["stop_ids"],
+        )
+        ids = list(prompts[0].prompt_ids)
+        logits, reply = genai(out, file, ids)
+        _, ours = next(iter(engine.logits([ids], [1])))
+        expected = without_end(engine, ids)
+    assert len(reply) == N_NEW
+    assert reply == expected
+    assert np.abs(logits - ours[0]).max() <= 1e-3
+    if precision == "fp32":
+        assert abs(kl) <= 1e-6
+        assert replies == [list(prompt.ref_ids) for prompt in prompts]
+    print(f"{precision} {form}: mean KL {kl:.3g}")
