@@ -285,7 +285,7 @@ def artifacts(lab: Lab) -> None:
                 except RecordError as error:
                     return {"verdict": f"could not be checked ({error.problems[0].got})"}
                 rates = checked.figures["harmful_refused"]
-                return {"verdict": checked.verdict, "harmful_refused": rates["artifact"]}
+                return {"verdict": str(checked.verdict), "harmful_refused": rates["artifact"]}
 
             lab.once(f"{target} artifact {form} {type_name}", one)
 
