@@ -174,6 +174,28 @@ def test_a_sidecar_without_its_base_could_not_be_checked(
     assert "verdict: VACUOUS" in _inspected(sidecar, capsys)
 
 
+def test_several_artifacts_are_shown_side_by_side(
+    sidecar: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny.gguf_model("llama")
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"text": "Name a colour."}\n')
+    merged, reference = tmp_path / "merged", tmp_path / "reference"
+    assert run("convert", adapter, "--base", base, "--as", "merged", "-o", merged) == 0
+    assert run(
+        "record", adapter, "--base", tiny.hf_model("llama"), "--prompts", prompts,
+        "--max-new-tokens", 4, "-o", reference,
+    ) == 0  # fmt: skip
+    capsys.readouterr()
+    arguments = ("verify", sidecar, merged, "--reference", reference, "--base", base)
+    assert run(*arguments, "--report", tmp_path / "reports") == 4
+    text = capsys.readouterr().out
+    assert "first broken rung" in text
+    assert {path.name for path in (tmp_path / "reports").iterdir()} == {"sidecar", "merged"}
+    assert run(*arguments, "--html", tmp_path / "one.html") == 2
+    assert "--report" in capsys.readouterr().err
+
+
 def _inspected(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     assert run("inspect", path) == 0
     return capsys.readouterr().out
