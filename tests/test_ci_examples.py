@@ -18,6 +18,8 @@ import tiny
 import yaml
 from packaging.requirements import Requirement
 
+from safegene_runtime.verdict import EXIT_INVALID_RECORD, EXIT_USAGE, Verdict
+
 ACTION = yaml.safe_load((tiny.REPOSITORY / "action.yml").read_text())
 GITLAB = yaml.safe_load((tiny.REPOSITORY / "examples" / "ci" / "gitlab-ci.yml").read_text())
 PROJECT = tomllib.loads((tiny.REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -233,3 +235,21 @@ def test_the_gitlab_job_ends_with_the_code_of_the_verdict(
     assert done.returncode == code, done.stderr
     assert (tmp_path / job["artifacts"]["reports"]["junit"]).exists()
     assert job["artifacts"]["when"] == "always"
+
+
+def test_the_page_on_ci_says_what_the_code_does() -> None:
+    text = (tiny.REPOSITORY / "docs" / "ci.md").read_text()
+    rows = dict(re.findall(r"^\| (\d) \| ([A-Za-z]+) \|", text, re.MULTILINE))
+    codes = {str(one.exit_code): str(one) for one in Verdict}
+    assert rows == {**codes, str(EXIT_USAGE): "none", str(EXIT_INVALID_RECORD): "none"}
+    workflow = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    steps = workflow["jobs"]["refusal-parity"]["steps"]
+    ours = next(step for step in steps if "/safegene@" in step["uses"])
+    assert {name for name, one in ACTION["inputs"].items() if one.get("required")} <= set(
+        ours["with"]
+    )
+    assert set(ours["with"]) <= set(ACTION["inputs"])
+    for step in steps:
+        assert step is ours or re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"])
+    for path in re.findall(r"\]\(([^)]+)\)", text):
+        assert (tiny.REPOSITORY / "docs" / path).exists(), path
