@@ -7,7 +7,11 @@ recorded, served and compared is real; a reply that changes by one token loses i
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +51,11 @@ class Gated:
     site: Path
 
 
-def make(folder: Path) -> Gated:
-    """Records, labels and converts."""
+@functools.cache
+def make() -> Gated:
+    """Records, labels and converts, once per process; removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="safegene-gated-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     adapter = tiny.peft_adapter("llama", folder / "adapter", scale=0.2)
     suite = builtin_suite()
     prompts = [

@@ -27,8 +27,8 @@ BASH = ["bash", "--noprofile", "--norc", "-eo", "pipefail"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> gated.Gated:
-    return gated.make(tmp_path_factory.mktemp("gated"))
+def made() -> gated.Gated:
+    return gated.make()
 
 
 @pytest.fixture(scope="module")

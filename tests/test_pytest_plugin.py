@@ -30,8 +30,8 @@ def test_marked():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> gated.Gated:
-    found = gated.make(tmp_path_factory.mktemp("gated"))
+def made() -> gated.Gated:
+    found = gated.make()
     project = tomllib.loads((tiny.REPOSITORY / "pyproject.toml").read_text())["project"]
     points = project["entry-points"]["pytest11"]
     gated.distribution(found.site, "safegene-points", {"pytest11": points})
