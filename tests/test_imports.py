@@ -11,7 +11,9 @@ import safegene_runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(
-    f"safegene_runtime.{module.name}" for module in pkgutil.iter_modules(safegene_runtime.__path__)
+    f"safegene_runtime.{module.name}"
+    for module in pkgutil.iter_modules(safegene_runtime.__path__)
+    if module.name != "pytest_plugin"  # which pytest itself loads, and nothing else may
 )
 BLOCKED = (
     "torch", "transformers", "peft", "safegene_converter", "gguf", "rich", "onnx", "safetensors",
