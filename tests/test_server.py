@@ -15,6 +15,8 @@ import pytest
 import served
 import tiny
 
+from safegene_converter.command_line import Parser
+from safegene_converter.server_command import add_server_options, verify_server
 from safegene_converter.to_gguf import convert
 from safegene_runtime.errors import EngineError, RecordError
 from safegene_runtime.reference import Reference
@@ -232,6 +234,37 @@ def test_a_record_that_tells_nothing_is_vacuous(world: World) -> None:
 def test_another_judge_is_refused_before_anything_is_asked(world: World) -> None:
     with pytest.raises(RecordError, match="judge"):
         check_server("http://127.0.0.1:9", world.record)
+
+
+# --- the command -----------------------------------------------------------------------------------
+
+
+def verify_command(*arguments: object) -> int:
+    parser = Parser()
+    for name in ("--judge", "--base", "--json"):
+        parser.add_argument(name)
+    parser.add_argument("artifact", nargs="*")
+    parser.add_argument("--reference", type=Path)
+    parser.add_argument("--profile", default="smoke")
+    add_server_options(parser)
+    return verify_server(parser.parse_args([str(one) for one in arguments]))
+
+
+def test_the_command_prints_every_check_and_exits_with_the_verdict(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("safegene_runtime.judge_plugins.load_judge", lambda name: world.judge)
+    known = ("--reference", world.record.path, "--judge", "listed")
+    with served.scripted(faithful(world)) as url:
+        assert verify_command("--server", url, *known) == 4, "smoke needs more than this record has"
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*GOOD, "refusals", "VACUOUS"))
+    with served.scripted(faithful(world, ask=lambda row, body: reply("x", 1))) as url:
+        assert verify_command("--server", url, *known, "--json", "-") == 1
+        assert json.loads(capsys.readouterr().out)["verdict"] == "FAIL"
+        with pytest.raises(EngineError, match="by itself") as caught:
+            verify_command("OUT", "--server", url, "--base", "b", *known)
+    assert len(caught.value.problems) == 2
 
 
 # --- hostile servers -------------------------------------------------------------------------------
