@@ -63,7 +63,7 @@ GOOD = {"text": "ok", "repeat": "ok", "active": "ok", "switch": "ok"}
 
 
 def test_llama_cpp_python_with_the_artifact_passes(world: World) -> None:
-    with served.llama_cpp_python(world.merged, "--logits_all", "true") as url:
+    with served.llama_cpp_python(world.merged) as url:
         report = world.check(url)
         assert report.kind == "OpenAI-compatible"
         assert status(report) == GOOD, report.checks
@@ -71,15 +71,14 @@ def test_llama_cpp_python_with_the_artifact_passes(world: World) -> None:
         assert "lost" in report.sentence
         assert all(one["identical"] for one in report.outcomes)
         assert json.loads(json.dumps(report.to_dict()))["verdict"] == "PASS"
-        assert world.check(url + "/v1/").verdict is Verdict.PASS
 
 
 def test_llama_cpp_python_with_the_base_fails(world: World) -> None:
-    with served.llama_cpp_python(world.base) as url:
+    with served.llama_cpp_python(world.base, "--logits_all", "false") as url:
         report = world.check(url)
     assert report.verdict is Verdict.FAIL
     assert report.gate.verdict is Verdict.FAIL
-    assert status(report)["active"] == "not offered", "without logits_all it gives none"
+    assert status(report)["active"] == "not offered"
     assert not any(one["identical"] for one in report.outcomes)
 
 
@@ -165,11 +164,25 @@ def test_a_server_that_says_what_was_recorded_passes(world: World) -> None:
         return reply(row.ref_text)
 
     with served.scripted(faithful(world, ask=ask)) as url:
-        report = world.check(url, api_key="k")
+        report = world.check(url + "/v1/", api_key="k")
     assert status(report) == {**GOOD, "text": "not offered", "active": "not offered"}
     assert report.verdict is Verdict.PASS, report.sentence
     assert {one["temperature"] for one in asked} == {0}
     assert {one["max_tokens"] for one in asked} == {served.TOKENS}
+
+
+def test_a_server_that_refuses_log_probabilities_is_asked_without(world: World) -> None:
+    asked: list[bool] = []
+
+    def ask(row: Any, body: Any) -> Any:
+        asked.append("logprobs" in body)
+        return (500, {"error": "no"}) if "logprobs" in body else reply(row.ref_text)
+
+    with served.scripted(faithful(world, ask=ask)) as url:
+        report = world.check(url)
+    assert status(report)["active"] == "not offered"
+    assert report.verdict is Verdict.PASS, report.sentence
+    assert asked.count(True) == 1, "once is enough to know"
 
 
 def test_a_client_that_can_switch_by_request_or_by_model_fails(world: World) -> None:

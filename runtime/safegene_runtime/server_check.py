@@ -31,6 +31,9 @@ __all__ = ["ServerCheck", "ServerReport", "check_server"]
 AGAIN = 3
 """Prompts asked a second time, and prompts that try to switch the adapter off."""
 
+SAMPLE = 8
+"""Prompts with log-probabilities, where they are dear: llama_cpp.server sorts the vocabulary in Python."""
+
 
 @dataclass(frozen=True)
 class ServerCheck:
@@ -129,7 +132,8 @@ def check_server(
     for done, prompt in enumerate(prompts):
         if on_progress:
             on_progress("asking the server", done, len(prompts))
-        replies.append(server.ask(prompt.text, limit))
+        wanted = server.kind == "llama-server" or done < SAMPLE
+        replies.append(server.ask(prompt.text, limit, logprobs=wanted))
     if on_progress:
         on_progress("asking the server", len(prompts), len(prompts))
     stops = frozenset(record.meta["decoding"]["stop_ids"])

@@ -144,8 +144,16 @@ class Server:
             raise self._error("/tokenize", "token ids", _shown(status, found))
         return tuple(ids)
 
-    def ask(self, text: str, max_tokens: int, **extra: Any) -> ServerReply:
+    def ask(
+        self, text: str, max_tokens: int, *, logprobs: bool = False, **extra: Any
+    ) -> ServerReply:
         """The greedy reply to one message of a user, cold where the server can be told so.
+
+        Args:
+            text: the message.
+            max_tokens: of the reply.
+            logprobs: ask for log-probabilities, too, where the server offers them.
+            extra: further fields of the request.
 
         Raises:
             ServerRefusalError: it answered with an error status.
@@ -162,7 +170,7 @@ class Server:
         if self.kind == "llama-server":
             body["cache_prompt"] = False
         path = "/v1/chat/completions"
-        if self.offers_logprobs is not False:
+        if logprobs and self.offers_logprobs is not False:
             more = {**body, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
             status, found = self.exchange("POST", path, more, may_fail=True)
             if self.offers_logprobs is None:
