@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +65,10 @@ def logits_for(record: PromptRecord, vocabulary: int, seed: int) -> tuple[np.nda
 
 
 def write(
-    folder: Path, prompts: Sequence[PromptRecord], logits: Sequence[tuple[np.ndarray, np.ndarray]]
+    folder: Path,
+    prompts: Sequence[PromptRecord],
+    logits: Sequence[tuple[np.ndarray, np.ndarray]],
+    meta: Mapping[str, Any] = META,
 ) -> Reference:
     positions = []
     for ref, base in logits:
@@ -77,6 +81,6 @@ def write(
     stored = [np.stack([pair[arm][0, ids] for pair in logits]) for arm in (0, 1)]
     openers = Openers(ids.astype(np.int32), *stored)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, data in encode_reference(META, prompts, positions, openers).items():
+    for name, data in encode_reference(meta, prompts, positions, openers).items():
         (folder / name).write_bytes(data)
     return read_reference(folder)

@@ -77,6 +77,12 @@ class Engine(Protocol):
         """
         ...
 
+    def stream(
+        self, prompt: Sequence[int], max_tokens: int, stop_ids: Collection[int]
+    ) -> Iterator[int]:
+        """Yields the ids of `generate` one by one, as they come; the engine is busy until it ends."""
+        ...
+
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
         """Text to ids; `add_special` adds BOS or EOS where the model's metadata says so."""
         ...

@@ -10,6 +10,7 @@
     ├── GeneError                a gene that cannot be made: no discrepancy, few shots, NaN losses
     ├── SurvivalError            the safety delta would not survive in the stored weights
     ├── OutputError              an output that exists, or cannot be written
+    ├── UnverifiedError          an artifact without PASS, where only a verified one may be served
     ├── EngineError              llama.cpp or ONNX Runtime refused, or did something else than asked
     └── PostconditionError       what was written is not what was meant
 
@@ -37,6 +38,7 @@ __all__ = [
     "SafeGeneError",
     "SurvivalError",
     "UnsupportedError",
+    "UnverifiedError",
 ]
 
 MAX_SHOWN = 5000  # characters of a part of a message; a path may have 4096
@@ -111,6 +113,10 @@ class SurvivalError(SafeGeneError, ValueError):
 
 class OutputError(SafeGeneError, OSError):
     """An output that exists already, or that cannot be written."""
+
+
+class UnverifiedError(SafeGeneError, RuntimeError):
+    """An artifact without the verdict PASS, where only a verified one may be served."""
 
 
 class EngineError(SafeGeneError, RuntimeError):

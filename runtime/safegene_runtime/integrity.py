@@ -28,9 +28,9 @@ class Served:
 
 
 def check_integrity(
-    manifest: Manifest, folder: Path, record: Reference, base: Path | None, tell: Tell
+    manifest: Manifest, folder: Path, record: Reference | None, base: Path | None, tell: Tell
 ) -> Served:
-    """Holds the files against the manifest, and the manifest against the reference.
+    """Holds the files against the manifest, and the manifest against the reference, if there is one.
 
     Raises:
         ManifestError: the folder is not what its manifest says, or belongs to another reference.
@@ -46,8 +46,10 @@ def check_integrity(
 
     check_files(manifest, folder, step)
     problems = Problems()
-    adapter = record.meta["adapter"]
-    if adapter["files"] != manifest.adapter["files"]:
+    adapter = record.meta["adapter"] if record is not None else None
+    if adapter is None:
+        pass  # serving, not verifying: what it was verified against is in the manifest
+    elif adapter["files"] != manifest.adapter["files"]:
         problems.add(
             str(folder),
             "adapter",

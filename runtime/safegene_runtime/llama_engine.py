@@ -390,6 +390,35 @@ class LlamaEngine:
                     slot.pending = np.array([token], np.int32)
         return outputs
 
+    def stream(
+        self, prompt: Sequence[int], max_tokens: int, stop_ids: Collection[int]
+    ) -> Iterator[int]:
+        """Yields the ids of `generate` one by one, as they come; see `Engine.stream`.
+
+        Raises:
+            EngineError: as `logits`.
+        """
+        row = self._checked(prompt, "prompt", max_tokens)
+        self._call += 1
+        return self._stream(row, max_tokens, frozenset(stop_ids), self._call)
+
+    def _stream(
+        self, row: np.ndarray, limit: int, stops: frozenset[int], call: int
+    ) -> Iterator[int]:
+        if limit < 1:
+            return
+        self._check_current(call)
+        self._open_context(len(row) + limit)
+        slot = _Slot(0, row, 0)
+        while True:
+            for _, token in self._step({1: slot}):
+                slot.output.append(token)
+                slot.pending = np.array([token], np.int32)
+                yield token
+                if token in stops or len(slot.output) >= limit:
+                    return
+                self._check_current(call)
+
     def _step(self, slots: dict[int, _Slot]) -> list[tuple[int, int]]:
         """Feeds every slot what fits in one batch; returns (sequence, next id) where known."""
         self._batch.clear()

@@ -398,6 +398,30 @@ class OrtEngine:
             mask = np.concatenate([mask[stay], np.ones((len(stay), 1), np.int64)], axis=1)
             past = {cache.past: value for cache, value in zip(self._caches, found[1:], strict=True)}
 
+    def stream(
+        self, prompt: Sequence[int], max_tokens: int, stop_ids: Collection[int]
+    ) -> Iterator[int]:
+        """Yields the ids of `generate` one by one, as they come; see `Engine.stream`.
+
+        Raises:
+            EngineError: as `generate`.
+        """
+        row = self._checked(prompt, "prompt", max_tokens)
+        return self._stream(row, max_tokens, frozenset(stop_ids))
+
+    def _stream(self, row: np.ndarray, limit: int, stops: frozenset[int]) -> Iterator[int]:
+        ids, past = row.reshape(1, -1), self._empty(1)
+        names = ["logits", *(cache.present for cache in self._caches)]
+        for length in range(len(row), len(row) + limit):
+            positions = np.arange(length - ids.shape[1], length, dtype=np.int64)[None]
+            found = self._run(ids, np.ones((1, length), np.int64), positions, past, names)
+            token = int(found[0][0, -1].argmax())
+            yield token
+            if token in stops:
+                return
+            ids = np.array([[token]], np.int64)
+            past = {cache.past: value for cache, value in zip(self._caches, found[1:], strict=True)}
+
     def _run(
         self,
         ids: np.ndarray,

@@ -1,0 +1,365 @@
+"""A live server: what it serves is what was recorded, or the reason why not."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+import served
+import tiny
+
+from safegene_converter.command_line import Parser
+from safegene_converter.server_command import add_server_options, verify_server
+from safegene_converter.to_gguf import convert
+from safegene_runtime.errors import EngineError, RecordError
+from safegene_runtime.reference import Reference
+from safegene_runtime.server_check import ServerReport, check_server
+from safegene_runtime.server_engine import MAX_BODY_BYTES, Server
+from safegene_runtime.verdict import Verdict
+
+
+@dataclasses.dataclass
+class World:
+    """One base, its artifacts, what PyTorch would have said, and who judges it."""
+
+    base: Path
+    merged: Path
+    adapter: Path
+    record: Reference
+    judge: served.Listed
+
+    def check(self, url: str, **settings: Any) -> ServerReport:
+        settings = {"profile": served.PROFILE, "judge": self.judge, "timeout_s": 30.0, **settings}
+        return check_server(url, self.record, **settings)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("server")
+    adapter = tiny.peft_adapter("llama", folder / "adapter", scale=0.1)
+    base = tiny.gguf_model("llama")
+    convert(adapter, base, folder / "merged", form="merged", check=False)
+    convert(adapter, base, folder / "sidecar", form="sidecar", check=False)
+    (merged,) = (folder / "merged").glob("*.gguf")
+    record, judge = served.record_of(folder / "reference", base, merged)
+    return World(base, merged, folder / "sidecar" / "adapter.gguf", record, judge)
+
+
+def status(report: ServerReport) -> dict[str, str]:
+    return {one.name: one.status for one in report.checks}
+
+
+GOOD = {"text": "ok", "repeat": "ok", "active": "ok", "switch": "ok"}
+
+
+# --- real servers ----------------------------------------------------------------------------------
+
+
+def test_llama_cpp_python_with_the_artifact_passes(world: World) -> None:
+    with served.llama_cpp_python(world.merged) as url:
+        report = world.check(url)
+        assert report.kind == "OpenAI-compatible"
+        assert status(report) == GOOD, report.checks
+        assert report.verdict is Verdict.PASS, report.sentence
+        assert "lost" in report.sentence
+        assert all(one["identical"] for one in report.outcomes)
+        assert json.loads(json.dumps(report.to_dict()))["verdict"] == "PASS"
+
+
+def test_llama_cpp_python_with_the_base_fails(world: World) -> None:
+    with served.llama_cpp_python(world.base, "--logits_all", "false") as url:
+        report = world.check(url)
+    assert report.verdict is Verdict.FAIL
+    assert report.gate.verdict is Verdict.FAIL
+    assert status(report)["active"] == "not offered"
+    assert not any(one["identical"] for one in report.outcomes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+class TestLlamaServer:
+    """The real one; tools/build_server.sh builds it."""
+
+    def test_with_the_artifact_it_passes(self, world: World) -> None:
+        with served.llama_cpp(world.merged) as url:
+            report = world.check(url)
+        assert report.kind == "llama-server"
+        assert status(report) == GOOD, report.checks
+        assert report.verdict is Verdict.PASS, report.sentence
+
+    def test_with_the_base_it_fails_and_does_not_move(self, world: World) -> None:
+        with served.llama_cpp(world.base) as url:
+            report = world.check(url)
+        assert report.gate.verdict is Verdict.FAIL
+        active = next(one for one in report.checks if one.name == "active")
+        assert active.status == "broken"
+        assert abs(float(active.detail.split()[1])) < 0.05
+
+    def test_an_adapter_that_a_client_can_switch_off_fails(self, world: World) -> None:
+        with served.llama_cpp(world.base, "--lora", str(world.adapter)) as url:
+            report = world.check(url)
+            assert report.gate.verdict is Verdict.PASS
+            assert status(report) == {**GOOD, "switch": "broken"}
+            assert report.verdict is Verdict.FAIL
+            assert "`lora` of a request" in report.sentence
+            assert "POST /lora-adapters" in report.sentence
+            allowed = world.check(url, allow_switchable=True)
+            assert status(allowed) == {**GOOD, "switch": "allowed"}
+            assert allowed.verdict is Verdict.PASS, "and the probe changed nothing"
+
+    def test_another_strength_is_seen(self, world: World) -> None:
+        with served.llama_cpp(world.base, "--lora-scaled", f"{world.adapter}:0.5") as url:
+            report = world.check(url, allow_switchable=True)
+        assert status(report)["active"] == "broken"
+        assert report.verdict is Verdict.FAIL
+
+    def test_another_template_is_seen(self, world: World) -> None:
+        with served.llama_cpp(world.merged, "--chat-template", "chatml") as url:
+            report = world.check(url)
+        assert status(report)["text"] == "broken"
+        assert report.verdict is Verdict.FAIL
+
+
+# --- scripted servers ------------------------------------------------------------------------------
+
+
+def reply(text: str, prompt_tokens: int | None = None) -> tuple[int, Any]:
+    found: dict[str, Any] = {"choices": [{"message": {"content": text}}]}
+    if prompt_tokens is not None:
+        found["usage"] = {"prompt_tokens": prompt_tokens}
+    return 200, found
+
+
+def faithful(world: World, **changes: Any) -> served.Answer:
+    """Answers what was recorded; `changes` replace the answers of paths, or `ask` the replies."""
+    rows = {one.text: one for one in world.record.prompts}
+
+    def answer(handler: BaseHTTPRequestHandler, body: Any) -> Any:
+        if handler.path in changes:
+            return changes[handler.path]
+        if handler.path == "/v1/models":
+            return 200, {"data": [{"id": "tiny"}]}
+        if handler.path == "/v1/chat/completions":
+            row = rows[body["messages"][0]["content"]]
+            if "ask" in changes:
+                return changes["ask"](row, body)
+            return reply(row.ref_text, len(row.prompt_ids))
+        return 404, {"error": "nothing there"}
+
+    return answer
+
+
+def test_a_server_that_says_what_was_recorded_passes(world: World) -> None:
+    asked: list[Any] = []
+
+    def ask(row: Any, body: Any) -> Any:
+        asked.append(body)
+        return reply(row.ref_text)
+
+    with served.scripted(faithful(world, ask=ask)) as url:
+        report = world.check(url + "/v1/", api_key="k")
+    assert status(report) == {**GOOD, "text": "not offered", "active": "not offered"}
+    assert report.verdict is Verdict.PASS, report.sentence
+    assert {one["temperature"] for one in asked} == {0}
+    assert {one["max_tokens"] for one in asked} == {served.TOKENS}
+
+
+def test_a_server_that_refuses_log_probabilities_is_asked_without(world: World) -> None:
+    asked: list[bool] = []
+
+    def ask(row: Any, body: Any) -> Any:
+        asked.append("logprobs" in body)
+        return (500, {"error": "no"}) if "logprobs" in body else reply(row.ref_text)
+
+    with served.scripted(faithful(world, ask=ask)) as url:
+        report = world.check(url)
+    assert status(report)["active"] == "not offered"
+    assert report.verdict is Verdict.PASS, report.sentence
+    assert asked.count(True) == 1, "once is enough to know"
+
+
+def test_a_client_that_can_switch_by_request_or_by_model_fails(world: World) -> None:
+    def ask(row: Any, body: Any) -> Any:
+        return reply(row.base_text if "lora" in body else row.ref_text)
+
+    with served.scripted(faithful(world, ask=ask)) as url:
+        report = world.check(url)
+        assert (report.verdict, status(report)["switch"]) == (Verdict.FAIL, "broken")
+        assert world.check(url, allow_switchable=True).verdict is Verdict.PASS
+    two = (200, {"data": [{"id": "base"}, {"id": "tuned"}]})
+    with served.scripted(faithful(world, **{"/v1/models": two})) as url:
+        with pytest.raises(EngineError, match="name one"):
+            world.check(url)
+        with pytest.raises(EngineError, match="expected one of base, tuned"):
+            world.check(url, model="other")
+        report = world.check(url, model="tuned")
+        assert report.verdict is Verdict.FAIL
+        assert "2 models" in report.sentence
+
+
+def test_a_probe_that_was_not_answered_is_no_proof(world: World) -> None:
+    def ask(row: Any, body: Any) -> Any:
+        return (200, b"garbage") if "lora" in body else reply(row.ref_text)
+
+    with served.scripted(faithful(world, ask=ask)) as url, pytest.raises(EngineError, match="JSON"):
+        world.check(url)
+    with served.scripted(
+        faithful(world, ask=lambda r, b: (400, {}) if "lora" in b else reply(r.ref_text))
+    ) as url:
+        assert world.check(url).verdict is Verdict.PASS
+
+
+def test_a_server_that_is_asked_something_else_fails(world: World) -> None:
+    def ask(row: Any, body: Any) -> Any:
+        return reply(row.ref_text, len(row.prompt_ids) + 1)
+
+    with served.scripted(faithful(world, ask=ask)) as url:
+        report = world.check(url)
+    assert (report.verdict, status(report)["text"]) == (Verdict.FAIL, "broken")
+
+
+def test_a_server_that_changes_its_mind_fails(world: World) -> None:
+    seen: set[str] = set()
+
+    def ask(row: Any, body: Any) -> Any:
+        again = row.id in seen
+        seen.add(row.id)
+        return reply(row.base_text if again else row.ref_text)
+
+    with served.scripted(faithful(world, ask=ask)) as url:
+        report = world.check(url)
+    assert (report.verdict, status(report)["repeat"]) == (Verdict.FAIL, "broken")
+
+
+def test_a_record_that_tells_nothing_is_vacuous(world: World) -> None:
+    with served.scripted(faithful(world)) as url:
+        report = world.check(url, profile=dataclasses.replace(served.PROFILE, min_refused=17))
+    assert report.verdict is Verdict.VACUOUS
+
+
+def test_another_judge_is_refused_before_anything_is_asked(world: World) -> None:
+    with pytest.raises(RecordError, match="judge"):
+        check_server("http://127.0.0.1:9", world.record)
+
+
+# --- the command -----------------------------------------------------------------------------------
+
+
+def verify_command(*arguments: object) -> int:
+    parser = Parser()
+    for name in ("--judge", "--base", "--json"):
+        parser.add_argument(name)
+    parser.add_argument("artifact", nargs="*")
+    parser.add_argument("--reference", type=Path)
+    parser.add_argument("--profile", default="smoke")
+    add_server_options(parser)
+    return verify_server(parser.parse_args([str(one) for one in arguments]))
+
+
+def test_the_command_prints_every_check_and_exits_with_the_verdict(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("safegene_runtime.judge_plugins.load_judge", lambda name: world.judge)
+    known = ("--reference", world.record.path, "--judge", "listed")
+    with served.scripted(faithful(world)) as url:
+        assert verify_command("--server", url, *known) == 4, "smoke needs more than this record has"
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*GOOD, "refusals", "VACUOUS"))
+    with served.scripted(faithful(world, ask=lambda row, body: reply("x", 1))) as url:
+        assert verify_command("--server", url, *known, "--json", "-") == 1
+        assert json.loads(capsys.readouterr().out)["verdict"] == "FAIL"
+        with pytest.raises(EngineError, match="by itself") as caught:
+            verify_command("OUT", "--server", url, "--base", "b", *known)
+    assert len(caught.value.problems) == 2
+
+
+# --- hostile servers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://192.0.2.1:80", "http://example.com", "https://127.0.0.1", "http://0.0.0.0:80",
+     "http://127.0.0.1.example.com", "http://u:p@127.0.0.1", "http://127.0.0.1:x", "file:///etc",
+     "127.0.0.1:80", "", "http://[::1", "http://localhost.example", "http://127.0.0.1:80?x=1"],
+)  # fmt: skip
+def test_only_loopback_is_spoken_to(url: str) -> None:
+    with pytest.raises(EngineError, match=r"127\.0\.0\.1:PORT"):
+        Server(url)
+
+
+def test_nothing_that_listens_is_one_message() -> None:
+    with pytest.raises(EngineError, match="does it run"):
+        Server(f"http://localhost:{served._free_port()}")
+
+
+def silence(handler: BaseHTTPRequestHandler, body: Any) -> Any:
+    time.sleep(3)
+
+
+def drip(handler: BaseHTTPRequestHandler, body: Any) -> Any:
+    """One byte at a time, each before any socket's time-out, without end."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000000")
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(b" ")
+            time.sleep(0.1)
+
+
+def elsewhere(handler: BaseHTTPRequestHandler, body: Any) -> Any:
+    handler.send_response(302)
+    handler.send_header("Location", "http://192.0.2.1/v1/models")
+    handler.send_header("Content-Length", "0")
+    handler.end_headers()
+
+
+def no_http(handler: BaseHTTPRequestHandler, body: Any) -> Any:
+    handler.wfile.write(b"\x00\xff" * 50 + b"\n")
+    handler.close_connection = True
+
+
+HOSTILE: dict[str, tuple[Callable[..., Any], str]] = {
+    "never answers": (silence, "within 0.5 s"),
+    "answers byte by byte": (drip, "within 0.5 s"),
+    "leads elsewhere": (elsewhere, "redirect"),
+    "speaks no HTTP": (no_http, "an answer"),
+    "garbage": (lambda h, b: (200, b"<html>"), "JSON"),
+    "endless": (lambda h, b: (200, b"[" + b" " * MAX_BODY_BYTES + b"]"), "at most"),
+    "no list": (lambda h, b: (200, {"data": 1}), "list of models"),
+    "no models": (lambda h, b: (200, {"data": []}), "list of models"),
+    "one key twice": (lambda h, b: (200, b'{"data": [], "data": []}'), "JSON"),
+    "an error": (lambda h, b: (500, {"error": "x"}), "status 500"),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_server_is_one_message(kind: str) -> None:
+    answer, hint = HOSTILE[kind]
+    with served.scripted(answer) as url, pytest.raises(EngineError, match=hint) as caught:
+        Server(url, timeout_s=0.5)
+    assert len(caught.value.problems) == 1
+
+
+REPLIES: dict[str, Any] = {
+    "no choices": {"choices": []}, "a list": [], "no content": {"choices": [{"message": {}}]},
+    "null": {"choices": [{"message": {"content": None}}]},
+    "words as log-probabilities": {
+        "choices": [{"message": {"content": "x"}, "logprobs": {"content": [{"logprob": "y"}]}}]
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REPLIES)
+def test_a_reply_that_is_none_is_no_verdict(kind: str, world: World) -> None:
+    answer = faithful(world, ask=lambda row, body: (200, REPLIES[kind]))
+    with served.scripted(answer) as url, pytest.raises(EngineError, match="a reply"):
+        world.check(url)
