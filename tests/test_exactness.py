@@ -16,7 +16,7 @@ import tiny
 
 from safegene_converter.recorder import record
 from safegene_converter.to_gguf import convert
-from safegene_runtime.ladder import forced_passes
+from safegene_runtime.forced import forced_passes
 from safegene_runtime.llama_engine import LlamaEngine
 from safegene_runtime.prompts import Prompt
 from safegene_runtime.reference import Reference
