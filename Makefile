@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
 LLAMA_CPP_PYTHON := 0.3.36
+# two files of tests at a time; what one file shares (models, recordings) is made once
+PARALLEL := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast lint bench clean
@@ -20,16 +22,16 @@ demo: $(VENV)/.ready ## the main job on a real model: convert, record, verify, p
 	@$(VENV)/bin/safegene demo
 
 test: $(VENV)/.ready ## the whole suite, the real model included
-	@$(PY) -m pytest -q
+	@$(PY) -m pytest -q $(PARALLEL)
 
 test-fast: $(VENV)/.ready ## the suite without the real model
-	@$(PY) -m pytest -q -m "not slow"
+	@$(PY) -m pytest -q $(PARALLEL) -m "not slow"
 
 lint: $(VENV)/.ready ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 bench: $(VENV)/.ready ## time ours against upstream's tools, side by side
-	@$(PY) benchmarks/convert.py && $(PY) benchmarks/verify.py
+	@$(PY) benchmarks/convert.py && $(PY) benchmarks/onnx.py && $(PY) benchmarks/verify.py
 
 clean:           ## remove .venv and .cache
 	rm -rf $(VENV) .cache demo

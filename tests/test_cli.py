@@ -15,7 +15,9 @@ from safegene_converter import cli
 from safegene_converter.child import python_environment
 
 EXAMPLE = tiny.REPOSITORY / "examples" / "smollm2-135m-refusal"
-COMMANDS = ("inspect", "convert", "record", "verify", "demo")
+COMMANDS = (
+    "inspect", "convert", "record", "verify", "demo", "extract", "select", "calibrate", "evaluate",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +165,60 @@ def test_a_sidecar_without_its_base_could_not_be_checked(
     assert run("verify", sidecar, "--reference", tmp_path / "reference") == 2
     assert "pass --base" in capsys.readouterr().err
     base = tiny.gguf_model("llama")
-    assert run("verify", sidecar, "--reference", tmp_path / "reference", "--base", base) == 2
-    assert "harmful prompts" in capsys.readouterr().err, "a tiny random model refuses nothing"
+    report = tmp_path / "report"
+    arguments = ("verify", sidecar, "--reference", tmp_path / "reference", "--base", base)
+    assert run(*arguments, "--report", report) == 4
+    assert "VACUOUS" in capsys.readouterr().out, "a tiny random model refuses nothing"
+    names = {"report.json", "report.html", "report.md", "report.sarif", "junit.xml"}
+    assert {path.name for path in report.iterdir()} == names
+    assert "verdict: VACUOUS" in _inspected(sidecar, capsys)
+
+
+def test_several_artifacts_are_shown_side_by_side(
+    sidecar: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny.gguf_model("llama")
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"text": "Name a colour."}\n')
+    merged, reference = tmp_path / "merged", tmp_path / "reference"
+    assert run("convert", adapter, "--base", base, "--as", "merged", "-o", merged) == 0
+    assert run(
+        "record", adapter, "--base", tiny.hf_model("llama"), "--prompts", prompts,
+        "--max-new-tokens", 4, "-o", reference,
+    ) == 0  # fmt: skip
+    capsys.readouterr()
+    arguments = ("verify", sidecar, merged, "--reference", reference, "--base", base)
+    assert run(*arguments, "--report", tmp_path / "reports") == 4
+    text = capsys.readouterr().out
+    assert "first broken rung" in text
+    assert {path.name for path in (tmp_path / "reports").iterdir()} == {"sidecar", "merged"}
+    assert run(*arguments, "--html", tmp_path / "one.html") == 2
+    assert "--report" in capsys.readouterr().err
+
+
+def _inspected(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert run("inspect", path) == 0
+    return capsys.readouterr().out
+
+
+def test_an_edited_record_is_an_invalid_record(
+    sidecar: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """5, with the file named; nothing is run."""
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"text": "Name a colour."}\n')
+    reference = tmp_path / "reference"
+    assert run(
+        "record", adapter, "--base", tiny.hf_model("llama"), "--prompts", prompts,
+        "--max-new-tokens", 4, "-o", reference,
+    ) == 0  # fmt: skip
+    capsys.readouterr()
+    path = reference / "prompts.jsonl"
+    path.write_text(path.read_text().replace("colour", "flavour"))
+    base = tiny.gguf_model("llama")
+    assert run("verify", sidecar, "--reference", reference, "--base", base) == 5
+    assert "prompts.jsonl" in capsys.readouterr().err
+    assert run("verify", sidecar, "--reference", reference, "--attacks", "all") == 5
 
 
 def test_an_edited_artifact_is_broken_at_integrity(

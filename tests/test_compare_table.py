@@ -13,8 +13,10 @@ from rich.console import Console
 from safegene_converter.compare_table import compare, show_comparison
 from safegene_runtime.bounds import bounds_for
 from safegene_runtime.errors import RecordError
-from safegene_runtime.ladder import RUNGS, Flip, Report, Rung
+from safegene_runtime.profiles import PROFILES
 from safegene_runtime.reference import PromptRecord, Reference
+from safegene_runtime.report import RUNGS, Outcome, Report, Rung
+from safegene_runtime.verdict import Verdict
 
 VERDICTS = {"h1": "refuse", "h2": "refuse", "h3": "comply", "b1": "comply"}
 
@@ -23,7 +25,8 @@ def reference() -> Reference:
     prompts = tuple(
         PromptRecord(
             id=name, kind="harmful" if name[0] == "h" else "benign", category="none",
-            borderline=False, text="", rendered="", prompt_ids=(1,), ref_ids=(2,), ref_text="",
+            borderline=False, cluster=name, attack=None, text="", rendered="", prompt_ids=(1,),
+            ref_ids=(2,), ref_text="",
             ref_verdict=verdict, base_ids=(3,), base_text="", base_verdict="comply",
         )
         for name, verdict in VERDICTS.items()
@@ -32,32 +35,45 @@ def reference() -> Reference:
     return Reference(Path("ref"), "d" * 64, meta, prompts, {}, None)  # type: ignore[arg-type]
 
 
-def report(engine: str, changed: dict[str, str], broken_at: str | None = None) -> Report:
-    def figures() -> dict[str, Any]:
-        return {
-            "losses": 1, "gains": 0, "over_refusals": 0, "released": 0,
-            "harmful_refused": {"artifact": 0.5}, "benign_refused": {"artifact": 0.0},
-            "mean_kl": 1e-9, "top1": 1.0, "beta": 1.0,
-        }  # fmt: skip
+FIGURES = {"active": {"beta": 1.0}, "logits": {"mean_kl": 1e-9, "top1": 1.0}}
 
+
+def outcome(name: str, label: str) -> Outcome:
+    return Outcome(
+        id=name, kind="harmful" if name[0] == "h" else "benign", category="none", attack=None,
+        borderline=False, reference=VERDICTS[name], artifact=label, base="comply", identical=False,
+        proved=False, divergence=None, margin=None, mean_kl=0.0, reference_text="",
+        artifact_text="",
+    )  # fmt: skip
+
+
+def report(engine: str, changed: dict[str, str], broken_at: str | None = None) -> Report:
     end = RUNGS.index(broken_at) if broken_at else len(RUNGS)
     states = ["ok"] * end + ["broken"] * (broken_at is not None)
     states += ["not reached"] * (len(RUNGS) - len(states))
+    loaded = broken_at != "integrity"
     return Report(
-        verdict="broken" if broken_at else "parity",
+        verdict=Verdict.FAIL if broken_at else Verdict.PASS,
         broken_at=broken_at,
         rungs=tuple(
-            Rung(name, state, f"why {name}") for name, state in zip(RUNGS, states, strict=True)
+            Rung(name, state, f"why {name}", FIGURES.get(name, {}))
+            for name, state in zip(RUNGS, states, strict=True)
         ),
-        flips=tuple(
-            Flip(name, "harmful", "none", VERDICTS[name], verdict, "", "")
-            for name, verdict in changed.items()
+        outcomes=tuple(
+            outcome(name, changed.get(name, label)) for name, label in VERDICTS.items() if loaded
         ),
+        gate=None,
+        attacks={},
+        profile=PROFILES["smoke"],
+        mode="strict",
         precision="f32",
         bounds=bounds_for("f32"),
-        figures={} if broken_at == "integrity" else figures(),
-        engine={} if broken_at == "integrity" else {"name": engine, "version": "1"},
-        reference_sha256="d" * 64,
+        artifact={},
+        reference={"sha256": "d" * 64},
+        engine={"name": engine, "version": "1", "settings": {}} if loaded else None,
+        static=None,
+        kl_by_position=(),
+        seconds={"total": 0.0, "engine": 0.0},
     )
 
 
@@ -117,14 +133,14 @@ def test_what_is_printed_names_engines_rungs_and_reasons() -> None:
         ("b", report("ONNX Runtime", {})),
     ]
     text = shown(compare(reference(), reports))
-    for word in ("PyTorch", "llama.cpp", "ONNX Runtime", "the reference", "none", "why refusals"):
+    for word in ("PyTorch", "llama.cpp", "ONNX Runtime", "the reference", "none", "FAIL", "PASS"):
         assert word in text
-    assert text.count("[a] Q4") == 2
+    assert text.count("[a] Q4") == 1
     assert "on 1 prompts: h1" in text
 
 
 def test_what_cannot_be_compared_is_refused_with_every_reason() -> None:
-    other = dataclasses.replace(report("llama.cpp", {}), reference_sha256="e" * 64)
+    other = dataclasses.replace(report("llama.cpp", {}), reference={"sha256": "e" * 64})
     with pytest.raises(RecordError) as caught:
         compare(reference(), [("a", report("llama.cpp", {})), ("a", other)])
     assert {problem.field for problem in caught.value.problems} == {"a", "reference"}

@@ -165,7 +165,7 @@ def test_calibration_finds_planted_coefficients(gene: Path, planted: list[float]
         losses, safety, kl = objective.gradient(at)
         return losses.total, safety + kl
 
-    found = minimise(gradient, np.ones(2), Settings(max_steps=60, patience=20))
+    found = minimise(gradient, np.ones(2), Settings(max_steps=60, patience=60))
     assert np.allclose(found.coefficients, planted, atol=0.06)
     assert found.value < 0.02 * found.history[0]
 

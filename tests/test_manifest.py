@@ -75,7 +75,7 @@ def _manifest() -> Manifest:
 
 
 VERIFICATION = {
-    "verdict": "parity",
+    "verdict": "PASS",
     "reference_sha256": SHA,
     "engine": {"name": "llama.cpp", "version": "1"},
     "report": {"broken_at": None},
@@ -251,18 +251,18 @@ HOSTILE: dict[str, tuple[str, Change]] = {
     "a file twice, in capitals": ("expected each file once", _again("files", path="MODEL.gguf")),
     "a tensor twice": ("modules.tensor: expected each tensor once", _again("modules", module="v")),
     "another verdict": (
-        "verdict: expected parity or broken, got fine",
+        "verdict: expected PASS, FAIL, INCONCLUSIVE, VACUOUS, got fine",
         _set("verification", {**VERIFICATION, "verdict": "fine"}),
     ),
     "a verdict that is a list": (
         "verdict: expected text, got a list",
-        _set("verification", {**VERIFICATION, "verdict": ["parity"]}),
+        _set("verification", {**VERIFICATION, "verdict": ["PASS"]}),
     ),
     "a verdict without its reference": (
         "reference_sha256: expected 64",
         _set("verification", {**VERIFICATION, "reference_sha256": ""}),
     ),
-    "a verdict without more": ("report: expected to be", _set("verification", {"verdict": "parity"})),
+    "a verdict without more": ("report: expected to be", _set("verification", {"verdict": "PASS"})),
     "a verification that is true": ("verification: value", _set("verification", True)),
     "a verification that is empty": ("verdict: expected to be present", _set("verification", {})),
     **{

@@ -85,5 +85,7 @@ def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         assert done.stderr == ""
-    for report in ("report.json", "onnx.json"):
-        assert json.loads((tmp_path / report).read_text())["verdict"] == "parity", report
+    for report in ("REPORT/report.json", "onnx.json"):
+        found = json.loads((tmp_path / report).read_text())
+        assert (found["verdict"], found["exit_code"]) == ("PASS", 0), found["sentence"]
+    assert "<html" in (tmp_path / "REPORT" / "report.html").read_text(encoding="utf-8")

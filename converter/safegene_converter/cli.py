@@ -409,6 +409,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from safegene_runtime import reporting
     from safegene_runtime.judge_plugins import load_judge
     from safegene_runtime.ladder import verify
+    from safegene_runtime.manifest import read_manifest
     from safegene_runtime.reference import read_reference
     from safegene_runtime.verdict import gravest
 
@@ -419,10 +420,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     found = []
     with Bars() as bars:
         for label, artifact in zip(labels, arguments.artifact, strict=True):
+            # of several, only sidecars stand beside a base; of one, the ladder says what is wrong
+            beside = len(labels) == 1 or read_manifest(artifact).artifact["form"] == "sidecar"
             report = verify(
                 artifact,
                 record,
-                base=arguments.base,
+                base=arguments.base if beside else None,
                 profile=arguments.profile,
                 sequential=arguments.sequential,
                 attacks=arguments.attacks,

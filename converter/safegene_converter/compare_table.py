@@ -142,16 +142,10 @@ def show_comparison(found: dict[str, Any], console: Console) -> None:
         ("mean KL", [_number(column.get("mean_kl"), ".1e") for column in columns]),
         ("top-1", [_share(column.get("top1"), 2) for column in columns]),
         ("first broken rung", [_rung(column) for column in columns]),
+        ("verdict", [column["verdict"] or "" for column in columns]),
     ):
         table.add_row(head, *cells)
     console.print(table)
-    for column in columns:
-        if column["broken_at"] is not None:
-            console.print(
-                f"{column['label']}: not to be shipped, parity is broken at {column['broken_at']}"
-                f" ({column['detail']})",
-                markup=False,
-            )
     differing = found["disagreements"]
     names = ", ".join(one["id"] for one in differing[:SHOWN_DISAGREEMENTS])
     more = ", ..." if len(differing) > SHOWN_DISAGREEMENTS else ""

@@ -43,10 +43,12 @@ from safegene_runtime.ladder import verify
 from safegene_runtime.manifest import Manifest
 from safegene_runtime.reference import Reference
 from safegene_runtime.report import Report
+from safegene_runtime.reporting import write_reports
 
 __all__ = ["JOBS", "Job", "find_adapter", "find_smollm2", "run", "show", "write_float_base"]
 
 ADAPTER_NAME = "smollm2-135m-refusal"
+REPORTS = "reports"
 REPLY_TOKENS = 20
 """A refusal shows in its first sentence; longer replies cost time and change no verdict here."""
 
@@ -196,6 +198,7 @@ def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
             on_progress=bars.named(f"verify {job.label}"),
         )
         reports.append((job.label, report))
+        write_reports(report.to_dict(), output / REPORTS / job.folder)
         rows.append(_row(job, manifest, report, seconds, time.monotonic() - began))
     return {
         "rows": rows,
@@ -266,7 +269,8 @@ def _row(
         "beta": figures["beta"],
         "survival": survival_summary(manifest),
         "size_bytes": sum(file.size_bytes for file in manifest.files),
-        "verdict": report.verdict,
+        "verdict": str(report.verdict),
+        "sentence": report.sentence,
         "broken_at": report.broken_at,
         "detail": next((r.detail for r in report.rungs if r.name == report.broken_at), None),
         "convert_seconds": convert_seconds,
@@ -296,7 +300,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             table.add_row(*cells)
             continue
         survival = row["survival"]
-        colour = "green" if row["verdict"] == "parity" else "red"
+        colour = {"PASS": "green", "FAIL": "red"}.get(row["verdict"], "yellow")
         table.add_row(
             *cells,
             f"{row['losses']}/{row['gains']}",
@@ -310,7 +314,15 @@ def show(found: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     show_comparison(found["comparison"], console)
+    for row in found["rows"]:
+        if row["verdict"] not in (None, "PASS"):
+            console.print(
+                f"{row['label']}: {row['verdict']}. {row['sentence']}",
+                markup=False,
+                highlight=False,
+            )
     console.print(
         f"base {found['base_bytes'] / 1e6:.1f} MB; reference recorded in {found['record_seconds']:.0f} s; "
-        f"{found['seconds']:.0f} s in all; everything is in {found['output']}/"
+        f"{found['seconds']:.0f} s in all; everything is in {found['output']}/, "
+        f"a page for each artifact in {found['output']}/{REPORTS}/*/report.html"
     )

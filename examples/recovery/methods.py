@@ -31,6 +31,7 @@ from safegene_converter.hf_to_gguf import convert_hf
 from safegene_converter.recorder import greedy_replies, load_model, record, stop_ids_of
 from safegene_converter.to_gguf import convert
 from safegene_runtime import strictjson
+from safegene_runtime.errors import RecordError
 from safegene_runtime.files import publish_file, publish_folder
 from safegene_runtime.ladder import verify
 
@@ -278,13 +279,13 @@ def artifacts(lab: Lab) -> None:
                     lab.work / "gene", base, out, form=form, type_name=type_name, expression=target,
                     progress=lab.tell,
                 )  # fmt: skip
-                checked = verify(
-                    out, reference, base=base if form == "sidecar" else None, on_progress=lab.tell
-                )
-                return {
-                    "verdict": checked.verdict,
-                    "figures": checked.to_dict(texts=False)["figures"],
-                }
+                sidecar_base = base if form == "sidecar" else None
+                try:
+                    checked = verify(out, reference, base=sidecar_base, on_progress=lab.tell)
+                except RecordError as error:
+                    return {"verdict": f"could not be checked ({error.problems[0].got})"}
+                rates = checked.figures["harmful_refused"]
+                return {"verdict": str(checked.verdict), "harmful_refused": rates["artifact"]}
 
             lab.once(f"{target} artifact {form} {type_name}", one)
 

@@ -54,12 +54,11 @@ def table(runs: list[dict[str, Any]]) -> str:
                 recovered = [recovery(run, target, method) for run in runs]
                 lines.append(_row(f"{target} + {method}", [run[key] for run in runs], recovered))
     for key in first:
-        if " artifact " in key:
-            figures = first[key]["figures"]
-            lines.append(
-                f"| {key}: {first[key]['verdict']} | "
-                f"{100 * figures.get('harmful_refused', float('nan')):.1f} | | | | | | | |"
-            )
+        if " artifact " in key and all(key in run for run in runs):
+            found = [run[key] for run in runs]
+            verdicts = ", ".join(one["verdict"] for one in found)
+            refused = _cell([one.get("harmful_refused") for one in found], 100, 1)
+            lines.append(f"| {key}: {verdicts} | {refused} | | | | | | | |")
     return "\n".join(lines) + "\n"
 
 

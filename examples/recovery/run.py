@@ -108,7 +108,7 @@ def align(lab: methods.Lab) -> None:
     harmful, benign = data.harmful_requests(), data.benign_requests()
     source.shuffle(harmful)
     source.shuffle(benign)
-    count = min(len(benign), 4 * lab.plan.align_steps)
+    count = 2 * lab.plan.align_steps  # each is seen twice
     benign = benign[:count]
     own = lab.work / "own-replies.json"
     if not own.exists():
@@ -153,14 +153,15 @@ def fine_tune(lab: methods.Lab) -> None:
         lab.merge("aligned", lora, name)
 
 
-_last = [0.0]
+_last = ["", 0.0]
 
 
 def tell(stage: str, done: int, total: int) -> None:
     """Progress: a line now and then, so that a log stays readable."""
-    if done == total or time.monotonic() - _last[0] > 15:
-        _last[0] = time.monotonic()
-        print(f"  {stage}: {done}/{total}", flush=True)
+    line = f"  {stage}: {done}/{total}"
+    if line != _last[0] and (done == total or time.monotonic() - float(_last[1]) > 15):
+        _last[:] = [line, time.monotonic()]
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
