@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,7 +18,7 @@ from safegene_converter.child import python_environment
 from safegene_runtime.errors import EngineError, FormatError, ManifestError, SafeGeneError
 from safegene_runtime.files import sha256_file
 from safegene_runtime.manifest import read_manifest
-from safegene_runtime.ort_engine import OrtEngine
+from safegene_runtime.ort_engine import MIN_SHARED, OrtEngine
 
 SEQUENCES = [
     [5, 77, 1042, 9, 300],
@@ -58,6 +59,30 @@ def test_a_batch_with_padding_is_what_each_sequence_gives_alone(layout: str) -> 
         for reply, whole in zip(stopped, together, strict=True):
             end = whole.index(stop) + 1 if stop in whole else len(whole)
             assert reply == whole[:end]
+
+
+@pytest.mark.parametrize("length", [3, 40])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_shared_beginning_is_evaluated_once_and_changes_nothing(layout: str, length: int) -> None:
+    rows = [[*range(100, 100 + length), *ids] for ids in SEQUENCES]
+    keep, limits = [1, 1, 4, 2, 3, 1], [3, 7, 0, 5, 1, 6]
+    with OrtEngine(folder(layout) / "model.onnx", threads=1) as engine:
+        fed: list[int] = []
+        run = engine._run
+
+        def counting(ids: np.ndarray, *rest: Any) -> list[np.ndarray]:
+            fed.append(ids.size)
+            return run(ids, *rest)
+
+        engine._run = counting  # type: ignore[method-assign]
+        together = dict(engine.logits(rows, keep))
+        if length > MIN_SHARED:
+            assert sum(fed) <= length + len(rows) * max(map(len, SEQUENCES))
+        replies = engine.generate(rows, limits, [])
+        for i, ids in enumerate(rows):
+            ((_, alone),) = engine.logits([ids], [keep[i]])
+            assert np.abs(together[i] - alone).max() <= 1e-4
+            assert replies[i] == engine.generate([ids], limits[i], [])[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -7,8 +7,9 @@ PEFT 0.21 loads an adapter with renamed, missing or unexpected keys with a warni
 serves the base. So every factor it holds is compared with the file, and the adapter must change the
 logits, before anything is recorded.
 
-Prompts share their beginning (system prompt): it is evaluated once. Prompts of equal length go
-together, so that no padding enters the attention.
+Prompts share their beginning (system prompt): it is evaluated once. Prompts of similar length go
+together, padded between that and their own tokens; the mask takes the padding out of the attention,
+and positions do not count it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -401,12 +403,14 @@ def _run(
         with _arm(model, arm):
             caches[arm] = _prefill(model, ids[0][:shared])
     for batch in _batches(ids):
-        tails = torch.tensor([ids[index][shared:] for index in batch])
+        tails = [ids[index][shared:] for index in batch]
         with _arm(model, "ref"):
-            ref_ids, ref_logits = _generate(model, caches["ref"], tails, limit, stop_ids)
+            begun = _begin(model, caches["ref"], tails)
+            ref_ids, ref_logits = _generate(model, begun, limit, stop_ids)
         with _arm(model, "base"):
-            base_ids, _ = _generate(model, caches["base"], tails, limit, stop_ids, keep=False)
-            base_logits = _follow(model, caches["base"], tails, ref_ids)
+            begun = _begin(model, caches["base"], tails)
+            base_logits = _follow(model, begun, ref_ids)
+            base_ids, _ = _generate(model, begun, limit, stop_ids, keep=False)
         if firsts is None:
             with tempfile.TemporaryFile() as file:
                 shape = (2, len(ids), ref_logits.shape[-1])
@@ -438,8 +442,8 @@ def greedy_replies(
         shared = _shared_length(ids)
         cache = _prefill(model, ids[0][:shared])
         for batch in _batches(ids):
-            tails = torch.tensor([ids[index][shared:] for index in batch])
-            replies, _ = _generate(model, cache, tails, limit, stop_ids, keep=False)
+            begun = _begin(model, cache, [ids[index][shared:] for index in batch])
+            replies, _ = _generate(model, begun, limit, stop_ids, keep=False)
             found.update(zip(batch, replies, strict=True))
             if tell:
                 tell("answering in PyTorch", len(found), len(ids))
@@ -462,15 +466,9 @@ def _shared_length(ids: Sequence[Sequence[int]]) -> int:
 
 
 def _batches(ids: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Prompts of one length, at most BATCH together."""
-    by_length: dict[int, list[int]] = {}
-    for index, row in enumerate(ids):
-        by_length.setdefault(len(row), []).append(index)
-    return [
-        rows[at : at + BATCH]
-        for _, rows in sorted(by_length.items())
-        for at in range(0, len(rows), BATCH)
-    ]
+    """Prompts of similar length, at most BATCH together."""
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    return [order[at : at + BATCH] for at in range(0, len(order), BATCH)]
 
 
 def _prefill(model: Any, ids: Sequence[int]) -> Any:
@@ -487,56 +485,87 @@ def _expanded(cache: Any, count: int) -> Any:
     return mine
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A batch of prompts, evaluated: to follow replies first, if at all, and then to make them.
+
+    Attributes:
+        past: the cache, (batch, length) of it filled.
+        mask: (batch, length), 0 where a row is padded.
+        last: (batch, vocab), the logits after the prompts.
+    """
+
+    past: Any
+    mask: torch.Tensor
+    last: torch.Tensor
+
+
+def _begin(model: Any, cache: Any, tails: Sequence[Sequence[int]]) -> _Begun:
+    """Evaluates prompts behind what they share; short ones are padded on the left."""
+    longest = max(len(row) for row in tails)
+    tokens = torch.tensor([[0] * (longest - len(row)) + list(row) for row in tails])
+    shared = cache.get_seq_length() if cache is not None else 0
+    mask = torch.tensor(
+        [[1] * shared + [0] * (longest - len(row)) + [1] * len(row) for row in tails]
+    )
+    output = _step(model, tokens, mask, _expanded(cache, len(tails)), 1)
+    return _Begun(output.past_key_values, mask, output.logits[:, -1, :])
+
+
+def _step(model: Any, tokens: torch.Tensor, mask: torch.Tensor, past: Any, keep: int) -> Any:
+    """One pass over `tokens`, the end of what `mask` (batch, length) covers; `past` grows."""
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    return model(
+        tokens,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=past,
+        use_cache=True,
+        logits_to_keep=keep,
+    )
+
+
+def _lengthened(mask: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.cat([mask, mask.new_ones(len(mask), count)], dim=1)
+
+
 def _generate(
-    model: Any,
-    cache: Any,
-    tails: torch.Tensor,
-    limit: int,
-    stop_ids: Sequence[int],
-    keep: bool = True,
+    model: Any, begun: _Begun, limit: int, stop_ids: Sequence[int], keep: bool = True
 ) -> tuple[list[list[int]], torch.Tensor]:
     """Greedy replies, stop id included, and the logits (batch, limit, vocab) they were chosen from."""
-    count = len(tails)
-    past = _expanded(cache, count)
+    past, mask, last = begun.past, begun.mask, begun.last
+    count = len(last)
     replies: list[list[int]] = [[] for _ in range(count)]
     logits: list[torch.Tensor] = []
     active = [True] * count
-    step = tails
-    for _ in range(limit):
-        output = model(step, past_key_values=past, use_cache=True, logits_to_keep=1)
-        past = output.past_key_values
-        last = output.logits[:, -1, :]
+    for done in range(1, limit + 1):
         if keep:
             logits.append(last)
         best = last.argmax(dim=-1)
-        for row in range(count):
+        for row, token in enumerate(best.tolist()):
             if active[row]:
-                replies[row].append(int(best[row]))
-                active[row] = replies[row][-1] not in stop_ids
-        if not any(active):
+                replies[row].append(token)
+                active[row] = token not in stop_ids
+        if done == limit or not any(active):
             break
-        step = best[:, None]
+        mask = _lengthened(mask, 1)
+        last = _step(model, best[:, None], mask, past, 1).logits[:, -1, :]
     return replies, torch.stack(logits, dim=1) if keep else torch.empty(0)
 
 
-def _follow(
-    model: Any, cache: Any, tails: torch.Tensor, replies: Sequence[Sequence[int]]
-) -> torch.Tensor:
-    """Teacher-forced logits (batch, T, vocab) along given replies.
+def _follow(model: Any, begun: _Begun, replies: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Teacher-forced logits (batch, T, vocab) along given replies; `begun` is left as it was.
 
     Short ones are padded on the right, where a causal model does not look.
     """
-    longest = max(len(reply) for reply in replies)
-    rows = [[*reply[:-1], *[0] * (longest - len(reply))] for reply in replies]
-    forced = torch.tensor(rows, dtype=tails.dtype).reshape(len(rows), longest - 1)
-    output = model(
-        torch.cat([tails, forced], dim=1),
-        past_key_values=_expanded(cache, len(tails)),
-        use_cache=True,
-        logits_to_keep=longest,
-    )
-    logits: torch.Tensor = output.logits
-    return logits
+    first = begun.last[:, None, :]
+    count = max(len(reply) for reply in replies) - 1
+    if count == 0:
+        return first
+    rows = [[*reply[:-1], *[0] * (count + 1 - len(reply))] for reply in replies]
+    past = copy.deepcopy(begun.past)
+    output = _step(model, torch.tensor(rows), _lengthened(begun.mask, count), past, count)
+    return torch.cat([first, output.logits], dim=1)
 
 
 def _store(ref: torch.Tensor, base: torch.Tensor, top_k: int) -> Positions:

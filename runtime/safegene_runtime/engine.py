@@ -15,7 +15,7 @@ import numpy as np
 
 from safegene_runtime.errors import EngineError, Problem
 
-__all__ = ["Engine", "OnProgress", "open_engine"]
+__all__ = ["Engine", "OnProgress", "open_engine", "shared_length"]
 
 OnProgress = Callable[[int], None]
 """Told how many sequences were finished since the last call."""
@@ -140,3 +140,15 @@ def open_engine(model: Path, adapter: Path | None = None, **settings: Any) -> En
             "give the model file itself, not its folder",
         )
     )
+
+
+def shared_length(rows: Sequence[np.ndarray], keep: Sequence[int]) -> int:
+    """How many first tokens all sequences share and none of them needs logits for."""
+    if len(rows) < 2:
+        return 0
+    limit = min(len(ids) - count for ids, count in zip(rows, keep, strict=True))
+    for ids in rows[1:]:
+        different = np.flatnonzero(ids[:limit] != rows[0][:limit])
+        if len(different):
+            limit = int(different[0])
+    return limit

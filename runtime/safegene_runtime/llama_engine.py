@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from safegene_runtime.engine import OnProgress
+from safegene_runtime.engine import OnProgress, shared_length
 from safegene_runtime.errors import EngineError, Problem
 from safegene_runtime.llama_checks import check_adapter_header, check_model_header
 from safegene_runtime.llama_native import (
@@ -277,7 +277,7 @@ class LlamaEngine:
         if not rows:
             return
         self._check_current(call)
-        shared = _shared_length(rows, keep)
+        shared = shared_length(rows, keep)
         groups = self._pack([len(ids) - shared for ids in rows], keep, shared)
         tails = max(sum(len(rows[i]) - shared for i in group) for group in groups)
         self._open_context(shared + tails)
@@ -364,7 +364,7 @@ class LlamaEngine:
         if not waiting:
             return outputs
         self._call += 1
-        shared = _shared_length([rows[i] for i in waiting], [1] * len(waiting))
+        shared = shared_length([rows[i] for i in waiting], [1] * len(waiting))
         longest = sorted((len(rows[i]) - shared + limits[i] for i in waiting), reverse=True)
         self._open_context(shared + sum(longest[: self._n_seq_max]))
         self._feed_shared(rows[waiting[0]][:shared])
@@ -605,18 +605,6 @@ class LlamaEngine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _shared_length(rows: list[np.ndarray], keep: list[int]) -> int:
-    """How many first tokens all sequences share and none of them needs logits for."""
-    if len(rows) < 2:
-        return 0
-    limit = min(len(ids) - count for ids, count in zip(rows, keep, strict=True))
-    for ids in rows[1:]:
-        different = np.flatnonzero(ids[:limit] != rows[0][:limit])
-        if len(different):
-            limit = int(different[0])
-    return limit
 
 
 def _grow(call: Callable[[Any, int], int], element: Any, size: int) -> Any:

@@ -4,9 +4,11 @@ The session is built from bytes that were hashed on the way in: the graph as byt
 initializer as a buffer. ONNX Runtime itself would map the data file, and follow whoever edits it
 afterwards.
 
-Padding goes to the right. A causal model does not look there, GroupQueryAttention counts the mask
-and writes new keys right behind the valid ones, and a plain attention masks the gap. So one feed
-serves the layouts of the onnxruntime-genai builder, of Optimum and of torch.onnx.
+What the sequences of a call share, such as a system prompt, is evaluated once. Padding goes to the
+right. A causal model does not look there, GroupQueryAttention counts the mask and writes new keys
+right behind the valid ones, and a plain attention masks the gap. So one feed serves the layouts of
+the onnxruntime-genai builder, of Optimum and of torch.onnx. But GroupQueryAttention takes several
+tokens behind a past for one sequence at a time only: there each goes alone behind a long prefix.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any, Self
 import numpy as np
 
 from safegene_runtime import strictjson
-from safegene_runtime.engine import OnProgress
+from safegene_runtime.engine import OnProgress, shared_length
 from safegene_runtime.errors import EngineError, FormatError, ManifestError, Problem, Problems
 from safegene_runtime.files import open_regular, read_small_file, sha256_of
 from safegene_runtime.onnx_file import OnnxFile, ValueInfo, read_onnx
@@ -37,6 +39,10 @@ READ_BYTES = 4 << 20
 QUIET = 3
 """ONNX Runtime's log level ERROR: what it refuses comes as an exception, too."""
 TEMPLATE_NAME = "chat_template.jinja"
+
+ONE_BY_ONE = "GroupQueryAttention"
+MIN_SHARED = 16
+"""Where sequences then go one by one: a shared prefix that makes up for the smaller products."""
 
 _FLOATS = {1: "float32", 10: "float16"}
 _INTEGERS = {6: "int32", 7: "int64"}
@@ -53,6 +59,14 @@ class _Cache:
     n_heads: int
     head_size: int
     dtype: str
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """First tokens of every sequence, evaluated: caches (1, heads, length, size), in their order."""
+
+    length: int
+    caches: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
@@ -208,6 +222,7 @@ class OrtEngine:
             problems.add(where, "logits", "an output (batch, length, vocabulary)", str(extents))
         problems.raise_if_any(EngineError)
         self._caches = tuple(caches)
+        self._one_by_one = any(node.op_type == ONE_BY_ONE for node in model.nodes)
         self._plain = {
             name: _INTEGERS[value.elem_type]  # type: ignore[index]  # checked above
             for name, value in seen.items()
@@ -304,29 +319,54 @@ class OrtEngine:
     def _logits(
         self, rows: list[np.ndarray], keep: list[int], on_progress: OnProgress | None
     ) -> Iterator[tuple[int, np.ndarray]]:
-        for group in self._groups([len(ids) for ids in rows]):
-            lengths = [len(rows[i]) for i in group]
-            found = self._run(
-                _padded([rows[i] for i in group]),
-                _mask(lengths, max(lengths)),
-                _positions(lengths, max(lengths)),
-                self._empty(len(group)),
-                ["logits"],
-            )[0]
+        if not rows:
+            return
+        prefix = self._evaluate(rows, keep)
+        alone = prefix.length > 0 and self._one_by_one
+        for group in self._groups([len(ids) - prefix.length for ids in rows], alone):
+            found = self._prefill([rows[i] for i in group], prefix, ["logits"])[0]
             for row, i in enumerate(group):
-                end = len(rows[i])
+                end = len(rows[i]) - prefix.length
                 yield i, np.asarray(found[row, end - keep[i] : end], dtype=np.float32)
             if on_progress:
                 on_progress(len(group))
 
-    def _groups(self, lengths: list[int]) -> list[list[int]]:
-        """Sequences of similar length together, so that little is padding."""
+    def _evaluate(self, rows: list[np.ndarray], keep: list[int]) -> _Prefix:
+        """What all sequences share and none needs logits for, where that saves time."""
+        length = shared_length(rows, keep)
+        names = [cache.present for cache in self._caches]
+        if length == 0 or (self._one_by_one and length < MIN_SHARED):
+            return _Prefix(0, tuple(self._empty(1).values()))
+        found = self._prefill([rows[0][:length]], _Prefix(0, tuple(self._empty(1).values())), names)
+        return _Prefix(length, tuple(found))
+
+    def _prefill(
+        self, rows: list[np.ndarray], prefix: _Prefix, names: list[str]
+    ) -> list[np.ndarray]:
+        """One pass over whole sequences, side by side; the mask lets padding be, on the right."""
+        tails = _padded([ids[prefix.length :] for ids in rows])
+        count, longest = tails.shape
+        positions = prefix.length + np.arange(longest, dtype=np.int64)[None]
+        return self._run(
+            tails,
+            np.ones((count, prefix.length + longest), np.int64),
+            np.repeat(positions, count, axis=0),
+            {
+                cache.past: np.repeat(value, count, axis=0)
+                for cache, value in zip(self._caches, prefix.caches, strict=True)
+            },
+            names,
+        )
+
+    def _groups(self, lengths: list[int], alone: bool = False) -> list[list[int]]:
+        """Sequences of similar length together, so that little is padding; or each alone."""
+        largest = 1 if alone else self._n_seq_max
         budget = max(MAX_OUTPUT_BYTES // (4 * self.n_vocab), 1)
         groups: list[list[int]] = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             longest = lengths[groups[-1][0]] if groups else 0
             full = groups and (
-                len(groups[-1]) >= self._n_seq_max or (len(groups[-1]) + 1) * longest > budget
+                len(groups[-1]) >= largest or (len(groups[-1]) + 1) * longest > budget
             )
             if not groups or full:
                 groups.append([])
@@ -354,8 +394,10 @@ class OrtEngine:
         outputs: list[list[int]] = [[] for _ in rows]
         stops = frozenset(stop_ids)
         todo = [i for i in range(len(rows)) if limits[i] > 0]
+        if todo:
+            prefix = self._evaluate([rows[i] for i in todo], [1] * len(todo))
         for group in self._groups([len(rows[i]) for i in todo]):
-            self._generate([todo[i] for i in group], rows, limits, stops, outputs)
+            self._generate([todo[i] for i in group], rows, prefix, limits, stops, outputs)
             if on_progress:
                 on_progress(len(group))
         if on_progress and len(todo) < len(rows):
@@ -366,21 +408,18 @@ class OrtEngine:
         self,
         group: list[int],
         rows: list[np.ndarray],
+        prefix: _Prefix,
         limits: list[int],
         stops: frozenset[int],
         outputs: list[list[int]],
     ) -> None:
         """Decodes one batch to its end; rows that are done leave it."""
         lengths = [len(rows[i]) for i in group]
-        longest = max(lengths)
-        ids, mask = _padded([rows[i] for i in group]), _mask(lengths, longest)
-        positions = _positions(lengths, longest)
-        past = self._empty(len(group))
+        mask = _mask(lengths, max(lengths))
+        logits, caches = self._begin([rows[i] for i in group], prefix)
         names = ["logits", *(cache.present for cache in self._caches)]
-        last = [length - 1 for length in lengths]
-        while group:
-            found = self._run(ids, mask, positions, past, names)
-            best = [int(found[0][row, last[row]].argmax()) for row in range(len(group))]
+        while True:
+            best = logits.argmax(axis=1).tolist()
             for i, token in zip(group, best, strict=True):
                 outputs[i].append(token)
             stay = [
@@ -388,15 +427,48 @@ class OrtEngine:
                 for row, i in enumerate(group)
                 if best[row] not in stops and len(outputs[i]) < limits[i]
             ]
+            if not stay:
+                return
             if len(stay) < len(group):
-                found = [value if k == 0 else value[stay] for k, value in enumerate(found)]
+                caches = [value[stay] for value in caches]
             group = [group[row] for row in stay]
             lengths = [lengths[row] + 1 for row in stay]
-            last = [0] * len(stay)
-            ids = np.array([[best[row]] for row in stay], np.int64).reshape(-1, 1)
-            positions = np.array(lengths, np.int64).reshape(-1, 1) - 1
             mask = np.concatenate([mask[stay], np.ones((len(stay), 1), np.int64)], axis=1)
-            past = {cache.past: value for cache, value in zip(self._caches, found[1:], strict=True)}
+            found = self._run(
+                np.array([[best[row]] for row in stay], np.int64),
+                mask,
+                np.array(lengths, np.int64).reshape(-1, 1) - 1,
+                {cache.past: value for cache, value in zip(self._caches, caches, strict=True)},
+                names,
+            )
+            logits, caches = found[0][:, 0], found[1:]
+
+    def _begin(
+        self, rows: list[np.ndarray], prefix: _Prefix
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The logits (batch, vocab) behind each prompt, and the caches, filled on the right."""
+        names = ["logits", *(cache.present for cache in self._caches)]
+        alone = prefix.length > 0 and self._one_by_one
+        parts = [[ids] for ids in rows] if alone else [rows]
+        made = [self._prefill(part, prefix, names) for part in parts]
+        last = [
+            logits[row, len(ids) - prefix.length - 1]
+            for part, (logits, *_) in zip(parts, made, strict=True)
+            for row, ids in enumerate(part)
+        ]
+        longest = max(len(ids) for ids in rows)
+        caches = []
+        for number in range(1, len(names)):
+            pieces = [found[number] for found in made]
+            whole = np.zeros(
+                (len(rows), pieces[0].shape[1], longest, pieces[0].shape[3]), pieces[0].dtype
+            )
+            at = 0
+            for piece in pieces:
+                whole[at : at + len(piece), :, : piece.shape[2]] = piece
+                at += len(piece)
+            caches.append(whole)
+        return np.stack(last), caches
 
     def stream(
         self, prompt: Sequence[int], max_tokens: int, stop_ids: Collection[int]
@@ -661,11 +733,6 @@ def _padded(rows: list[np.ndarray]) -> np.ndarray:
 def _mask(lengths: list[int], longest: int) -> np.ndarray:
     mask: np.ndarray = np.arange(longest)[None, :] < np.array(lengths)[:, None]
     return mask.astype(np.int64)
-
-
-def _positions(lengths: list[int], longest: int) -> np.ndarray:
-    found: np.ndarray = np.minimum(np.arange(longest)[None, :], np.array(lengths)[:, None] - 1)
-    return found.astype(np.int64)
 
 
 def _usable_cpus() -> int:
