@@ -30,7 +30,8 @@ from safegene_converter.recorder import record
 from safegene_converter.survival import Bounds
 from safegene_converter.to_gguf import convert
 from safegene_converter.to_onnx import convert_onnx
-from safegene_runtime import ladder
+from safegene_runtime import ladder, text_parity
+from safegene_runtime.chat import render_all
 from safegene_runtime.engine import Engine, open_engine
 from safegene_runtime.files import sha256_file, sha256_of
 from safegene_runtime.gguf import (
@@ -79,7 +80,7 @@ class Workshop:
     folder: Path
     hidden: int = 64
     scale: float = 0.1
-    _made: dict[str, Any] = field(default_factory=dict, repr=False)
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def adapter(self) -> Path:
@@ -122,6 +123,14 @@ class Workshop:
         found: Path = self._made[target]
         return found
 
+    def header_bytes(self, path: Path) -> int:
+        """Where the tensors of a GGUF begin; read once, as its vocabulary takes long."""
+        if path not in self._made:
+            tensors = open_model(path).tensors.values()
+            self._made[path] = min(info.offset for info in tensors)
+        found: int = self._made[path]
+        return found
+
     def convert(self, adapter: Path, target: str, out: Path) -> None:
         """An artifact by the converter, with the gate switched off that would refuse some mutants."""
         kind, form = target.split()
@@ -149,8 +158,27 @@ class Forged:
 
 def climb(forged: Forged, reference: Reference) -> Report:
     """The whole ladder; every rung above integrity is tried even where one below it broke."""
-    with mock.patch.object(ladder, "open_engine", forged.open_engine):
+    with (
+        mock.patch.object(ladder, "open_engine", forged.open_engine),
+        mock.patch.object(text_parity, "render_all", _render_once),
+    ):
         return ladder.verify(forged.folder, reference, base=forged.base, threads=1, write=False)
+
+
+_rendered: dict[str, list[str]] = {}
+
+
+def _render_once(template: str, *arguments: Any, **options: Any) -> list[str]:
+    """The same prompts in the same template are the same text: a process less for each mutant."""
+    key = json.dumps([template, arguments, options])
+    if key not in _rendered:
+        _rendered[key] = render_all(template, *arguments, **options)
+    return _rendered[key]
+
+
+def needs_wide_rows(mutant: str, target: str) -> bool:
+    """Whether rows of 256 are needed: where a file is to hold a K-quant."""
+    return mutant == "rounded to Q2_K" and target.startswith("gguf")
 
 
 def rungs_that_broke(report: Report) -> tuple[str, ...]:
@@ -364,7 +392,7 @@ def _from_adapter(edit: Callable[[Path], None]) -> Mutator:
         genuine = shop.genuine(target)
         if target.startswith("gguf"):
             (path,) = out.glob("*.gguf")
-            _take_header(genuine / path.name, path)
+            _take_header(genuine / path.name, path, shop.header_bytes(genuine / path.name))
         else:
             model, told = (
                 onnx.load(folder / "model.onnx", load_external_data=False)
@@ -379,12 +407,11 @@ def _from_adapter(edit: Callable[[Path], None]) -> Mutator:
     return forge
 
 
-def _take_header(genuine: Path, path: Path) -> None:
+def _take_header(genuine: Path, path: Path, size: int) -> None:
     """What is told about the adapter is told as of the genuine one; tensors lie in the same places."""
-    places = [(info.name, info.offset) for info in open_model(genuine).tensors.values()]
-    assert places == [(info.name, info.offset) for info in open_model(path).tensors.values()]
+    assert path.stat().st_size == genuine.stat().st_size
     with genuine.open("rb") as source, path.open("r+b") as target:
-        target.write(source.read(min(offset for _, offset in places)))
+        target.write(source.read(size))
 
 
 def _agree(

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mutants import MUTANTS, TARGETS, Forged, Workshop, climb, rungs_that_broke, unmutated
+from mutants import (
+    MUTANTS,
+    TARGETS,
+    Workshop,
+    climb,
+    needs_wide_rows,
+    rungs_that_broke,
+    unmutated,
+)
 
 from safegene_runtime.verdict import Verdict
 
@@ -45,19 +53,6 @@ def shops(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Workshop]:
     return {64: Workshop(folder / "64"), 256: Workshop(folder / "256", hidden=256)}
 
 
-def shop_for(shops: dict[int, Workshop], target: str, mutant: str) -> Workshop:
-    # rows that a K-quant can encode, where the file is to hold one
-    wide = mutant == "rounded to Q2_K" and target.startswith("gguf")
-    return shops[256 if wide else 64]
-
-
-def forge(
-    shops: dict[int, Workshop], target: str, mutant: str, out: Path
-) -> tuple[Workshop, Forged]:
-    shop = shop_for(shops, target, mutant)
-    return shop, MUTANTS[mutant](shop, target, out / "artifact")
-
-
 def test_every_mutant_is_expected_somewhere() -> None:
     assert CAUGHT.keys() == MUTANTS.keys()
 
@@ -83,8 +78,8 @@ def test_without_a_mistake_every_rung_below_the_refusals_holds(
 def test_every_mistake_is_caught_at_a_named_rung(
     mutant: str, target: str, shops: dict[int, Workshop], tmp_path: Path
 ) -> None:
-    shop, forged = forge(shops, target, mutant, tmp_path)
-    report = climb(forged, shop.reference)
+    shop = shops[256 if needs_wide_rows(mutant, target) else 64]
+    report = climb(MUTANTS[mutant](shop, target, tmp_path / "artifact"), shop.reference)
     expected = ELSEWHERE.get((target, mutant), CAUGHT[mutant])
     assert report.verdict is Verdict.FAIL
     assert report.broken_at == expected[0]
