@@ -346,11 +346,16 @@ def base_served(shop: Workshop, target: str, out: Path) -> Forged:
 def stale_cache(shop: Workshop, target: str, out: Path) -> Forged:
     """What all prompts begin with stays in the KV cache from before the adapter was there."""
     base = shop.base(target)
+    return cache_filled_by(base if base.is_file() else base / "model.onnx", shop, target, out)
 
-    def reusing(model: Path, adapter: Path | None, **settings: Any) -> Engine:
-        if target.startswith("gguf"):
-            return LlamaEngineWithStaleCache(base, model, adapter, **settings)
-        return OrtEngineWithStaleCache(base / "model.onnx", model, adapter, **settings)
+
+def cache_filled_by(model: Path | None, shop: Workshop, target: str, out: Path) -> Forged:
+    """The genuine artifact, with what another model left in the cache; None: what itself leaves."""
+    kind = LlamaEngineWithStaleCache if target.startswith("gguf") else OrtEngineWithStaleCache
+
+    def reusing(served: Path, beside: Path | None, **settings: Any) -> Engine:
+        before = (served, beside) if model is None else (model, None)
+        return kind(before, served, beside, **settings)
 
     return dataclasses.replace(unmutated(shop, target, out), open_engine=reusing)
 

@@ -16,12 +16,15 @@ import numpy as np
 from safegene_runtime.llama_engine import SHARED, LlamaEngine
 from safegene_runtime.ort_engine import OrtEngine
 
+Before = tuple[Path, Path | None]
+"""The model that filled the cache, and its adapter."""
+
 
 class LlamaEngineWithStaleCache(LlamaEngine):
     """Takes the shared prefix from the base's cache, by llama.cpp's own saving of sequences."""
 
-    def __init__(self, base: Path, model: Path, adapter: Path | None, **settings: Any) -> None:
-        self._base = LlamaEngine(base, threads=1)
+    def __init__(self, before: Before, model: Path, adapter: Path | None, **settings: Any) -> None:
+        self._base = LlamaEngine(*before, threads=1)
         super().__init__(model, adapter, **settings)
 
     def _feed_shared(self, ids: np.ndarray) -> None:
@@ -42,8 +45,8 @@ class LlamaEngineWithStaleCache(LlamaEngine):
 class OrtEngineWithStaleCache(OrtEngine):
     """Feeds what all rows begin with to the base, and the rest to the model, with the base's past."""
 
-    def __init__(self, base: Path, model: Path, adapter: Path | None, **settings: Any) -> None:
-        self._base = OrtEngine(base, threads=1)
+    def __init__(self, before: Before, model: Path, adapter: Path | None, **settings: Any) -> None:
+        self._base = OrtEngine(*before, threads=1)
         super().__init__(model, adapter, **settings)
 
     def _run(
@@ -61,16 +64,29 @@ class OrtEngineWithStaleCache(OrtEngine):
         assert shared > 1, "nothing is shared: nothing could be stale"
         presents = [cache.present for cache in self._caches]
         rows = []
-        for row in range(len(ids)):  # attention continues a past only one sequence at a time
+        for row, length in enumerate(mask.sum(axis=1)):
+            # attention continues a past one sequence at a time, and without padding
             one = slice(row, row + 1)
             start = {name: value[one] for name, value in past.items()}
             stale = self._base._run(
                 ids[one, :shared], mask[one, :shared], positions[one, :shared], start, presents
             )
             kept = {cache.past: value for cache, value in zip(self._caches, stale, strict=True)}
-            found = super()._run(ids[one, shared:], mask[one], positions[one, shared:], kept, names)
+            logits, *cached = super()._run(
+                ids[one, shared:length],
+                mask[one, :length],
+                positions[one, shared:length],
+                kept,
+                names,
+            )
+            after = ids.shape[1] - length
             # nobody asks for the prefix's own logits, but for their places
-            rows.append([np.pad(found[0], ((0, 0), (shared, 0), (0, 0))), *found[1:]])
+            rows.append(
+                [
+                    np.pad(logits, ((0, 0), (shared, after), (0, 0))),
+                    *(np.pad(value, ((0, 0), (0, 0), (0, after), (0, 0))) for value in cached),
+                ]
+            )
         return [np.concatenate(values) for values in zip(*rows, strict=True)]
 
     def close(self) -> None:

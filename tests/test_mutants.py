@@ -9,6 +9,7 @@ from mutants import (
     MUTANTS,
     TARGETS,
     Workshop,
+    cache_filled_by,
     climb,
     needs_wide_rows,
     rungs_that_broke,
@@ -71,6 +72,18 @@ def test_without_a_mistake_every_rung_below_the_refusals_holds(
     ]
     # a random model refuses nothing, and the gate says so
     assert (report.verdict, report.broken_at) == (Verdict.VACUOUS, None)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_cache_that_the_artifact_filled_itself_is_not_stale(
+    target: str, shops: dict[int, Workshop], tmp_path: Path
+) -> None:
+    """What is caught is the state of the adapter, not how the cache came to be there."""
+    report = climb(
+        cache_filled_by(None, shops[64], target, tmp_path / "artifact"), shops[64].reference
+    )
+    assert rungs_that_broke(report) == ()
+    assert abs(report.figures["mean_kl"]) <= 1e-8
 
 
 @pytest.mark.parametrize("target", TARGETS)
