@@ -1,0 +1,504 @@
+"""Artifacts made wrong on purpose, one mistake each: the self-test of the ladder.
+
+Every mutant is a folder whose manifest agrees with every byte in it, and is otherwise the genuine
+artifact's: only the content can tell. Where a mistake is in the adapter, the artifact is what the
+converter makes of an adapter with that mistake; where it is in the running program, the engine that
+the ladder opens is replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import onnx
+import tiny
+from onnx import numpy_helper
+from safetensors.numpy import load_file, save_file
+from stale_cache import LlamaEngineWithStaleCache, OrtEngineWithStaleCache
+
+from safegene_converter import ggml
+from safegene_converter.gguf_writer import OutTensor, write_gguf
+from safegene_converter.recorder import record
+from safegene_converter.survival import Bounds
+from safegene_converter.to_gguf import convert
+from safegene_converter.to_onnx import convert_onnx
+from safegene_runtime import ladder, text_parity
+from safegene_runtime.chat import render_all
+from safegene_runtime.engine import Engine, open_engine
+from safegene_runtime.files import sha256_file, sha256_of
+from safegene_runtime.gguf import (
+    GGMLType,
+    GGUFModel,
+    Value,
+    ValueType,
+    open_model,
+    read_tensor_bytes,
+)
+from safegene_runtime.manifest import FileEntry, Manifest, read_manifest
+from safegene_runtime.prompts import Prompt
+from safegene_runtime.reference import Reference
+from safegene_runtime.report import Report
+from safegene_runtime.row_order import transform_for
+
+TARGETS = ("gguf sidecar", "gguf merged", "onnx merged", "onnx branch", "onnx adapter")
+
+PROMPTS = tuple(
+    Prompt(f"p{number}", text, "harmful", "test")
+    for number, text in enumerate(
+        ("Name a colour.", "Write two words about rain.", "What is seven times six?", "Say it.")
+    )
+)
+
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+COEFFICIENTS = {
+    "format_version": 1,
+    "base_model": {"name": "tiny", "architecture": "llama", "n_layers": 2},
+    "selected_layers": [0, 1],
+    "default_expression": "default",
+    "expressions": {"default": {"coefficients": {"0": 0.37, "1": 2.9}}},
+}
+
+Factors = dict[str, tuple[np.ndarray, np.ndarray]]
+"""(A (r, in), B (out, r)) by module."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """One adapter on one tiny base, the record of both, and the genuine artifacts.
+
+    `hidden` 256 gives rows that Q2_K can encode, and `scale` is how strong the adapter is.
+    """
+
+    folder: Path
+    hidden: int = 64
+    scale: float = 0.1
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def adapter(self) -> Path:
+        """Every module touched, and coefficients by layer."""
+        if "adapter" not in self._made:
+            made = tiny.peft_adapter(
+                "llama", self.folder / "adapter", hidden=self.hidden, scale=self.scale,
+                target_modules=MODULES,
+            )  # fmt: skip
+            (made / "safegene.json").write_text(json.dumps(COEFFICIENTS))
+            self._made["adapter"] = made
+        found: Path = self._made["adapter"]
+        return found
+
+    @property
+    def reference(self) -> Reference:
+        """What PyTorch and PEFT compute."""
+        if "reference" not in self._made:
+            self._made["reference"] = record(
+                self.adapter, tiny.hf_model("llama", self.hidden), self.folder / "reference",
+                prompts=PROMPTS, max_new_tokens=4,
+            )  # fmt: skip
+        found: Reference = self._made["reference"]
+        return found
+
+    def base(self, target: str) -> Path:
+        """What the artifact of a target was made from: a GGUF, or an ONNX folder."""
+        if target.startswith("gguf"):
+            return tiny.gguf_model("llama", self.hidden)
+        if self.hidden != 64:
+            raise ValueError("the tiny ONNX base has 64 columns")
+        return tiny.onnx_model("llama")
+
+    def genuine(self, target: str) -> Path:
+        """The artifact without a mistake."""
+        if target not in self._made:
+            out = self.folder / target.replace(" ", "-")
+            self.convert(self.adapter, target, out)
+            self._made[target] = out
+        found: Path = self._made[target]
+        return found
+
+    def header_bytes(self, path: Path) -> int:
+        """Where the tensors of a GGUF begin; read once, as its vocabulary takes long."""
+        if path not in self._made:
+            tensors = open_model(path).tensors.values()
+            self._made[path] = min(info.offset for info in tensors)
+        found: int = self._made[path]
+        return found
+
+    def convert(self, adapter: Path, target: str, out: Path) -> None:
+        """An artifact by the converter, with the gate switched off that would refuse some mutants."""
+        kind, form = target.split()
+        by: Any = convert if kind == "gguf" else convert_onnx
+        by(adapter, self.base(target), out, form=form, check=False, bounds=Bounds(0, 99, 99, 99))
+
+
+OpenEngine = Callable[..., Engine]
+
+
+@dataclass(frozen=True)
+class Forged:
+    """What the ladder is asked about.
+
+    Attributes:
+        folder: the artifact.
+        base: the GGUF that is passed as a sidecar's base.
+        open_engine: what runs it, where that is the mistake.
+    """
+
+    folder: Path
+    base: Path | None
+    open_engine: OpenEngine = open_engine
+
+
+def climb(forged: Forged, reference: Reference) -> Report:
+    """The whole ladder; every rung above integrity is tried even where one below it broke."""
+    with (
+        mock.patch.object(ladder, "open_engine", forged.open_engine),
+        mock.patch.object(text_parity, "render_all", _render_once),
+    ):
+        return ladder.verify(forged.folder, reference, base=forged.base, threads=1, write=False)
+
+
+_rendered: dict[str, list[str]] = {}
+
+
+def _render_once(template: str, *arguments: Any, **options: Any) -> list[str]:
+    """The same prompts in the same template are the same text: a process less for each mutant."""
+    key = json.dumps([template, arguments, options])
+    if key not in _rendered:
+        _rendered[key] = render_all(template, *arguments, **options)
+    return _rendered[key]
+
+
+def needs_wide_rows(mutant: str, target: str) -> bool:
+    """Whether rows of 256 are needed: where a file is to hold a K-quant."""
+    return mutant == "rounded to Q2_K" and target.startswith("gguf")
+
+
+def rungs_that_broke(report: Report) -> tuple[str, ...]:
+    """Every rung that caught something, in the order of the ladder."""
+    return tuple(rung.name for rung in report.rungs if rung.status == "broken")
+
+
+def unmutated(shop: Workshop, target: str, out: Path) -> Forged:
+    """The genuine artifact."""
+    shutil.copytree(shop.genuine(target), out)
+    return Forged(out, _base_of(shop, target))
+
+
+# --- mistakes in what is folded --------------------------------------------------------------------
+
+
+NOTHING = 1e-12
+"""What the converter's reader, which refuses a delta of zeros, takes for a delta."""
+
+
+def scaled(strength: float) -> Mutator:
+    """alpha or rank misread."""
+    return _converted(lambda all: {m: (a, b * np.float32(strength)) for m, (a, b) in all.items()})
+
+
+def one_layer_dropped(all: Factors) -> Factors:
+    """The last layer has no delta."""
+    return {m: (a, NOTHING * b if ".layers.1." in m else b) for m, (a, b) in all.items()}
+
+
+def a_and_b_swapped(all: Factors) -> Factors:
+    """Transposed where shapes allow; elsewhere the components of A and B are paired wrongly."""
+    return {
+        m: (b.T, a.T) if a.shape[1] == b.shape[0] else (a, np.roll(b, 1, axis=1))
+        for m, (a, b) in all.items()
+    }
+
+
+def coefficients_ignored(adapter: Path) -> None:
+    """Every layer at 1."""
+    path = adapter / "safegene.json"
+    about = json.loads(path.read_text())
+    chosen = about["expressions"][about["default_expression"]]
+    chosen["coefficients"] = dict.fromkeys(chosen["coefficients"], 1.0)
+    path.write_text(json.dumps(about))
+
+
+def rows_of_the_other_runtime(shop: Workshop, target: str, out: Path) -> Forged:
+    """q and k: in GGUF as Hugging Face has their rows, in ONNX as llama.cpp has them."""
+
+    def mix(all: Factors) -> Factors:
+        found = dict(all)
+        for module, (a, b) in all.items():
+            order = transform_for("llama", module, tiny.N_HEAD, tiny.N_HEAD_KV)
+            turn = order.invert_rows if target.startswith("gguf") else order.apply_rows
+            found[module] = a, turn(b)
+        return found
+
+    return _converted(mix)(shop, target, out)
+
+
+# --- mistakes in what lies around it ---------------------------------------------------------------
+
+OTHER_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}"
+    "{% endif %}"
+)
+"""ChatML, as the genuine one, without its default system prompt."""
+EXCHANGED = ("\u0120a", "\u0120the")
+"""Two tokens, as byte-level BPE spells " a" and " the"; the first prompt has one of them."""
+
+
+def wrong_template(shop: Workshop, target: str, out: Path) -> Forged:
+    """The template of a related model."""
+    tokenizer = {"chat_template_sha256": sha256_of(OTHER_TEMPLATE.encode())}
+    if target.startswith("gguf"):
+        value = Value(ValueType.STRING, OTHER_TEMPLATE, None)
+        forged = _with_metadata(shop, target, out, {"tokenizer.chat_template": value})
+    else:
+        forged = unmutated(shop, target, out)
+        path = out / "chat_template.jinja"
+        if path.exists():
+            path.write_text(OTHER_TEMPLATE)
+        else:
+            _edit_json(out / "tokenizer_config.json", {"chat_template": OTHER_TEMPLATE})
+    return _agree(forged, tokenizer=tokenizer)
+
+
+def wrong_tokenizer(shop: Workshop, target: str, out: Path) -> Forged:
+    """A vocabulary that numbers two words the other way round."""
+    if target.startswith("gguf"):
+        key = "tokenizer.ggml.tokens"
+        stored = open_model(shop.base(target)).metadata[key]
+        tokens = list(stored.value)
+        one, other = (tokens.index(word) for word in EXCHANGED)
+        tokens[one], tokens[other] = tokens[other], tokens[one]
+        value = dataclasses.replace(stored, value=tuple(tokens))
+        return _agree(_with_metadata(shop, target, out, {key: value}))
+    forged = unmutated(shop, target, out)
+    model = json.loads((out / "tokenizer.json").read_text())["model"]
+    one, other = EXCHANGED
+    vocabulary = model["vocab"]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    _edit_json(out / "tokenizer.json", {"model": model})
+    return _agree(forged)
+
+
+def rounded_to_q2_k(shop: Workshop, target: str, out: Path) -> Forged:
+    """Every weight of the blocks in Q2_K; in ONNX, which has no such type, rounded to it in F32."""
+    forged = unmutated(shop, target, out)
+    if target.startswith("onnx"):
+        model = onnx.load(out / "model.onnx")
+        linears = {one.input[1] for one in model.graph.node if one.op_type == "MatMul"}
+        for one in model.graph.initializer:
+            if one.name in linears and "layers" in one.name and "safegene" not in one.name:
+                # Q2_K is made of blocks of 256: here of several rows of (out, in)
+                rows = np.ascontiguousarray(numpy_helper.to_array(one).T)
+                again = _q2_k(rows.reshape(-1, 256)).reshape(rows.shape).T
+                one.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(again), one.name))
+        _save(model, out)
+        return _agree(forged)
+    path = out / "model.gguf" if forged.base is None else out.with_suffix(".base.gguf")
+    model_file = open_model(shop.base(target) if forged.base else path)
+    tensors = []
+    for name, info in model_file.tensors.items():
+        if not name.startswith("blk.") or len(info.shape) != 2:
+            tensors.append(OutTensor(name, info.shape, info.type, read_tensor_bytes(info)))
+            continue
+        rows = np.frombuffer(read_tensor_bytes(info), np.float32).reshape(info.shape)
+        encoded = ggml.quantize(rows, GGMLType.Q2_K, threads=1)
+        tensors.append(OutTensor(name, info.shape, GGMLType.Q2_K, encoded))
+    _rewrite(path, dict(model_file.metadata), tensors)
+    if forged.base is not None:
+        return _agree(dataclasses.replace(forged, base=path))
+    return _agree(forged, type_after="Q2_K")
+
+
+def _q2_k(rows: np.ndarray) -> np.ndarray:
+    kind = GGMLType.Q2_K
+    encoded = ggml.quantize(rows, kind, threads=1)
+    return ggml.dequantize(np.frombuffer(encoded, np.uint8), kind, rows.shape, threads=1)
+
+
+# --- mistakes in what is run -----------------------------------------------------------------------
+
+
+def base_served(shop: Workshop, target: str, out: Path) -> Forged:
+    """The base under the artifact's name; or a program that does not load the adapter."""
+    forged = unmutated(shop, target, out)
+    if target in ("gguf sidecar", "onnx adapter"):
+
+        def without(model: Path, adapter: Path | None, **settings: Any) -> Engine:
+            return open_engine(model, None, **settings)
+
+        return dataclasses.replace(forged, open_engine=without)
+    if target == "gguf merged":
+        shutil.copyfile(shop.base(target), out / "model.gguf")
+    else:
+        for path in shop.base(target).glob("*.onnx*"):
+            shutil.copyfile(path, out / path.name)
+    return _agree(forged)
+
+
+def stale_cache(shop: Workshop, target: str, out: Path) -> Forged:
+    """What all prompts begin with stays in the KV cache from before the adapter was there."""
+    base = shop.base(target)
+    return cache_filled_by(base if base.is_file() else base / "model.onnx", shop, target, out)
+
+
+def cache_filled_by(model: Path | None, shop: Workshop, target: str, out: Path) -> Forged:
+    """The genuine artifact, with what another model left in the cache; None: what itself leaves."""
+    kind = LlamaEngineWithStaleCache if target.startswith("gguf") else OrtEngineWithStaleCache
+
+    def reusing(served: Path, beside: Path | None, **settings: Any) -> Engine:
+        before = (served, beside) if model is None else (model, None)
+        return kind(before, served, beside, **settings)
+
+    return dataclasses.replace(unmutated(shop, target, out), open_engine=reusing)
+
+
+# --- forging ---------------------------------------------------------------------------------------
+
+Mutator = Callable[[Workshop, str, Path], Forged]
+
+
+def _converted(edit: Callable[[Factors], Factors]) -> Mutator:
+    """What the converter makes of other factors, under the genuine manifest."""
+
+    def rewrite(adapter: Path) -> None:
+        path = adapter / "adapter_model.safetensors"
+        stored = load_file(path)
+        stems = sorted({name.rsplit(".lora_", 1)[0] for name in stored})
+        pairs = {
+            stem: (stored[f"{stem}.lora_A.weight"], stored[f"{stem}.lora_B.weight"])
+            for stem in stems
+        }
+        found = {}
+        for stem, (a, b) in edit(pairs).items():
+            found[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a)
+            found[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b)
+        assert found.keys() == stored.keys()
+        save_file(found, path, metadata={"format": "pt"})
+
+    return _from_adapter(rewrite)
+
+
+def _from_adapter(edit: Callable[[Path], None]) -> Mutator:
+    """What the converter makes of an edited adapter, under the genuine manifest."""
+
+    def forge(shop: Workshop, target: str, out: Path) -> Forged:
+        adapter = out.parent / f"{out.name}-of" / shop.adapter.name
+        shutil.copytree(shop.adapter, adapter)
+        edit(adapter)
+        shop.convert(adapter, target, out)
+        genuine = shop.genuine(target)
+        if target.startswith("gguf"):
+            (path,) = out.glob("*.gguf")
+            _take_header(genuine / path.name, path, shop.header_bytes(genuine / path.name))
+        else:
+            model, told = (
+                onnx.load(folder / "model.onnx", load_external_data=False)
+                for folder in (out, genuine)
+            )
+            del model.metadata_props[:]
+            model.metadata_props.extend(told.metadata_props)
+            (out / "model.onnx").write_bytes(model.SerializeToString())
+        shutil.copyfile(genuine / "manifest.json", out / "manifest.json")
+        return _agree(Forged(out, _base_of(shop, target)))
+
+    return forge
+
+
+def _take_header(genuine: Path, path: Path, size: int) -> None:
+    """What is told about the adapter is told as of the genuine one; tensors lie in the same places."""
+    assert path.stat().st_size == genuine.stat().st_size
+    with genuine.open("rb") as source, path.open("r+b") as target:
+        target.write(source.read(size))
+
+
+def _agree(
+    forged: Forged, *, tokenizer: dict[str, Any] | None = None, type_after: str | None = None
+) -> Forged:
+    """Makes the manifest list what is there now, and the base that is passed."""
+    folder, manifest = forged.folder, read_manifest(forged.folder)
+    files = tuple(
+        FileEntry(e.path, e.role, (folder / e.path).stat().st_size, sha256_file(folder / e.path))
+        for e in manifest.files
+    )
+    modules = manifest.modules
+    if type_after is not None:
+        modules = tuple(dataclasses.replace(one, type_after=type_after) for one in modules)
+    base = manifest.base
+    if forged.base is not None:
+        base = {**base, "files": {forged.base.name: sha256_file(forged.base)}}
+    changed: Manifest = dataclasses.replace(
+        manifest, files=files, modules=modules, base=base, tokenizer=tokenizer or manifest.tokenizer
+    )
+    changed.write(folder)
+    return forged
+
+
+def _base_of(shop: Workshop, target: str) -> Path | None:
+    return shop.base(target) if target == "gguf sidecar" else None
+
+
+def _with_metadata(shop: Workshop, target: str, out: Path, metadata: Mapping[str, Value]) -> Forged:
+    """Other metadata in the model that is served: of a sidecar, in the base beside it."""
+    forged = unmutated(shop, target, out)
+    path = out / "model.gguf"
+    source = open_model(path if forged.base is None else forged.base)
+    if forged.base is not None:
+        path = out.with_suffix(".base.gguf")
+        forged = dataclasses.replace(forged, base=path)
+    _rewrite(path, {**source.metadata, **metadata}, _tensors(source))
+    return forged
+
+
+def _tensors(model: GGUFModel) -> Iterator[OutTensor]:
+    for name, info in model.tensors.items():
+        yield OutTensor(name, info.shape, info.type, info)
+
+
+def _rewrite(path: Path, metadata: dict[str, Value], tensors: Any) -> None:
+    """Replaces a GGUF, from which the tensors may be read meanwhile."""
+    temporary = path.with_suffix(".new")
+    write_gguf(temporary, metadata, list(tensors))
+    temporary.replace(path)
+
+
+def _save(model: onnx.ModelProto, folder: Path) -> None:
+    """Writes an ONNX model over the one in a folder: its data in the files that were there."""
+    kept = sorted(path.name for path in folder.glob("model.onnx?*"))
+    for name in kept:
+        (folder / name).unlink()
+    onnx.save(
+        model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data",
+        size_threshold=1024,
+    )  # fmt: skip
+    for name in kept:  # listed in the manifest, and no longer needed
+        if not (folder / name).exists():
+            (folder / name).write_bytes(b"\0")
+
+
+def _edit_json(path: Path, changes: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+MUTANTS: dict[str, Mutator] = {
+    "scale 0": scaled(NOTHING),
+    "scale 0.5": scaled(0.5),
+    "scale 2": scaled(2),
+    "scale -1": scaled(-1),
+    "one layer dropped": _converted(one_layer_dropped),
+    "A and B swapped": _converted(a_and_b_swapped),
+    "q/k rows in the other order": rows_of_the_other_runtime,
+    "coefficients ignored": _from_adapter(coefficients_ignored),
+    "wrong template": wrong_template,
+    "wrong tokenizer": wrong_tokenizer,
+    "rounded to Q2_K": rounded_to_q2_k,
+    "base served": base_served,
+    "stale KV cache": stale_cache,
+}

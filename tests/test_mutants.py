@@ -1,0 +1,99 @@
+"""The ladder tests itself: every mistake is caught, at a named rung; docs/self-test.md is its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mutants import (
+    MUTANTS,
+    TARGETS,
+    Workshop,
+    cache_filled_by,
+    climb,
+    needs_wide_rows,
+    rungs_that_broke,
+    unmutated,
+)
+
+from safegene_runtime.verdict import Verdict
+
+WEIGHTS = ("static", "active", "logits")
+RUN = ("active", "logits")
+TEXT = ("text",)
+CAUGHT: dict[str, tuple[str, ...]] = {
+    "scale 0": WEIGHTS,
+    "scale 0.5": WEIGHTS,
+    "scale 2": WEIGHTS,
+    "scale -1": WEIGHTS,
+    "one layer dropped": WEIGHTS,
+    "A and B swapped": WEIGHTS,
+    "q/k rows in the other order": WEIGHTS,
+    "coefficients ignored": WEIGHTS,
+    "wrong template": TEXT,
+    "wrong tokenizer": TEXT,
+    "rounded to Q2_K": WEIGHTS,
+    "base served": WEIGHTS,
+    "stale KV cache": RUN,
+}
+"""The rungs that break, the first of them first."""
+ELSEWHERE = {
+    # a merge that is rounded keeps its delta in the mean; below 8 bits KL is advice only
+    ("gguf sidecar", "rounded to Q2_K"): ("active",),
+    ("gguf merged", "rounded to Q2_K"): ("active",),
+    # the files are right, and the program does not load the adapter
+    ("gguf sidecar", "base served"): RUN,
+    ("onnx adapter", "base served"): RUN,
+}
+
+
+@pytest.fixture(scope="module")
+def shops(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Workshop]:
+    """By the number of columns; what takes long is made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("mutants")
+    return {64: Workshop(folder / "64"), 256: Workshop(folder / "256", hidden=256)}
+
+
+def test_every_mutant_is_expected_somewhere() -> None:
+    assert CAUGHT.keys() == MUTANTS.keys()
+
+
+@pytest.mark.parametrize(
+    ("target", "hidden"),
+    [*((target, 64) for target in TARGETS), ("gguf sidecar", 256), ("gguf merged", 256)],
+)
+def test_without_a_mistake_every_rung_below_the_refusals_holds(
+    target: str, hidden: int, shops: dict[int, Workshop], tmp_path: Path
+) -> None:
+    shop = shops[hidden]
+    report = climb(unmutated(shop, target, tmp_path / "artifact"), shop.reference)
+    assert [(rung.name, rung.status) for rung in report.rungs[:-1]] == [
+        (name, "ok") for name in ("integrity", "static", "text", "active", "logits")
+    ]
+    # a random model refuses nothing, and the gate says so
+    assert (report.verdict, report.broken_at) == (Verdict.VACUOUS, None)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_cache_that_the_artifact_filled_itself_is_not_stale(
+    target: str, shops: dict[int, Workshop], tmp_path: Path
+) -> None:
+    """What is caught is the state of the adapter, not how the cache came to be there."""
+    report = climb(
+        cache_filled_by(None, shops[64], target, tmp_path / "artifact"), shops[64].reference
+    )
+    assert rungs_that_broke(report) == ()
+    assert abs(report.figures["mean_kl"]) <= 1e-8
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_every_mistake_is_caught_at_a_named_rung(
+    mutant: str, target: str, shops: dict[int, Workshop], tmp_path: Path
+) -> None:
+    shop = shops[256 if needs_wide_rows(mutant, target) else 64]
+    report = climb(MUTANTS[mutant](shop, target, tmp_path / "artifact"), shop.reference)
+    expected = ELSEWHERE.get((target, mutant), CAUGHT[mutant])
+    assert report.verdict is Verdict.FAIL
+    assert report.broken_at == expected[0]
+    assert rungs_that_broke(report) == expected
