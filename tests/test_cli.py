@@ -16,7 +16,7 @@ from safegene_converter.child import python_environment
 
 EXAMPLE = tiny.REPOSITORY / "examples" / "smollm2-135m-refusal"
 COMMANDS = (
-    "inspect", "convert", "record", "verify", "demo", "extract", "select", "calibrate", "evaluate",
+    "inspect", "convert", "record", "verify", "demo", "extract", "select", "calibrate", "evaluate", "run",
 )  # fmt: skip
 
 

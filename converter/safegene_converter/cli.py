@@ -15,6 +15,8 @@ from typing import Any
 
 from safegene_converter.command_line import Bars, Parser, add_command, add_json, console, put_json
 from safegene_converter.gene.cli import add_commands as add_gene_commands
+from safegene_converter.run_command import add_commands as add_run_commands
+from safegene_converter.server_command import add_server_options, verify_server
 from safegene_runtime import __version__
 from safegene_runtime.errors import RecordError, SafeGeneError
 from safegene_runtime.profiles import PROFILES
@@ -59,7 +61,15 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"safegene {__version__}")
     commands = whole.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    for add in (_add_inspect, _add_convert, _add_record, _add_verify, _add_demo, add_gene_commands):
+    for add in (
+        _add_inspect,
+        _add_convert,
+        _add_record,
+        _add_verify,
+        _add_demo,
+        add_gene_commands,
+        add_run_commands,
+    ):
         add(commands)
     return whole
 
@@ -355,7 +365,7 @@ def _add_verify(commands: Any) -> None:
         "safegene verify OUT --reference REFERENCE --report REPORT",
     )
     parser.add_argument(
-        "artifact", type=Path, metavar="OUT", nargs="+", help="several are shown side by side"
+        "artifact", type=Path, metavar="OUT", nargs="*", help="several are shown side by side"
     )
     parser.add_argument("--reference", type=Path, required=True, help="made by `safegene record`")
     parser.add_argument("--base", type=Path, help="for a sidecar: the GGUF it belongs to")
@@ -392,6 +402,7 @@ def _add_verify(commands: Any) -> None:
         action="store_true",
         help="do not put the verdict into the artifact's manifest",
     )
+    add_server_options(parser)
     reports = parser.add_argument_group("reports")
     reports.add_argument("--report", type=Path, metavar="DIR", help="all of them, into a folder")
     for name, what in (
@@ -413,6 +424,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     from safegene_runtime.reference import read_reference
     from safegene_runtime.verdict import gravest
 
+    if arguments.server is not None:
+        return verify_server(arguments)
+    _check_verify(arguments)
     targets = _report_targets(arguments)
     record = read_reference(arguments.reference)
     judge = load_judge(arguments.judge) if arguments.judge else None
@@ -450,6 +464,20 @@ def _verify(arguments: argparse.Namespace) -> int:
         if comparison is not None:
             compare_table.show_comparison(comparison, console())
     return gravest(report.verdict for _, report in found).exit_code
+
+
+def _check_verify(arguments: argparse.Namespace) -> None:
+    """There is something to verify, and nothing that only a server understands."""
+    from safegene_runtime.errors import EngineError, Problems
+
+    problems = Problems()
+    if not arguments.artifact:
+        problems.add("verify", "OUT", "an artifact, or --server URL", "neither", "name a folder")
+    for name in ("model", "allow_switchable"):
+        if getattr(arguments, name):
+            flag = "--" + name.replace("_", "-")
+            problems.add(flag, "target", "--server URL", "an artifact", f"leave {flag} out")
+    problems.raise_if_any(EngineError)
 
 
 def _labels(artifacts: Sequence[Path]) -> list[str]:

@@ -6,16 +6,18 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safegene_converter.command_line import Bars, add_command
 from safegene_runtime.errors import EngineError, Problem
-from safegene_runtime.session import MAX_NEW_TOKENS, Session, UnverifiedWarning
-from safegene_runtime.session import open as open_session
+
+if TYPE_CHECKING:  # what other commands need not import
+    from safegene_runtime.session import Session
 
 __all__ = ["add_commands"]
 
 OK = 0
+MAX_NEW_TOKENS = 256
 MAX_PROMPT_CHARACTERS = 1 << 20
 LOUD = "!" * 72
 
@@ -46,6 +48,9 @@ def add_commands(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from safegene_runtime.session import UnverifiedWarning
+    from safegene_runtime.session import open as open_session
+
     prompt = arguments.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read(MAX_PROMPT_CHARACTERS)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
 from safegene_converter.command_line import Bars, console, put_json
 from safegene_runtime.errors import EngineError, Problems
-from safegene_runtime.server_check import ServerReport, check_server
+
+if TYPE_CHECKING:  # what other commands need not import
+    from safegene_runtime.server_check import ServerReport
 
 __all__ = ["add_server_options", "verify_server"]
 
@@ -51,6 +53,7 @@ def verify_server(arguments: argparse.Namespace) -> int:
     """
     from safegene_runtime.judge_plugins import load_judge
     from safegene_runtime.reference import read_reference
+    from safegene_runtime.server_check import check_server
 
     problems = Problems()
     for name in OTHERS:
