@@ -22,9 +22,11 @@ demo: $(VENV)/.ready ## the main job on a real model: convert, record, verify, p
 	@$(VENV)/bin/safegene demo
 
 test: $(VENV)/.ready ## the whole suite, the real model included
+	@bash tools/test_setup.sh
 	@$(PY) -m pytest -q $(PARALLEL)
 
 test-fast: $(VENV)/.ready ## the suite without the real model
+	@bash tools/test_setup.sh
 	@$(PY) -m pytest -q $(PARALLEL) -m "not slow"
 
 lint: $(VENV)/.ready ## ruff and mypy

