@@ -25,6 +25,7 @@ from safegene_converter import ggml
 from safegene_converter.base import open_base
 from safegene_converter.command_line import Bars
 from safegene_converter.compare_table import compare, show_comparison
+from safegene_converter.gguf_to_hf import gguf_to_hf
 from safegene_converter.gguf_writer import OutTensor, write_gguf
 from safegene_converter.inspecting import summarise_reference, survival_summary
 from safegene_converter.to_gguf import convert
@@ -147,7 +148,7 @@ def _decoded(info: TensorInfo) -> npt.NDArray[np.float32]:
 
 def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
     """Converts, records, verifies; returns everything the tables show."""
-    from safegene_converter.recorder import record, save_as_folder  # imports torch: only now
+    from safegene_converter.recorder import record  # imports torch: only now
 
     start = time.monotonic()
     adapter = adapter or find_adapter()
@@ -167,16 +168,16 @@ def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
         (folder / ".safegene-demo").touch()
     bases = {"q4_1": source, "float": output / "smollm2-f32.gguf", "hf": output / "smollm2-hf"}
     write_float_base(source, bases["float"])
-    bars("decoding the base", 0, 1)
-    save_as_folder(open_base(source), bases["hf"])
-    bars("decoding the base", 1, 1)
-    # exporting to ONNX keeps one core busy: two conversions at a time
+    # decoding and exporting keep one core busy each: two things at a time
     with ThreadPoolExecutor(max_workers=2) as pool:
-        ordered = sorted(JOBS, key=lambda job: job.base != "hf")
-        running = {
-            job: pool.submit(_convert, job, adapter, bases[job.base], output, bars)
-            for job in ordered
-        }
+        decoded = pool.submit(
+            gguf_to_hf, open_base(bases["float"]), bases["hf"], bars.named("decode")
+        )
+        running = {}
+        for job in sorted(JOBS, key=lambda job: job.base == "hf"):
+            if job.base == "hf":
+                decoded.result()
+            running[job] = pool.submit(_convert, job, adapter, bases[job.base], output, bars)
         converted = [(job, *running[job].result()) for job in JOBS]
     began = time.monotonic()
     reference = record(
