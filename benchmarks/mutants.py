@@ -19,15 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT / "benchmarks"]
 sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "converter", "runtime")]
 
-from mutants import (  # noqa: E402
-    MUTANTS,
-    TARGETS,
-    Workshop,
-    climb,
-    needs_wide_rows,
-    rungs_that_broke,
-    unmutated,
-)
+from mutants import MUTANTS, needs_wide_rows  # noqa: E402
+from workshop import TARGETS, Workshop, climb, rungs_that_broke, unmutated  # noqa: E402
 
 from safegene_runtime.report import RUNGS, Report  # noqa: E402
 

@@ -5,16 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mutants import (
-    MUTANTS,
-    TARGETS,
-    Workshop,
-    cache_filled_by,
-    climb,
-    needs_wide_rows,
-    rungs_that_broke,
-    unmutated,
-)
+from mutants import MUTANTS, cache_filled_by, needs_wide_rows
+from workshop import TARGETS, Workshop, climb, rungs_that_broke, unmutated
 
 from safegene_runtime.verdict import Verdict
 
@@ -47,6 +39,15 @@ ELSEWHERE = {
 }
 
 
+TELLING = ("scale -1", "one layer dropped", "q/k rows in the other order", "base served",
+           "stale KV cache")  # fmt: skip
+
+
+def quick(mutant: str, target: str) -> bool:
+    """What `make test-fast` runs: all for the merged forms, and one of each kind for the others."""
+    return target.endswith("merged") or mutant in TELLING
+
+
 @pytest.fixture(scope="module")
 def shops(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Workshop]:
     """By the number of columns; what takes long is made when it is first asked for."""
@@ -60,7 +61,11 @@ def test_every_mutant_is_expected_somewhere() -> None:
 
 @pytest.mark.parametrize(
     ("target", "hidden"),
-    [*((target, 64) for target in TARGETS), ("gguf sidecar", 256), ("gguf merged", 256)],
+    [
+        *((target, 64) for target in TARGETS),
+        ("gguf merged", 256),
+        pytest.param("gguf sidecar", 256, marks=pytest.mark.slow),
+    ],
 )
 def test_without_a_mistake_every_rung_below_the_refusals_holds(
     target: str, hidden: int, shops: dict[int, Workshop], tmp_path: Path
@@ -86,8 +91,14 @@ def test_a_cache_that_the_artifact_filled_itself_is_not_stale(
     assert abs(report.figures["mean_kl"]) <= 1e-8
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize(
+    ("mutant", "target"),
+    [
+        pytest.param(mutant, target, marks=() if quick(mutant, target) else pytest.mark.slow)
+        for mutant in MUTANTS
+        for target in TARGETS
+    ],
+)
 def test_every_mistake_is_caught_at_a_named_rung(
     mutant: str, target: str, shops: dict[int, Workshop], tmp_path: Path
 ) -> None:
