@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 LLAMA_CPP_PYTHON := 0.3.36
 # two files of tests at a time; what one file shares (models, recordings) is made once
 PARALLEL := -n 2 --dist loadfile
+# idle OpenMP threads of one process must not spin where another one could compute
+export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast lint bench clean
