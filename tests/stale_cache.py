@@ -7,7 +7,6 @@ saved by the base.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,45 +48,10 @@ class OrtEngineWithStaleCache(OrtEngine):
         self._base = OrtEngine(*before, threads=1)
         super().__init__(model, adapter, **settings)
 
-    def _run(
-        self,
-        ids: np.ndarray,
-        mask: np.ndarray,
-        positions: np.ndarray,
-        past: Mapping[str, np.ndarray],
-        names: list[str],
-    ) -> list[np.ndarray]:
-        if next(iter(past.values())).shape[2]:  # decoding goes on
-            return super()._run(ids, mask, positions, past, names)
-        same = (ids == ids[0]).all(axis=0) & mask.all(axis=0)
-        shared = int(np.argmin(same))
-        assert shared > 1, "nothing is shared: nothing could be stale"
-        presents = [cache.present for cache in self._caches]
-        rows = []
-        for row, length in enumerate(mask.sum(axis=1)):
-            # attention continues a past one sequence at a time, and without padding
-            one = slice(row, row + 1)
-            start = {name: value[one] for name, value in past.items()}
-            stale = self._base._run(
-                ids[one, :shared], mask[one, :shared], positions[one, :shared], start, presents
-            )
-            kept = {cache.past: value for cache, value in zip(self._caches, stale, strict=True)}
-            logits, *cached = super()._run(
-                ids[one, shared:length],
-                mask[one, :length],
-                positions[one, shared:length],
-                kept,
-                names,
-            )
-            after = ids.shape[1] - length
-            # nobody asks for the prefix's own logits, but for their places
-            rows.append(
-                [
-                    np.pad(logits, ((0, 0), (shared, after), (0, 0))),
-                    *(np.pad(value, ((0, 0), (0, 0), (0, after), (0, 0))) for value in cached),
-                ]
-            )
-        return [np.concatenate(values) for values in zip(*rows, strict=True)]
+    def _evaluate(self, rows: list[np.ndarray], keep: list[int]) -> Any:
+        prefix = self._base._evaluate(rows, keep)
+        assert prefix.length > 1, "nothing is shared: nothing could be stale"
+        return prefix
 
     def close(self) -> None:
         self._base.close()

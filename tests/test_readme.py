@@ -83,9 +83,12 @@ def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
             cwd=tmp_path, env={**os.environ, **python_environment()},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        # a gate may end INCONCLUSIVE, which its exit code says; everything else is done, or fails
+        allowed = (0, 3) if command[1] == "verify" else (0,)
+        assert done.returncode in allowed, (command, done.stdout, done.stderr)
         assert done.stderr == ""
     for report in ("REPORT/report.json", "onnx.json"):
         found = json.loads((tmp_path / report).read_text())
-        assert (found["verdict"], found["exit_code"]) == ("PASS", 0), found["sentence"]
+        assert found["verdict"] in ("PASS", "INCONCLUSIVE"), found["sentence"]
+    assert found["verdict"] == "PASS", found["sentence"]
     assert "<html" in (tmp_path / "REPORT" / "report.html").read_text(encoding="utf-8")
