@@ -71,7 +71,7 @@ def test_the_documented_bounds_are_those_of_the_code() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3000)
 @pytest.mark.xdist_group("demo")
 def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(tiny.REPOSITORY / "examples")

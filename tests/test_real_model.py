@@ -25,7 +25,7 @@ from safegene_runtime.ladder import verify
 from safegene_runtime.manifest import FileEntry, read_manifest
 from safegene_runtime.reference import read_reference
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo"), pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo"), pytest.mark.timeout(3000)]
 
 
 @pytest.fixture(scope="module")

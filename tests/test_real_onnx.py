@@ -21,7 +21,7 @@ from safegene_runtime.ort_engine import OrtEngine
 from safegene_runtime.prompts import builtin_suite
 from safegene_runtime.reference import Reference
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("onnx"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("onnx"), pytest.mark.timeout(2400)]
 
 N_PROMPTS = 3
 
