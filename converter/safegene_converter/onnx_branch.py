@@ -10,8 +10,9 @@ import numpy as np
 
 from safegene_converter import formula, onnx_weights
 from safegene_converter.adapter import Module
+from safegene_converter.manifest_lines import module_entry
 from safegene_converter.onnx_graph import Linear
-from safegene_converter.onnx_job import Job, Touched, module_entry
+from safegene_converter.onnx_job import Job, Touched
 from safegene_converter.onnx_writer import Change, insert_nodes
 from safegene_converter.progress import Progress
 from safegene_converter.survival import Meter, Mode, Survival, passes

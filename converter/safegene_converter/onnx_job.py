@@ -14,11 +14,10 @@ from safegene_converter.adapter import Adapter, Module
 from safegene_converter.base import Base
 from safegene_converter.onnx_base import OnnxBase
 from safegene_converter.onnx_graph import Linear, Place, place_modules
-from safegene_converter.survival import Bounds, Survival
+from safegene_converter.survival import Bounds
 from safegene_runtime.errors import BaseModelError, Problems
-from safegene_runtime.manifest import ModuleEntry
 
-__all__ = ["FORMS", "Form", "Job", "Touched", "module_entry", "prove_weights", "touched_weights"]
+__all__ = ["FORMS", "Form", "Job", "Touched", "prove_weights", "touched_weights"]
 
 Form = Literal["merged", "branch", "adapter"]
 FORMS: tuple[Form, ...] = ("merged", "branch", "adapter")
@@ -110,31 +109,3 @@ def prove_weights(touched: Sequence[Touched], base: OnnxBase, hf: Base) -> float
                 )
     problems.raise_if_any(BaseModelError)
     return worst
-
-
-def module_entry(
-    module: Module,
-    tensor: str,
-    before: str,
-    after: str,
-    bytes_before: int,
-    bytes_after: int,
-    sha256: str,
-    survival: Survival | None,
-) -> ModuleEntry:
-    """The manifest's line about one module."""
-    return ModuleEntry(
-        module=module.name,
-        tensor=tensor,
-        shape=module.shape,
-        rank=module.rank,
-        scaling=module.scaling,
-        coefficient=module.coefficient,
-        effective_scale=formula.effective_scale(module),
-        type_before=before,
-        type_after=after,
-        bytes_before=bytes_before,
-        bytes_after=bytes_after,
-        sha256=sha256,
-        survival=None if survival is None else survival.to_dict(),
-    )

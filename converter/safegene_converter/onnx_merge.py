@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from safegene_converter import onnx_weights
+from safegene_converter.manifest_lines import module_entry
 from safegene_converter.onnx_graph import Linear, Place
-from safegene_converter.onnx_job import Job, Touched, module_entry
+from safegene_converter.onnx_job import Job, Touched
 from safegene_converter.onnx_weights import Encoded
 from safegene_converter.onnx_writer import Change, insert_nodes
 from safegene_converter.progress import Progress

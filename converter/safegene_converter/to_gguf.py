@@ -32,6 +32,7 @@ from safegene_converter.gguf_writer import OutTensor, Written, write_gguf
 from safegene_converter.hashing import digesting
 from safegene_converter.hf_to_gguf import convert_hf
 from safegene_converter.imatrix import read_imatrix
+from safegene_converter.manifest_lines import module_entry
 from safegene_converter.names import prove_transform
 from safegene_converter.presets import Preset, preset, quantize_gguf
 from safegene_converter.progress import Progress
@@ -350,11 +351,11 @@ def _write_sidecar(
                     "use --type f32 for the sidecar",
                 )
         modules.append(
-            _entry(
+            module_entry(
                 module,
                 name,
                 None,
-                wanted,
+                wanted.name,
                 0,
                 sum(encoded.nbytes for encoded, _ in stored),
                 sha256_of(b"".join(encoded.tobytes() for encoded, _ in stored)),
@@ -432,11 +433,11 @@ def _write_merged(
         name = job.tensor(module)
         one = stored[name]
         modules.append(
-            _entry(
+            module_entry(
                 module,
                 name,
-                one.type_before,
-                one.info.type,
+                one.type_before.name,
+                one.info.type.name,
                 one.bytes_before,
                 one.info.nbytes,
                 one.sha256,
@@ -615,33 +616,6 @@ def _headers(base: Base) -> GGUFModel:
     if base.model is None:
         raise BaseModelError(Problem(str(base.path), "base", "GGUF headers", "none"))
     return base.model
-
-
-def _entry(
-    module: Module,
-    tensor: str,
-    before: GGMLType | None,
-    after: GGMLType,
-    bytes_before: int,
-    bytes_after: int,
-    sha256: str,
-    survival: Survival | None,
-) -> ModuleEntry:
-    return ModuleEntry(
-        module=module.name,
-        tensor=tensor,
-        shape=module.shape,
-        rank=module.rank,
-        scaling=module.scaling,
-        coefficient=module.coefficient,
-        effective_scale=formula.effective_scale(module),
-        type_before=before.name if before is not None else None,
-        type_after=after.name,
-        bytes_before=bytes_before,
-        bytes_after=bytes_after,
-        sha256=sha256,
-        survival=None if survival is None else survival.to_dict(),
-    )
 
 
 def _file_entry(path: Path, role: str, written: Written) -> FileEntry:

@@ -8,7 +8,7 @@ layer is a fifth of a small model.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,10 +157,6 @@ class GeneModel:
     def logits(self, batch: Batch) -> torch.Tensor:
         """Logits (N, vocab) float32 at the label positions."""
         return label_logits(self.tuned, batch)
-
-    def by_layer(self) -> Mapping[int, float]:
-        """The coefficients by layer number."""
-        return dict(zip(self.layers, self.coefficients.tolist(), strict=True))
 
     def parameters_of(self) -> dict[int, int]:
         """How many numbers the gene holds in each layer."""
