@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from safegene_runtime.errors import Problems, RecordError
 
@@ -130,7 +130,10 @@ def _disagreements(
 def show_comparison(found: dict[str, Any], console: Console) -> None:
     """Prints what `compare` returned, one column per engine and artifact."""
     columns = found["columns"]
-    table = Table("", title=f"{found['prompts']} prompts, the same token ids for every engine")
+    table = Table(
+        Column("", no_wrap=True),
+        title=f"{found['prompts']} prompts, the same token ids for every engine",
+    )
     for column in columns:
         table.add_column(escape(f"{column['engine'] or 'not loaded'}\n{column['label']}"))
     for head, cells in (
