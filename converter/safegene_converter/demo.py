@@ -199,7 +199,7 @@ def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
             on_progress=bars.named(f"verify {job.label}"),
         )
         reports.append((job.label, report))
-        write_reports(report.to_dict(), output / REPORTS / job.folder)
+        write_reports(report.to_dict(texts=False), output / REPORTS / job.folder)
         rows.append(_row(job, manifest, report, seconds, time.monotonic() - began))
     return {
         "rows": rows,
