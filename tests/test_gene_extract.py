@@ -276,3 +276,34 @@ def test_kept_layers_keep_their_vectors_and_every_expression(gene: Path, tmp_pat
     assert read_adapter(tmp_path / "kept").expression == "mine"
     with pytest.raises(GeneError, match="at least one"):
         keep_layers(gene, open_base(tiny.hf_model("llama")), [7], tmp_path / "none", False)
+
+
+def test_pairs_cancel_what_both_of_a_pair_learnt(tmp_path: Path) -> None:
+    """Two fine-tunes, each with safety won back: only that is left, whatever the tasks were."""
+    base, safety = tiny.hf_model("llama"), planted(2, size=0.1)
+    good, bad = [], []
+    for seed in range(2):
+        own = planted(3, seed + 1, size=0.3)
+        bad.append(changed_model(tmp_path / f"bad-{seed}", own, base))
+        good.append(changed_model(tmp_path / f"good-{seed}", safety, bad[-1]))
+    extract(good, bad, tmp_path / "gene", rank=2)
+    for name, vector in dense_of(tmp_path / "gene").items():
+        assert np.allclose(vector, safety[name], rtol=0, atol=1e-5)
+
+
+def test_an_aligned_adapter_belongs_to_the_degraded_model_of_its_pair(tmp_path: Path) -> None:
+    tasks = [changed_model(tmp_path / f"bad-{seed}", planted(3, seed)) for seed in range(2)]
+    won = [tiny.peft_adapter("llama", tmp_path / f"won-{seed}", seed=seed) for seed in range(2)]
+    found = extract(won, tasks, tmp_path / "gene", rank=None, energy=1 - 1e-12)
+    assert found.method == "low-rank"
+    one, two = (dense_of(path) for path in won)
+    for name, vector in dense_of(tmp_path / "gene").items():
+        assert np.allclose(vector, (one[name] + two[name]) / 2, rtol=0, atol=1e-6)
+
+
+def test_aligned_models_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:
+    base = tiny.hf_model("llama")
+    models = [changed_model(tmp_path / f"bad-{seed}", planted(1, seed)) for seed in range(3)]
+    with pytest.raises(GeneError, match="one per --degraded"):
+        extract([base, base], models, tmp_path / "gene")
+    assert not (tmp_path / "gene").exists()

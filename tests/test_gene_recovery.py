@@ -26,7 +26,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def lab_of(run: Any, work: Path) -> Any:
-    plan = run.Plan(2, 2, 4, 4, ("steps", "obedient"), ("steps",), 2, run.report.METHODS, 4)
+    plan = run.Plan(4, 2, 4, 4, 4, ("steps", "obedient"), ("steps",), 2, reply_tokens=4)
     return run.methods.Lab(
         work / "tiny-seed-0",
         plan,
@@ -107,16 +107,17 @@ def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
     run.run(lab)
     assert (lab.work / "aligned" / "model.safetensors").stat().st_mtime_ns == weights
     results = json.loads((lab.work / "results.json").read_text())
-    for method in run.report.METHODS:
+    for method in run.methods.METHODS:
         assert 0 <= results[f"obedient {method}"]["harmful_refused"] <= 1
     table = (tmp_path / "tiny.md").read_text()
     assert "obedient + gene" in table
+    assert list(run.methods.METHODS) == list(run.report.COLOURS)
     assert (tmp_path / "tiny.svg").read_text().startswith("<svg")
 
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("a finished step ran again")
 
-    for name in ("evaluate", "calibrate", "extract", "select", "train_lora"):
+    for name in ("evaluate", "calibrate", "extract", "select", "train_lora", "own_replies"):
         monkeypatch.setattr(run.methods, name, never)
     run.run(lab)
     assert capsys.readouterr().out.count("| obedient + gene |") >= 2

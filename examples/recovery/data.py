@@ -15,6 +15,8 @@ from safegene_converter.gene.shots import check_disjoint
 from safegene_runtime.prompts import Prompt, builtin_suite
 
 PER_KIND = 16
+TASK_TRAIN = 300
+"""Pairs of a task that a fine-tune is trained on."""
 
 REFUSALS = (
     "I'm sorry, but I can't help with that.",

@@ -7,21 +7,20 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import data
-import torch
 from peft import PeftModel
 from safelora import project
-from train import train_lora
+from train import BATCH, train_lora
 
 from safegene_converter.adapter import read_adapter
 from safegene_converter.base import open_base
 from safegene_converter.gene.calibrate import calibrate
-from safegene_converter.gene.evaluate import evaluate, evaluate_model
+from safegene_converter.gene.evaluate import Scored, evaluate, evaluate_model, own_replies
 from safegene_converter.gene.extract import extract
 from safegene_converter.gene.folder import keep_layers
 from safegene_converter.gene.model import Example
@@ -34,6 +33,7 @@ from safegene_runtime import strictjson
 from safegene_runtime.errors import RecordError
 from safegene_runtime.files import publish_file, publish_folder
 from safegene_runtime.ladder import verify
+from safegene_runtime.prompts import Prompt
 
 BUDGET = 0.01
 RANK = 8
@@ -52,6 +52,7 @@ class Lab:
     splits: data.Splits
     tell: Callable[[str, int, int], None]
     base: Path | None = None
+    own: dict[str, list[Scored]] = field(default_factory=dict)
 
     def load(self, name: str) -> tuple[Any, Any]:
         """A model of the experiment, in float32, and its tokenizer."""
@@ -98,10 +99,20 @@ class Lab:
             self.note(key, run())
         return self.results()[key]
 
+    def few(self, part: str, name: str) -> tuple[Prompt, ...]:
+        """Prompts to select with, or shots; half the benign ones are the fine-tune's own."""
+        given: tuple[Prompt, ...] = getattr(self.splits, part)
+        benign = [prompt for prompt in given if prompt.kind == "benign"]
+        kept = benign[: len(benign) // 2]
+        skip = {"select": 0, "shots": len(benign)}[part]
+        asked = data.task(name, self.seed, data.TASK_TRAIN)[skip:][: len(benign) - len(kept)]
+        own = [Prompt(f"{name}-{i}", text, "benign", name) for i, (text, _) in enumerate(asked)]
+        return (*(prompt for prompt in given if prompt.kind == "harmful"), *kept, *own)
+
     def task_test(self, name: str) -> list[tuple[str, str]]:
         """Pairs of a task that were not trained on."""
-        trained = dict(data.task(name, self.seed, 300))
-        fresh = data.task(name, self.seed + 1000, 2 * TASK_TEST + 300)
+        trained = dict(data.task(name, self.seed, data.TASK_TRAIN))
+        fresh = data.task(name, self.seed + 1000, 2 * TASK_TEST + data.TASK_TRAIN)
         return [pair for pair in fresh if pair[0] not in trained][:TASK_TEST]
 
 
@@ -117,116 +128,151 @@ def load_base(given: Path | None) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def make_gene(lab: Lab) -> None:
-    """gene-all/ (every layer) and gene/ (selected)."""
-    whole, gene = lab.work / "gene-all", lab.work / "gene"
-    if not whole.exists():
-        started = time.monotonic()
-        found = extract(
+def realign(lab: Lab, name: str) -> Path:
+    """The alignment, trained again on a fine-tune: a LoRA on it, its own benign replies kept."""
+    out = lab.work / f"{name}-realigned-lora"
+    if out.exists():
+        return out
+    started = time.monotonic()
+    model, tokenizer = lab.load(name)
+    source = lab.random(f"realign {name}")
+    harmful, benign = data.harmful_requests(), data.benign_requests()
+    source.shuffle(harmful)
+    source.shuffle(benign)
+    count = lab.plan.realign_steps * BATCH // 4  # each is seen twice
+    asked = benign[: count - count // 4] + [
+        prompt for prompt, _ in data.task(name, lab.seed, data.TASK_TRAIN)[: count // 4]
+    ]
+    ids = [lab.render(tokenizer, text) for text in asked]
+    stops = stop_ids_of(model, tokenizer)
+    replies = greedy_replies(model, ids, lab.plan.reply_tokens, stops, lab.tell)
+    examples = [Example(p, tuple(reply)) for p, reply in zip(ids, replies, strict=True)]
+    examples += [
+        lab.example(tokenizer, text, source.choice(data.REFUSALS)) for text in harmful[:count]
+    ]
+    train_lora(
+        model, examples, out, steps=lab.plan.realign_steps, seed=lab.seed, tell=lab.tell
+    )  # fmt: skip
+    lab.note(f"{name} realign seconds", time.monotonic() - started)
+    return out
+
+
+def make_genes(lab: Lab) -> None:
+    """Two genes, each from all sources: `gene`, and `direct`, with the plain discrepancy.
+
+    gene    (source + its own re-alignment) - source: the same task on both sides, so it cancels
+    direct  aligned - source: what the fine-tune took, its task included, the other way round
+    """
+    sources = lab.plan.sources
+    realigned = [realign(lab, name) for name in sources]
+    for name, rank, aligned, degraded, base in (
+        ("gene-all", RANK, realigned, [lab.work / one for one in sources], None),
+        ("gene-thin", RANK // 2, realigned, [lab.work / one for one in sources], None),
+        (
+            "direct-all",
+            RANK,
+            [lab.work / "aligned"],
+            [lab.work / f"{one}-lora" for one in sources],
             lab.work / "aligned",
-            [lab.work / f"{name}-lora" for name in lab.plan.sources],
-            whole,
-            base=lab.work / "aligned",
-            rank=RANK,
-            progress=lab.tell,
-        )
-        lab.note("extract", {"energy": found.energy, "seconds": time.monotonic() - started})
-    if not gene.exists():
-        started = time.monotonic()
-        chosen = select(
-            whole, lab.work / lab.plan.sources[0], lab.splits.select, budget=BUDGET,
-            refusals=REFUSALS, evaluation=lab.splits.test, out=gene, progress=lab.tell,
-        )  # fmt: skip
-        lab.note("select", {**chosen.to_dict(), "seconds": time.monotonic() - started})
+        ),
+    ):
+        if not (lab.work / name).exists():
+            started = time.monotonic()
+            found = extract(
+                aligned, degraded, lab.work / name, base=base, rank=rank, progress=lab.tell
+            )
+            seconds = time.monotonic() - started
+            lab.note(f"extract {name}", {"energy": found.energy, "seconds": seconds})
+    for name in ("gene", "direct"):
+        if not (lab.work / name).exists():
+            started = time.monotonic()
+            chosen = select(
+                lab.work / f"{name}-all", lab.work / sources[0], lab.few("select", sources[0]),
+                budget=BUDGET, refusals=REFUSALS, evaluation=lab.splits.test,
+                out=lab.work / name, progress=lab.tell,
+            )  # fmt: skip
+            found = chosen.to_dict()
+            lab.note(f"select {name}", {**found, "seconds": time.monotonic() - started})
 
 
-def run_all(lab: Lab) -> None:
-    """Evaluates every model and every method."""
+def evaluate_models(lab: Lab) -> None:
+    """Every model without a gene."""
     for name in ("base", "aligned", *lab.plan.tasks):
         pairs = lab.task_test(name) if name in data.TASKS else []
         lab.once(
             f"model {name}",
             lambda name=name, pairs=pairs: evaluate(
-                lab.work / name, prompts=lab.splits.test, task=pairs, progress=lab.tell
+                lab.work / name, prompts=lab.splits.test, task=pairs,
+                max_new_tokens=lab.plan.reply_tokens, progress=lab.tell,
             ).to_dict(),
+        )  # fmt: skip
+
+
+def run_all(lab: Lab) -> None:
+    """Evaluates every model, and every method on the fine-tunes that no gene was made from."""
+    evaluate_models(lab)
+    for target in lab.plan.targets:
+        for method in lab.plan.methods:
+            lab.once(
+                f"{target} {method}",
+                lambda target=target, method=method: METHODS[method](lab, target),
+            )
+
+
+def _own(lab: Lab, target: str) -> list[Scored]:
+    """What a target answers to benign test prompts; computed once for all methods."""
+    if target not in lab.own:
+        model, tokenizer = lab.load(target)
+        lab.own.clear()  # logits of one target are enough to hold
+        lab.own[target] = own_replies(
+            model, tokenizer, lab.splits.test, lab.plan.reply_tokens, lab.tell
         )
-    targets = [name for name in lab.plan.tasks if name not in lab.plan.sources]
-    for name in targets:
-        _gene_methods(lab, name)
-        for method, run in (("realigned", _realign), ("safe-lora", _safe_lora)):
-            if method in lab.plan.methods:
-                lab.once(f"{name} {method}", lambda name=name, run=run: run(lab, name))
+    return lab.own[target]
 
 
-def _gene_methods(lab: Lab, target: str) -> None:
-    model = lab.work / target
-    random_gene = lab.work / "gene-random"
-    if not random_gene.exists():
-        layers = lab.results()["select"]["layers"]
-        every = [entry["layer"] for entry in lab.results()["select"]["scores"]]
-        drawn = lab.random("layers").sample(every, len(layers))
-        keep_layers(lab.work / "gene-all", open_base(model), drawn, random_gene, False)
-    settings = Settings(max_steps=lab.plan.calibration_steps)
-
-    def measured(gene: str, calibrated: bool) -> dict[str, Any]:
-        folder, seconds = lab.work / gene, 0.0
+def _with_gene(folder_name: str, calibrated: bool) -> Callable[[Lab, str], dict[str, Any]]:
+    def measured(lab: Lab, target: str) -> dict[str, Any]:
+        folder, found = lab.work / folder_name, {}
         if calibrated:
-            seconds = calibrate(
-                folder, model, lab.splits.shots, target, settings=settings, refusals=REFUSALS,
-                evaluation=lab.splits.test, force=True, progress=lab.tell,
-            ).seconds  # fmt: skip
-        found = evaluate(
-            model, gene=folder, expression=target if calibrated else "default",
-            prompts=lab.splits.test, task=lab.task_test(target), progress=lab.tell,
-        ).to_dict()  # fmt: skip
-        return {**found, "seconds": seconds, "parameters": _size(folder)}
+            fitted = calibrate(
+                folder, lab.work / target, lab.few("shots", target), target,
+                settings=Settings(rate=0.25, max_steps=lab.plan.calibration_steps),
+                refusals=REFUSALS, evaluation=lab.splits.test, force=True, progress=lab.tell,
+            )  # fmt: skip
+            found = {
+                "seconds": fitted.seconds, "steps": fitted.steps,
+                "coefficients": fitted.to_dict()["coefficients"],
+            }  # fmt: skip
+        measured = evaluate(
+            lab.work / target, gene=folder, expression=target if calibrated else "default",
+            prompts=lab.splits.test, task=lab.task_test(target), own=_own(lab, target),
+            max_new_tokens=lab.plan.reply_tokens, progress=lab.tell,
+        )  # fmt: skip
+        parameters = read_adapter(folder).n_parameters
+        return {"seconds": 0.0, **found, **measured.to_dict(), "parameters": parameters}
 
-    for key, gene, calibrated in (
-        ("gene", "gene", True),
-        ("uniform", "gene", False),
-        ("all-layers", "gene-all", True),
-        ("random-layers", "gene-random", True),
-    ):
-        if key not in lab.plan.methods:
-            continue
-        lab.once(
-            f"{target} {key}", lambda gene=gene, calibrated=calibrated: measured(gene, calibrated)
-        )
+    return measured
 
 
-def _size(folder: Path) -> int:
-    return read_adapter(folder).n_parameters
+def _random_layers(lab: Lab, target: str) -> dict[str, Any]:
+    """As many layers as were selected, drawn by lot."""
+    folder = lab.work / "gene-random"
+    if not folder.exists():
+        chosen = lab.results()["select gene"]
+        every = [entry["layer"] for entry in chosen["scores"]]
+        drawn = lab.random("layers").sample(every, len(chosen["layers"]))
+        keep_layers(lab.work / "gene-all", open_base(lab.work / target), drawn, folder, False)
+    return _with_gene("gene-random", True)(lab, target)
 
 
-def _realign(lab: Lab, target: str) -> dict[str, Any]:
+def _realigned(lab: Lab, target: str) -> dict[str, Any]:
     """The alignment, trained again on the target: what a gene saves."""
-    started = time.monotonic()
-    out = lab.work / f"{target}-realigned-lora"
+    lora = realign(lab, target)
     model, tokenizer = lab.load(target)
-    if out.exists():
-        tuned = PeftModel.from_pretrained(model, str(out)).eval()
-    else:
-        source = lab.random("realign")
-        harmful, benign = data.harmful_requests(), data.benign_requests()
-        source.shuffle(harmful)
-        source.shuffle(benign)
-        benign = benign[: 2 * lab.plan.align_steps]
-        ids = [lab.render(tokenizer, text) for text in benign]
-        stops = stop_ids_of(model, tokenizer)
-        replies = greedy_replies(model, ids, lab.plan.reply_tokens, stops, lab.tell)
-        examples = [Example(p, tuple(reply)) for p, reply in zip(ids, replies, strict=True)]
-        examples += [
-            lab.example(tokenizer, text, source.choice(data.REFUSALS))
-            for text in harmful[: len(benign)]
-        ]
-        tuned = train_lora(
-            model, examples, out, steps=lab.plan.align_steps, seed=lab.seed, tell=lab.tell
-        )
-    seconds = time.monotonic() - started
-    found = evaluate_model(
-        tuned, tokenizer, prompts=lab.splits.test, task=lab.task_test(target), progress=lab.tell
-    ).to_dict()
+    tuned = PeftModel.from_pretrained(model, str(lora)).eval()
+    found = _evaluated(lab, target, tuned, tokenizer)
     parameters = sum(p.numel() for name, p in tuned.named_parameters() if "lora_" in name)
+    seconds = lab.results()[f"{target} realign seconds"]
     return {**found, "seconds": seconds, "parameters": parameters}
 
 
@@ -237,16 +283,27 @@ def _safe_lora(lab: Lab, target: str) -> dict[str, Any]:
     tuned = PeftModel.from_pretrained(model, str(lab.work / f"{target}-lora")).eval()
     projected = project(tuned, lab.work / "align-lora")
     seconds = time.monotonic() - started
-    merged = tuned.merge_and_unload().eval()
-    with torch.no_grad():
-        found = evaluate_model(
-            merged,
-            tokenizer,
-            prompts=lab.splits.test,
-            task=lab.task_test(target),
-            progress=lab.tell,
-        ).to_dict()
+    found = _evaluated(lab, target, tuned.merge_and_unload().eval(), tokenizer)
     return {**found, "seconds": seconds, "parameters": 0, "projected": projected}
+
+
+def _evaluated(lab: Lab, target: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+    return evaluate_model(
+        model, tokenizer, prompts=lab.splits.test, task=lab.task_test(target),
+        max_new_tokens=lab.plan.reply_tokens, own=_own(lab, target), progress=lab.tell,
+    ).to_dict()  # fmt: skip
+
+
+METHODS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
+    "gene": _with_gene("gene", True),
+    "uniform": _with_gene("gene", False),
+    "all layers": _with_gene("gene-thin", True),
+    "random layers": _random_layers,
+    "direct": _with_gene("direct", True),
+    "re-aligned": _realigned,
+    "safe lora": _safe_lora,
+}
+"""What is held against one another, by the name it has in the table."""
 
 
 def artifacts(lab: Lab) -> None:
@@ -284,8 +341,12 @@ def artifacts(lab: Lab) -> None:
                     checked = verify(out, reference, base=sidecar_base, on_progress=lab.tell)
                 except RecordError as error:
                     return {"verdict": f"could not be checked ({error.problems[0].got})"}
-                rates = checked.figures["harmful_refused"]
-                return {"verdict": str(checked.verdict), "harmful_refused": rates["artifact"]}
+                figures = checked.figures
+                return {
+                    "verdict": str(checked.verdict),
+                    "harmful_refused": figures["harmful_refused"]["artifact"],
+                    **{name: figures[name] for name in ("losses", "gains", "mean_kl")},
+                }
 
             lab.once(f"{target} artifact {form} {type_name}", one)
 

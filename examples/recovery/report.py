@@ -7,8 +7,10 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
-METHODS = ("gene", "uniform", "all-layers", "random-layers", "realigned", "safe-lora")
-COLOURS = ("#0b6e4f", "#8a8a8a", "#2f6fbb", "#c98a00", "#7a3e9d", "#b3261e")
+COLOURS = {
+    "gene": "#0b6e4f", "uniform": "#8a8a8a", "all layers": "#2f6fbb", "random layers": "#c98a00",
+    "direct": "#5c4033", "re-aligned": "#7a3e9d", "safe lora": "#b3261e",
+}  # fmt: skip
 WIDTH, HEIGHT, EDGE = 640, 420, 60
 
 
@@ -38,28 +40,49 @@ def recovery(run: dict[str, Any], target: str, method: str) -> float | None:
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown; mean and spread over runs."""
     lines = [
-        f"{len(runs)} seed(s), greedy, prompts used nowhere else. Refusals in %, task loss and KL in nats.",
+        f"{len(runs)} seed(s), greedy, on prompts used nowhere else: {runs[0]['model base']['n_harmful']} "
+        f"harmful, {runs[0]['model base']['n_benign']} benign (half of them borderline at most). Refusals "
+        "in %; KL to the fine-tune's own benign replies and task loss in nats per token.",
         "",
-        "| model | harmful refused | recovery | benign | borderline | KL | task loss | parameters | s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | harmful refused | recovery % | benign refused | borderline refused | KL | task loss "
+        "| change % | parameters | s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     first = runs[0]
-    models = [key.removeprefix("model ") for key in first if key.startswith("model ")]
-    for name in models:
-        lines.append(_row(f"*{name}*", [run[f"model {name}"] for run in runs], []))
+    for name in (key.removeprefix("model ") for key in first if key.startswith("model ")):
+        lines.append(_row(f"*{name}*", [run[f"model {name}"] for run in runs], [], []))
     for target in targets(first):
-        for method in METHODS:
+        for method in COLOURS:
             key = f"{target} {method}"
             if all(key in run for run in runs):
                 recovered = [recovery(run, target, method) for run in runs]
-                lines.append(_row(f"{target} + {method}", [run[key] for run in runs], recovered))
-    for key in first:
-        if " artifact " in key and all(key in run for run in runs):
-            found = [run[key] for run in runs]
-            verdicts = ", ".join(one["verdict"] for one in found)
-            refused = _cell([one.get("harmful_refused") for one in found], 100, 1)
-            lines.append(f"| {key}: {verdicts} | {refused} | | | | | | | |")
-    return "\n".join(lines) + "\n"
+                worse = [
+                    run[key]["task_loss"] / run[f"model {target}"]["task_loss"] - 1 for run in runs
+                ]
+                found = [run[key] for run in runs]
+                lines.append(_row(f"{target} + {method}", found, recovered, worse))
+    return "\n".join([*lines, "", *_artifacts(runs)]) + "\n"
+
+
+def _artifacts(runs: list[dict[str, Any]]) -> list[str]:
+    """Every converted gene: what it refuses, and the gate's verdict on it, by run."""
+    keys = [key for key in runs[0] if " artifact " in key and all(key in run for run in runs)]
+    if not keys:
+        return []
+    lines = [
+        "| artifact | harmful refused | lost/gained | mean KL | verdicts |",
+        "|---|---|---|---|---|",
+    ]
+    for key in keys:
+        found = [run[key] for run in runs]
+        flips = ", ".join(f"{one.get('losses')}/{one.get('gains')}" for one in found)
+        target, _, kind = key.partition(" artifact ")
+        lines.append(
+            f"| {target}: {kind} | {_cell([one.get('harmful_refused') for one in found], 100, 1)} "
+            f"| {flips} | {_cell([one.get('mean_kl') for one in found], 1, 4)} "
+            f"| {', '.join(one['verdict'] for one in found)} |"
+        )
+    return [*lines, ""]
 
 
 def targets(run: dict[str, Any]) -> list[str]:
@@ -72,7 +95,7 @@ def picture(runs: list[dict[str, Any]]) -> str:
     points = []
     for run in runs:
         for target in targets(run):
-            for method, colour in zip(METHODS, COLOURS, strict=True):
+            for method, colour in COLOURS.items():
                 found = run.get(f"{target} {method}")
                 if found and found["benign_kl"] is not None:
                     points.append(
@@ -104,14 +127,16 @@ def picture(runs: list[dict[str, Any]]) -> str:
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}" fill-opacity="0.8">'
             f"<title>{target} + {method}</title></circle>"
         )
-    for index, (method, colour) in enumerate(zip(METHODS, COLOURS, strict=True)):
+    for index, (method, colour) in enumerate(COLOURS.items()):
         y = EDGE / 2 + 16 * index
         parts.append(f'<circle cx="{WIDTH - 120}" cy="{y}" r="5" fill="{colour}"/>')
         parts.append(f'<text x="{WIDTH - 110}" y="{y + 4}">{method}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _row(name: str, found: list[dict[str, Any]], recovered: list[float | None]) -> str:
+def _row(
+    name: str, found: list[dict[str, Any]], recovered: list[float | None], worse: list[float]
+) -> str:
     cells = [
         _cell([one["harmful_refused"] for one in found], 100, 1),
         _cell(recovered, 100, 0),
@@ -119,6 +144,7 @@ def _row(name: str, found: list[dict[str, Any]], recovered: list[float | None]) 
         _cell([one["borderline_refused"] for one in found], 100, 1),
         _cell([one["benign_kl"] for one in found], 1, 3),
         _cell([one["task_loss"] for one in found], 1, 3),
+        _cell(worse, 100, 1),
         _cell([one.get("parameters") for one in found], 1, 0),
         _cell([one.get("seconds") for one in found], 1, 0),
     ]

@@ -36,22 +36,30 @@ SOURCES = ("steps", "json")
 
 @dataclass(frozen=True)
 class Plan:
-    """How large everything is."""
+    """How large everything is; steps are of 8 examples, but of `task_batch` in a fine-tune."""
 
     align_steps: int
     task_steps: int
+    realign_steps: int
     per_kind: int
     test: int | None
     tasks: tuple[str, ...]
     sources: tuple[str, ...]
     calibration_steps: int
-    methods: tuple[str, ...] = report.METHODS
-    reply_tokens: int = 24
+    methods: tuple[str, ...] = tuple(methods.METHODS)
+    reply_tokens: int = 16
+    task_batch: int = 4
+    task_rate: float = 5e-4
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The fine-tunes that no gene is made from."""
+        return tuple(name for name in self.tasks if name not in self.sources)
 
 
-FULL = Plan(140, 60, 16, None, tuple(data.TASKS), SOURCES, 30)
+FULL = Plan(100, 40, 50, 16, 100, tuple(data.TASKS), SOURCES, 12)
 QUICK = Plan(
-    40, 20, 8, 20, ("steps", "obedient"), ("steps",), 10, ("gene", "uniform", "safe-lora"), 16
+    40, 20, 20, 8, 20, ("steps", "obedient"), ("steps",), 6, ("gene", "uniform", "safe lora")
 )
 
 
@@ -62,7 +70,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("build/recovery"))
     parser.add_argument("--base", type=Path, help="another model (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--only", choices=["align", "tasks", "gene", "methods"], help="stop after")
+    parser.add_argument("--only", choices=[name for name, _ in STEPS], help="stop after this step")
     parser.add_argument("--artifacts", action="store_true", help="also convert and verify")
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL
@@ -77,13 +85,7 @@ def main() -> int:
 def run(lab: methods.Lab, only: str | None = None, artifacts: bool = False) -> None:
     """Runs all steps, up to `only`, and prints the table."""
     lab.work.mkdir(parents=True, exist_ok=True)
-    steps: list[tuple[str, Callable[[methods.Lab], None]]] = [
-        ("align", align),
-        ("tasks", fine_tune),
-        ("gene", methods.make_gene),
-        ("methods", methods.run_all),
-    ]
-    for name, step in steps:
+    for name, step in STEPS:
         started = time.monotonic()
         step(lab)
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
@@ -139,7 +141,7 @@ def fine_tune(lab: methods.Lab) -> None:
         lora = lab.work / f"{name}-lora"
         if not lora.exists():
             model, tokenizer = lab.load("aligned")
-            pairs = data.task(name, lab.seed, 300)
+            pairs = data.task(name, lab.seed, data.TASK_TRAIN)
             examples = [lab.example(tokenizer, *pair) for pair in pairs]
             train_lora(
                 model,
@@ -147,11 +149,19 @@ def fine_tune(lab: methods.Lab) -> None:
                 lora,
                 steps=lab.plan.task_steps,
                 seed=lab.seed,
-                rate=2e-3,
+                rate=lab.plan.task_rate,
+                batch=lab.plan.task_batch,
                 tell=tell,
             )
         lab.merge("aligned", lora, name)
 
+
+STEPS: tuple[tuple[str, Callable[[methods.Lab], None]], ...] = (
+    ("align", align),
+    ("tasks", fine_tune),
+    ("gene", methods.make_genes),
+    ("methods", methods.run_all),
+)
 
 _last = ["", 0.0]
 

@@ -40,6 +40,7 @@ def train_lora(
     seed: int,
     rank: int = 8,
     rate: float = 1e-3,
+    batch: int = BATCH,
     tell: Callable[[str, int, int], None],
 ) -> Any:
     """Trains a LoRA on all linear modules and publishes it as `out`; returns the wrapped model.
@@ -54,7 +55,7 @@ def train_lora(
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     order = random.Random(seed)
     batches = [
-        batches_of([examples[i] for i in order.sample(range(len(examples)), BATCH)])[0]
+        batches_of([examples[i] for i in order.sample(range(len(examples)), batch)], batch)[0]
         for _ in range(steps)
     ]
     saved = out.with_name(f".{out.name}.training.pt")
@@ -73,10 +74,10 @@ def train_lora(
             group["lr"] = (
                 rate * min(1, (step + 1) / WARM_UP) * (0.1 + 0.9 * math.cos(done * math.pi / 2))
             )
-        batch = batches[step]
+        taken = batches[step]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bf16()):
-            logits = label_logits(tuned, batch)
-        loss = torch.nn.functional.cross_entropy(logits, batch.labels)
+            logits = label_logits(tuned, taken)
+        loss = torch.nn.functional.cross_entropy(logits, taken.labels)
         if not torch.isfinite(loss):
             raise GeneError(Problem(out.name, "loss", "a finite number", str(float(loss))))
         optimiser.zero_grad()

@@ -36,7 +36,12 @@ def _add_extract(commands: Any) -> None:
         "safegene extract --aligned ALIGNED --degraded TUNED --rank 8 -o GENE",
     )
     parser.add_argument(
-        "--aligned", type=Path, required=True, help="a Hugging Face folder, a GGUF, or an adapter"
+        "--aligned",
+        type=Path,
+        action="append",
+        required=True,
+        help="a Hugging Face folder, a GGUF, or an adapter; one for all, or one per --degraded: that "
+        "fine-tune with its safety won back, so that its task cancels",
     )
     parser.add_argument(
         "--degraded",

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from safegene_converter.gene.model import Example, batches_of, label_logits, load_gene, load_plain
+from safegene_converter.gene.model import (
+    Batch,
+    Example,
+    batches_of,
+    label_logits,
+    load_gene,
+    load_plain,
+)
 from safegene_converter.gene.objective import kl_along, log_probabilities
 from safegene_converter.progress import Progress
 from safegene_converter.recorder import greedy_replies, stop_ids_of
@@ -17,7 +24,10 @@ from safegene_runtime.errors import GeneError, Problem
 from safegene_runtime.judge import Label, judge
 from safegene_runtime.prompts import Prompt, builtin_suite
 
-__all__ = ["Evaluation", "evaluate", "evaluate_model", "task_loss"]
+__all__ = ["Evaluation", "Scored", "evaluate", "evaluate_model", "own_replies", "task_loss"]
+
+Scored = tuple[Batch, torch.Tensor]
+"""A batch of replies, and the log-probabilities (N, vocab) of a model along them."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ def evaluate(
     prompts: Sequence[Prompt] | None = None,
     task: Sequence[tuple[str, str]] = (),
     max_new_tokens: int = 24,
+    own: Sequence[Scored] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluates a target, with or without a gene.
@@ -67,6 +78,7 @@ def evaluate(
         prompts: what to ask; the built-in suite by default.
         task: (prompt, reply) pairs of an ordinary task.
         max_new_tokens: length of replies.
+        own: what the target alone answers, from `own_replies`, where it is known already.
         progress: told what is being done.
 
     Raises:
@@ -87,6 +99,7 @@ def evaluate(
         prompts=builtin_suite() if prompts is None else prompts,
         task=task,
         max_new_tokens=max_new_tokens,
+        own=own,
         progress=progress,
     )
 
@@ -98,9 +111,10 @@ def evaluate_model(
     prompts: Sequence[Prompt],
     task: Sequence[tuple[str, str]] = (),
     max_new_tokens: int = 24,
+    own: Sequence[Scored] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """The same for a loaded model; its KL is to itself without its adapter, if it has one."""
+    """The same for a loaded model; its KL is to `own`, or to itself without its adapter."""
     if not prompts or max_new_tokens < 1:
         raise GeneError(Problem("evaluate", "prompts", "at least one", str(len(prompts))))
     stop_ids = stop_ids_of(model, tokenizer)
@@ -119,19 +133,18 @@ def evaluate_model(
         ]
         return sum(of_kind) / len(of_kind) if of_kind else None
 
-    benign = [ids[i] for i, prompt in enumerate(prompts) if prompt.kind == "benign"]
-    kl = None
-    if benign and hasattr(model, "disable_adapter"):
-        kl = _benign_kl(model, benign, max_new_tokens, stop_ids, progress)
+    if own is None and hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            own = own_replies(model, tokenizer, prompts, max_new_tokens, progress)
     return Evaluation(
         harmful_refused=refused("harmful", False),
         benign_refused=refused("benign", False),
         borderline_refused=refused("benign", True),
         degenerate=sum(verdict == Label.DEGENERATE for verdict in verdicts) / len(verdicts),
-        benign_kl=kl,
+        benign_kl=_kl_along(model, own) if own else None,
         task_loss=task_loss(model, tokenizer, task) if task else None,
         n_harmful=sum(prompt.kind == "harmful" for prompt in prompts),
-        n_benign=len(benign),
+        n_benign=sum(prompt.kind == "benign" for prompt in prompts),
     )
 
 
@@ -157,21 +170,30 @@ def task_loss(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> f
     return total / count
 
 
-def _benign_kl(
+def own_replies(
     model: Any,
-    benign: Sequence[tuple[int, ...]],
-    limit: int,
-    stop_ids: Sequence[int],
-    progress: Progress | None,
-) -> float:
-    with model.disable_adapter():
-        replies = greedy_replies(model, benign, limit, stop_ids, progress)
-    examples = [Example(p, tuple(reply)) for p, reply in zip(benign, replies, strict=True)]
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 24,
+    progress: Progress | None = None,
+) -> list[Scored]:
+    """What a model answers to the benign ones among prompts, and how likely each token is to it."""
+    ids = [_render(tokenizer, prompt.text) for prompt in prompts if prompt.kind == "benign"]
+    if not ids:
+        return []
+    stop_ids = stop_ids_of(model, tokenizer)
+    replies = greedy_replies(model, ids, max_new_tokens, stop_ids, progress)
+    examples = [Example(p, tuple(reply)) for p, reply in zip(ids, replies, strict=True)]
+    with torch.no_grad():
+        return [
+            (batch, log_probabilities(label_logits(model, batch))) for batch in batches_of(examples)
+        ]
+
+
+def _kl_along(model: Any, own: Sequence[Scored]) -> float:
     total, count = 0.0, 0
     with torch.no_grad():
-        for batch in batches_of(examples):
-            with model.disable_adapter():
-                reference = log_probabilities(label_logits(model, batch))
+        for batch, reference in own:
             total += float(kl_along(reference, label_logits(model, batch)).sum())
             count += len(batch.labels)
     return total / count

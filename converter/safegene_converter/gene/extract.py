@@ -68,7 +68,7 @@ class Extracted:
 
 
 def extract(
-    aligned: Path,
+    aligned: Path | Sequence[Path],
     degraded: Sequence[Path],
     out: Path,
     *,
@@ -102,25 +102,25 @@ def extract(
             Problem("extract", "estimator", f"one of {', '.join(ESTIMATORS)}", repr(estimator))
         )
     truncate((np.eye(1), np.ones(1), np.eye(1)), rank, energy)  # refuses bad options before work
-    first, others, low_rank = open_sources(Path(aligned), [Path(path) for path in degraded], base)
+    goods = [Path(aligned)] if isinstance(aligned, str | Path) else [Path(one) for one in aligned]
+    bads = [Path(path) for path in degraded]
+    pairs, low_rank = open_sources(goods, bads, base)
     request = {
-        "inputs": [
-            identity(Path(path)) for path in (aligned, *degraded, *([base] if base else []))
-        ],
+        "inputs": [identity(path) for path in (*goods, *bads, *([base] if base else []))],
         "rank": rank,
         "energy": energy,
         "estimator": estimator,
     }
     checkpoint = Checkpoint(out.absolute().with_name(f".{out.name}.extract"), request)
-    names = sorted(first.base.shapes)
+    names = sorted(pairs[0][0].base.shapes)
     kept: dict[str, Factors] = {}
     reports = []
-    differs = np.zeros(len(others), dtype=bool)
+    differs = np.zeros(len(pairs), dtype=bool)
     for done, name in enumerate(names):
         tell("extracting", done, len(names))
         found = checkpoint.load(name)
         if found is None:
-            one, moved = _module(first, others, name, low_rank, estimator, rank, energy)
+            one, moved = _module(pairs, name, low_rank, estimator, rank, energy)
             found = {
                 "b": one.factors.b, "a": one.factors.a, "energy": np.array(one.energy),
                 "norm": np.array(one.norm), "moved": moved,
@@ -134,9 +134,9 @@ def extract(
             kept[name] = Factors(found["b"], found["a"])
     tell("extracting", len(names), len(names))
     problems = Problems()
-    for other, moved_at_all in zip(others, differs, strict=True):
+    for (good, bad), moved_at_all in zip(pairs, differs, strict=True):
         if not moved_at_all:
-            problems.add(str(other.path), "weights", f"others than those of {first.path}",
+            problems.add(str(bad.path), "weights", f"others than those of {good.path}",
                          "the same in every linear module, so there is no discrepancy",
                          "pass the model that lost its safety")  # fmt: skip
     if not kept and not problems:
@@ -144,12 +144,12 @@ def extract(
                      "pass models that lost safety in a similar way")  # fmt: skip
     problems.raise_if_any(GeneError)
     with publish_folder(out, force) as folder:
-        adapter = write_gene(folder, kept, base_model_of(first.base))
+        adapter = write_gene(folder, kept, base_model_of(pairs[0][0].base))
     checkpoint.clear()
     total = sum(report.norm**2 for report in reports)
     return Extracted(
         out=out,
-        method="low-rank" if low_rank and (len(others) == 1 or estimator != "sign") else "dense",
+        method="low-rank" if low_rank and (len(pairs) == 1 or estimator != "sign") else "dense",
         estimator=estimator,
         modules=tuple(reports),
         n_parameters=adapter.n_parameters,
@@ -157,30 +157,27 @@ def extract(
     )
 
 
-def discrepancies(first: Source, others: Sequence[Source], name: str) -> list[Factors]:
-    """W_aligned - W_degraded,t of one module as factors, for models on one base."""
-    mine = first.factors(name)
-    return [combine([mine, other.factors(name)], [1.0, -1.0]) for other in others]
+def discrepancies(pairs: Sequence[tuple[Source, Source]], name: str) -> list[Factors]:
+    """W_aligned,t - W_degraded,t of one module as factors, where both of a pair are on one base."""
+    return [combine([good.factors(name), bad.factors(name)], [1.0, -1.0]) for good, bad in pairs]
 
 
 def _module(
-    first: Source,
-    others: Sequence[Source],
+    pairs: Sequence[tuple[Source, Source]],
     name: str,
     low_rank: bool,
     estimator: str,
     rank: int | None,
     energy: float | None,
 ) -> tuple[Truncated, np.ndarray]:
-    """The truncated shared part of one module, and which models differ in it, (T,) bool."""
+    """The truncated shared part of one module, and which pairs differ in it, (T,) bool."""
     if low_rank:
-        parts = discrepancies(first, others, name)
+        parts = discrepancies(pairs, name)
         moved = np.array([bool(svd_of_factors(part)[1].any()) for part in parts])
         joint = shared(parts, estimator)
         svd = svd_of_factors(joint) if isinstance(joint, Factors) else svd_of_dense(joint)
     else:
-        mine = first.weight(name)
-        stack = np.stack([mine - other.weight(name) for other in others])
+        stack = np.stack([good.weight(name) - bad.weight(name) for good, bad in pairs])
         moved = np.array([bool(one.any()) for one in stack])
-        svd = svd_of_dense(shared_dense(stack, estimator) if len(others) > 1 else stack[0])
+        svd = svd_of_dense(shared_dense(stack, estimator) if len(pairs) > 1 else stack[0])
     return truncate(svd, rank, energy), moved

@@ -7,6 +7,7 @@ are in, and no two modules are ever in memory together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,42 +61,61 @@ class Source:
 
 
 def open_sources(
-    aligned: Path, degraded: list[Path], base: Path | None
-) -> tuple[Source, list[Source], bool]:
+    aligned: Sequence[Path], degraded: Sequence[Path], base: Path | None
+) -> tuple[list[tuple[Source, Source]], bool]:
     """Opens all models and checks that they are fine-tunes of one another.
 
     Args:
-        aligned: a model (folder or GGUF), or an adapter folder.
+        aligned: a model (folder or GGUF) or an adapter folder; one for all, or one for each of
+            `degraded`.
         degraded: one or more of the same.
-        base: what the adapters belong to; may itself be `aligned` or one of `degraded`.
+        base: what the adapters belong to; may itself be `aligned` or one of `degraded`. Without
+            it, an aligned adapter belongs to the degraded model it is paired with: it was trained
+            there to win safety back.
 
     Returns:
-        The aligned one, the degraded ones, and whether all stand on the same base, so that
+        (aligned, degraded) pairs, and whether the two of every pair stand on the same base, so that
         low-rank algebra does.
 
     Raises:
-        GeneError: another architecture, depth or shape; an adapter without a base; no degraded.
+        GeneError: another architecture, depth or shape; an adapter without a base; no degraded; as
+            many aligned as degraded are needed, or one.
     """
     problems = Problems()
     if not degraded:
         problems.add("extract", "degraded", "at least one model", "none", "pass --degraded")
+    if len(aligned) not in (1, len(degraded)):
+        problems.add("extract", "aligned", f"one model, or {len(degraded)}: one per --degraded",
+                     len(aligned), "pairs are made in the order they are given in")  # fmt: skip
+    problems.raise_if_any(GeneError)
     opened: dict[Path, Base] = {}
-    found = []
-    for path in (aligned, *degraded):
-        try:
-            found.append(_open(Path(path), base, opened))
-        except SafeGeneError as error:
-            problems.extend(error.problems)
+    pairs = []
+    every = list(aligned) * (len(degraded) if len(aligned) == 1 else 1)
+    for good, bad in zip(every, degraded, strict=True):
+        pair = []
+        for path, own in ((good, base or (None if _is_adapter(bad) else bad)), (bad, base)):
+            try:
+                pair.append(_open(Path(path), own, opened))
+            except SafeGeneError as error:
+                problems.extend(error.problems)
+        pairs.append(pair)
     problems.raise_if_any(GeneError)
-    first, *others = found
-    for other in others:
-        _check_fits(first.base, other.base, problems)
+    first = pairs[0][0]
+    seen = {first.path}
+    for source in (one for pair in pairs for one in pair):
+        if source.path not in seen:
+            seen.add(source.path)
+            _check_fits(first.base, source, problems)
     problems.raise_if_any(GeneError)
-    return first, others, len({id(source.base) for source in found}) == 1
+    return [(good, bad) for good, bad in pairs], all(good.base is bad.base for good, bad in pairs)
+
+
+def _is_adapter(path: Path) -> bool:
+    return (path / CONFIG_NAME).exists()
 
 
 def _open(path: Path, base: Path | None, opened: dict[Path, Base]) -> Source:
-    is_adapter = (path / CONFIG_NAME).exists()
+    is_adapter = _is_adapter(path)
     if is_adapter and base is None:
         raise GeneError(
             Problem(str(path), "base", "--base beside an adapter", "none", "pass --base MODEL")
@@ -112,8 +132,8 @@ def _open(path: Path, base: Path | None, opened: dict[Path, Base]) -> Source:
     return Source(path, on, adapter, {module.name: module for module in adapter.modules})
 
 
-def _check_fits(first: Base, other: Base, problems: Problems) -> None:
-    where = str(other.path)
+def _check_fits(first: Base, source: Source, problems: Problems) -> None:
+    where, other = str(source.path), source.base
     fix = f"it must be a fine-tune of {first.path}"
     for name in ("architecture", "n_layers", "n_head", "n_head_kv"):
         expected, got = getattr(first, name), getattr(other, name)
