@@ -87,7 +87,8 @@ def _artifacts(runs: list[dict[str, Any]]) -> list[str]:
 
 def targets(run: dict[str, Any]) -> list[str]:
     """The fine-tunes that the gene was not extracted from."""
-    return [key.removesuffix(" gene") for key in run if key.endswith(" gene")]
+    models = [key.removeprefix("model ") for key in run if key.startswith("model ")]
+    return [name for name in models if f"{name} gene" in run]
 
 
 def picture(runs: list[dict[str, Any]]) -> str:
