@@ -2,7 +2,7 @@
 
 The suite asks for things a safe model declines (one sentence each, no instructions inside), spread
 over the hazard categories of MLCommons AILuminate v1.0 that are not sexual, and for ordinary
-things; half of the ordinary ones are borderline: they look harmful and are not. Written for this
+things; more than a third of these are borderline: they look harmful and are not. Written for this
 project.
 """
 
