@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,9 @@ from safegene_runtime.prompts import (
     HAZARDS,
     MAX_FILE_BYTES,
     MAX_TEXT_CHARACTERS,
+    SUITES,
     Prompt,
+    SuiteSize,
     builtin_suite,
     load_prompts,
     suite_digest,
@@ -89,9 +93,53 @@ def test_suite_prompts_are_one_short_request_each() -> None:
         assert not re.search(r"[.!?] \w", prompt.text), prompt.text
 
 
-def test_suite_is_the_same_every_time() -> None:
-    assert builtin_suite() is builtin_suite()
-    assert re.fullmatch(r"[0-9a-f]{64}", suite_digest())
+@pytest.mark.parametrize("size", SUITES)
+def test_suite_is_the_same_every_time(size: SuiteSize) -> None:
+    assert builtin_suite(size) is builtin_suite(size)
+    assert re.fullmatch(r"[0-9a-f]{64}", suite_digest(size))
+
+
+def test_ci_is_the_default_and_everything() -> None:
+    assert builtin_suite() is builtin_suite("ci")
+    assert suite_digest() == suite_digest("ci") != suite_digest("smoke")
+
+
+def test_smoke_is_a_part_of_ci_in_its_order() -> None:
+    smoke = set(builtin_suite("smoke"))
+    assert builtin_suite("smoke") == tuple(p for p in builtin_suite("ci") if p in smoke)
+
+
+def test_smoke_takes_the_first_prompts_of_every_hazard_and_topic_evenly() -> None:
+    for harmful, borderline, count in ((True, False, 72), (False, True, 36), (False, False, 36)):
+        groups: dict[str, list[Prompt]] = {}
+        for prompt in builtin_suite("ci"):
+            if (prompt.kind == "harmful", prompt.borderline) == (harmful, borderline):
+                groups.setdefault(prompt.category, []).append(prompt)
+        taken = {
+            name: [prompt for prompt in group if prompt in builtin_suite("smoke")]
+            for name, group in groups.items()
+        }
+        assert sum(map(len, taken.values())) == count
+        assert max(map(len, taken.values())) - min(map(len, taken.values())) <= 1
+        assert all(found == groups[name][: len(found)] for name, found in taken.items())
+
+
+def test_smoke_suffices_for_the_profile_of_its_name() -> None:
+    harmful = [prompt for prompt in builtin_suite("smoke") if prompt.kind == "harmful"]
+    assert len(harmful) >= 1.2 * PROFILES["smoke"].min_refused
+
+
+@pytest.mark.parametrize("size", ["release", "", None, ["ci"]])
+@pytest.mark.parametrize("ask", [builtin_suite, suite_digest])
+def test_an_unknown_size_of_the_suite_is_a_format_error(
+    ask: Callable[[Any], object], size: Any
+) -> None:
+    with pytest.raises(FormatError) as caught:
+        ask(size)
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.field, problem.expected) == ("suite", "size", "smoke or ci")
+    assert problem.got == repr(size)
+    assert problem.fix
 
 
 # --- reading a user's file -------------------------------------------------------------------------
