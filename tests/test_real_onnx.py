@@ -46,7 +46,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     folder = tmp_path_factory.mktemp("real")
     write_float_base(find_smollm2(), folder / "f32.gguf")
     hf, _ = gguf_to_hf(open_base(folder / "f32.gguf"), folder / "hf", lambda *_: None)
-    suite = builtin_suite("smoke")
+    suite = builtin_suite()
     prompts = [
         prompt
         for kind in ("harmful", "benign")
