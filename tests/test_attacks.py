@@ -22,6 +22,11 @@ from safegene_runtime.reference import Reference, order_seed, read_reference
 
 SUITE = builtin_suite()
 HARMFUL = [prompt for prompt in SUITE if prompt.kind == "harmful"]
+ASKED = [
+    *[p for p in HARMFUL if p.id in ("harm-nonviolent-crimes-004", "harm-nonviolent-crimes-005")],
+    next(prompt for prompt in SUITE if prompt.kind == "benign"),
+]
+"""The second has a translation."""
 ENCODINGS = [attack for attack in ATTACKS.values() if attack.encode is not None]
 MILD = {"nonviolent_crimes", "privacy", "defamation", "intellectual_property", "specialized_advice"}
 
@@ -193,20 +198,18 @@ def test_ids_that_look_attacked_are_refused(tmp_path: Path) -> None:
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     folder = tmp_path_factory.mktemp("attacks")
     adapter = tiny.peft_adapter("llama", folder / "adapter", scale=0.05)
-    prompts = [*HARMFUL[17:19], next(one for one in SUITE if one.kind == "benign")]
     return record(
         adapter,
         tiny.hf_model("llama"),
         folder / "reference",
-        prompts=prompts,
+        prompts=ASKED,
         attacks=["base64", "translate-de", "prefix-injection"],
         max_new_tokens=4,
     )
 
 
 def test_both_arms_are_recorded_under_the_same_words(recorded: Reference) -> None:
-    prompts = [*HARMFUL[17:19], next(one for one in SUITE if one.kind == "benign")]
-    wanted = wrap(prompts, ["base64", "translate-de", "prefix-injection"])
+    wanted = wrap(ASKED, ["base64", "translate-de", "prefix-injection"])
     assert [(one.id, one.text, one.attack, one.cluster) for one in recorded.prompts] == [
         (one.id, one.text, one.attack, one.cluster) for one in wanted
     ]

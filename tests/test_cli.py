@@ -13,6 +13,8 @@ import tiny
 
 from safegene_converter import cli
 from safegene_converter.child import python_environment
+from safegene_runtime.prompts import SuiteSize, builtin_suite
+from safegene_runtime.reference import read_reference
 
 EXAMPLE = tiny.REPOSITORY / "examples" / "smollm2-135m-refusal"
 COMMANDS = (
@@ -119,6 +121,11 @@ WRONG = {
         "gain_min",
     ),
     "missing prompts": (["record", "{adapter}", "--base", "{base}", "--prompts", "{t}/p"], "p:"),
+    "a suite of no size": (["record", "{adapter}", "--base", "{base}", "--suite", "x"], "smoke"),
+    "a suite and prompts": (
+        ["record", "{adapter}", "--base", "{base}", "--suite", "ci", "--prompts", "{text}"],
+        "not allowed with",
+    ),
     "prompts of no kind": (
         ["record", "{adapter}", "--base", "{base}", "--prompts", "{text}"],
         ".jsonl",
@@ -149,6 +156,16 @@ def test_a_wrong_input_gets_one_message_and_leaves_nothing(
     assert "Traceback" not in captured.err
     assert len(captured.err.splitlines()) <= 40
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("option", "size"), [((), "ci"), (("--suite", "smoke"), "smoke")])
+def test_record_asks_the_suite_of_the_size_named(
+    option: tuple[str, ...], size: SuiteSize, adapter: Path, tmp_path: Path
+) -> None:
+    base, out = tiny.hf_model("llama"), tmp_path / "reference"
+    assert run("record", adapter, "--base", base, *option, "--max-new-tokens", 1, "-o", out) == 0
+    recorded = read_reference(out).prompts
+    assert [one.text for one in recorded] == [prompt.text for prompt in builtin_suite(size)]
 
 
 def test_a_sidecar_without_its_base_could_not_be_checked(

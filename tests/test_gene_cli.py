@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import tiny
 from safegene_converter import cli
 from safegene_converter.adapter import read_adapter
 from safegene_converter.gene.cli import add_commands
+from safegene_runtime.prompts import SuiteSize, builtin_suite
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +86,19 @@ def test_a_gene_is_made_calibrated_and_evaluated(
     else:  # the tiny model may gain nothing: then that is said, and the gene is as it was
         assert "gains more than it costs" in shown.err
         assert {m.layer for m in read_adapter(gene).modules} == {0, 1}
+
+
+@pytest.mark.parametrize(("name", "size"), [("smoke", "smoke"), ("builtin", "ci")])
+def test_evaluate_asks_the_suite_of_the_size_named(
+    name: str, size: SuiteSize, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny.hf_model("llama")
+    assert run(
+        "evaluate", "--model", base, "--suite", name, "--max-new-tokens", 1, "--json"
+    ) == 0  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    counts = Counter(prompt.kind for prompt in builtin_suite(size))
+    assert (found["n_harmful"], found["n_benign"]) == (counts["harmful"], counts["benign"])
 
 
 def test_mistakes_are_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,17 +3,22 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from safegene_runtime.errors import FormatError
+from safegene_runtime.profiles import PROFILES
 from safegene_runtime.prompts import (
     HAZARDS,
     MAX_FILE_BYTES,
     MAX_TEXT_CHARACTERS,
+    SUITES,
     Prompt,
+    SuiteSize,
     builtin_suite,
     load_prompts,
     suite_digest,
@@ -33,8 +38,10 @@ def words(text: str) -> frozenset[str]:
 
 
 def test_suite_is_large_enough_on_both_sides() -> None:
-    assert len(HARMFUL) >= 126
-    assert len(BENIGN) >= 126
+    """The profile `ci` needs 150 refusals, and no model refuses or answers all it is asked."""
+    wanted = PROFILES["ci"].min_refused
+    assert len(HARMFUL) >= 1.2 * wanted
+    assert len(BENIGN) >= 1.2 * wanted
 
 
 def test_suite_spreads_harmful_prompts_evenly_over_all_hazards() -> None:
@@ -48,9 +55,11 @@ def test_suite_has_no_sexual_category() -> None:
         assert not re.search(r"sex|csam|child_exploitation|nudity|porn", prompt.category)
 
 
-def test_at_least_half_of_the_benign_prompts_are_borderline() -> None:
+def test_at_least_a_third_of_the_benign_prompts_are_borderline() -> None:
+    """No longer half: the gate counts the benign prompts that the reference answers, and those are
+    the plain ones above all."""
     borderline = [prompt for prompt in BENIGN if prompt.borderline]
-    assert 2 * len(borderline) >= len(BENIGN)
+    assert 3 * len(borderline) >= len(BENIGN)
     # each names the harm it resembles, and every harm is resembled
     assert {prompt.category for prompt in borderline} == set(HAZARDS)
     assert not any(prompt.borderline for prompt in HARMFUL)
@@ -84,9 +93,53 @@ def test_suite_prompts_are_one_short_request_each() -> None:
         assert not re.search(r"[.!?] \w", prompt.text), prompt.text
 
 
-def test_suite_is_the_same_every_time() -> None:
-    assert builtin_suite() is builtin_suite()
-    assert re.fullmatch(r"[0-9a-f]{64}", suite_digest())
+@pytest.mark.parametrize("size", SUITES)
+def test_suite_is_the_same_every_time(size: SuiteSize) -> None:
+    assert builtin_suite(size) is builtin_suite(size)
+    assert re.fullmatch(r"[0-9a-f]{64}", suite_digest(size))
+
+
+def test_ci_is_the_default_and_everything() -> None:
+    assert builtin_suite() is builtin_suite("ci")
+    assert suite_digest() == suite_digest("ci") != suite_digest("smoke")
+
+
+def test_smoke_is_a_part_of_ci_in_its_order() -> None:
+    smoke = set(builtin_suite("smoke"))
+    assert builtin_suite("smoke") == tuple(p for p in builtin_suite("ci") if p in smoke)
+
+
+def test_smoke_takes_the_first_prompts_of_every_hazard_and_topic_evenly() -> None:
+    for harmful, borderline, count in ((True, False, 72), (False, True, 36), (False, False, 36)):
+        groups: dict[str, list[Prompt]] = {}
+        for prompt in builtin_suite("ci"):
+            if (prompt.kind == "harmful", prompt.borderline) == (harmful, borderline):
+                groups.setdefault(prompt.category, []).append(prompt)
+        taken = {
+            name: [prompt for prompt in group if prompt in builtin_suite("smoke")]
+            for name, group in groups.items()
+        }
+        assert sum(map(len, taken.values())) == count
+        assert max(map(len, taken.values())) - min(map(len, taken.values())) <= 1
+        assert all(found == groups[name][: len(found)] for name, found in taken.items())
+
+
+def test_smoke_suffices_for_the_profile_of_its_name() -> None:
+    harmful = [prompt for prompt in builtin_suite("smoke") if prompt.kind == "harmful"]
+    assert len(harmful) >= 1.2 * PROFILES["smoke"].min_refused
+
+
+@pytest.mark.parametrize("size", ["release", "", None, ["ci"]])
+@pytest.mark.parametrize("ask", [builtin_suite, suite_digest])
+def test_an_unknown_size_of_the_suite_is_a_format_error(
+    ask: Callable[[Any], object], size: Any
+) -> None:
+    with pytest.raises(FormatError) as caught:
+        ask(size)
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.field, problem.expected) == ("suite", "size", "smoke or ci")
+    assert problem.got == repr(size)
+    assert problem.fix
 
 
 # --- reading a user's file -------------------------------------------------------------------------

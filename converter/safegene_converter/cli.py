@@ -20,6 +20,7 @@ from safegene_converter.server_command import add_server_options, verify_server
 from safegene_runtime import __version__
 from safegene_runtime.errors import RecordError, SafeGeneError
 from safegene_runtime.profiles import PROFILES
+from safegene_runtime.prompts import SUITES
 from safegene_runtime.verdict import EXIT_INVALID_RECORD, EXIT_USAGE
 
 __all__ = ["main", "parser"]
@@ -306,11 +307,14 @@ def _add_record(commands: Any) -> None:
     parser.add_argument(
         "--base", type=Path, required=True, help="a Hugging Face folder or a GGUF file"
     )
-    parser.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="JSONL or CSV of your own; the built-in suite by default",
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument(
+        "--suite",
+        choices=SUITES,
+        help="size of the built-in suite: smoke is a quick part of it, ci all (default: ci)",
+    )
+    asked.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="JSONL or CSV of your own, in its place"
     )
     parser.add_argument("--expression", help="a named set of layer coefficients of the adapter")
     _add_attacks(parser, "ask the harmful prompts under these jailbreaks, too")
@@ -331,9 +335,13 @@ def _record(arguments: argparse.Namespace) -> int:
     from safegene_converter import inspecting
     from safegene_converter.recorder import record
     from safegene_runtime.judge_plugins import load_judge
-    from safegene_runtime.prompts import load_prompts
+    from safegene_runtime.prompts import builtin_suite, load_prompts
 
-    prompts = load_prompts(arguments.prompts) if arguments.prompts else None
+    prompts = (
+        load_prompts(arguments.prompts)
+        if arguments.prompts
+        else builtin_suite(arguments.suite or "ci")
+    )
     with Bars() as bars:
         reference = record(
             arguments.adapter,

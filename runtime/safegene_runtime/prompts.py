@@ -2,8 +2,8 @@
 
 The suite asks for things a safe model declines (one sentence each, no instructions inside), spread
 over the hazard categories of MLCommons AILuminate v1.0 that are not sexual, and for ordinary
-things; half of the ordinary ones are borderline: they look harmful and are not. Written for this
-project.
+things; more than a third of these are borderline: they look harmful and are not. Written for this
+project. `ci` is all of it, `smoke` a stratified part for quick runs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import codecs
 import csv
 import functools
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +24,15 @@ from safegene_runtime import strictjson
 from safegene_runtime.errors import FormatError, Problem, Problems
 from safegene_runtime.files import open_regular, sha256_of
 
-__all__ = ["HAZARDS", "Prompt", "builtin_suite", "load_prompts", "suite_digest"]
+__all__ = [
+    "HAZARDS",
+    "SUITES",
+    "Prompt",
+    "SuiteSize",
+    "builtin_suite",
+    "load_prompts",
+    "suite_digest",
+]
 
 HAZARDS = (
     "violent_crimes",
@@ -37,6 +46,13 @@ HAZARDS = (
     "specialized_advice",
 )
 """Hazard categories of the suite (MLCommons AILuminate v1.0, without the sexual ones)."""
+
+SuiteSize = Literal["smoke", "ci"]
+SUITES: tuple[SuiteSize, ...] = ("smoke", "ci")
+"""Sizes of the suite, named after the profiles that they suffice for."""
+
+_SMOKE = {("harmful", False): 72, ("benign", True): 36, ("benign", False): 36}
+"""How many prompts of a kind, borderline or not, `smoke` holds."""
 
 MAX_FILE_BYTES = 16 << 20
 MAX_TEXT_CHARACTERS = 16_000
@@ -78,18 +94,50 @@ class Prompt:
             object.__setattr__(self, "cluster", self.id)
 
 
+def builtin_suite(size: SuiteSize = "ci") -> tuple[Prompt, ...]:
+    """Our own suite, harmful prompts first.
+
+    Args:
+        size: `ci` is everything. `smoke` is a part of it in the same order: the first prompts of
+            every hazard and topic, as many harmful as benign ones, half of these borderline.
+
+    Raises:
+        FormatError: another size.
+    """
+    if size not in SUITES:
+        fix = "choose one of these, or read a file of your own"
+        raise FormatError(Problem("suite", "size", " or ".join(SUITES), repr(size)[:80], fix))
+    return _smoke() if size == "smoke" else _whole()
+
+
 @functools.cache
-def builtin_suite() -> tuple[Prompt, ...]:
-    """Our own suite, harmful prompts first."""
+def _whole() -> tuple[Prompt, ...]:
     folder = resources.files("safegene_runtime") / "suite"
     data = b"".join((folder / f"{kind}.jsonl").read_bytes() for kind in KINDS)
     return _prompts(_jsonl_rows, data, "suite")
 
 
 @functools.cache
-def suite_digest() -> str:
-    """SHA-256 over the content of the suite."""
-    return sha256_of(strictjson.dumps([asdict(prompt) for prompt in builtin_suite()]))
+def _smoke() -> tuple[Prompt, ...]:
+    kept: set[str] = set()
+    for stratum, count in _SMOKE.items():
+        categories: dict[str, list[str]] = {}
+        for prompt in _whole():
+            if (prompt.kind, prompt.borderline) == stratum:
+                categories.setdefault(prompt.category, []).append(prompt.id)
+        # the first of every category, then the second of every category, ...
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*categories.values()))
+        kept.update(itertools.islice((name for name in turns if name is not None), count))
+    return tuple(prompt for prompt in _whole() if prompt.id in kept)
+
+
+def suite_digest(size: SuiteSize = "ci") -> str:
+    """SHA-256 over the content of the suite.
+
+    Raises:
+        FormatError: another size.
+    """
+    return sha256_of(strictjson.dumps([asdict(prompt) for prompt in builtin_suite(size)]))
 
 
 def load_prompts(path: Path) -> tuple[Prompt, ...]:

@@ -315,7 +315,10 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--adapter", type=Path, metavar="GENE", help="a gene on it")
     parser.add_argument("--expression", help="a named set of layer coefficients of the gene")
     parser.add_argument(
-        "--suite", default="builtin", metavar="FILE", help="prompts to ask (default: builtin)"
+        "--suite",
+        default="builtin",
+        metavar="builtin|smoke|ci|FILE",
+        help="prompts to ask: a size of the built-in suite, or your own (default: builtin, that is ci)",
     )
     parser.add_argument("--task", type=Path, help='JSONL of {"prompt": ..., "reply": ...}')
     parser.add_argument(
@@ -327,10 +330,11 @@ def _add_evaluate(commands: Any) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from safegene_converter.gene.evaluate import evaluate
     from safegene_converter.gene.shots import read_task
-    from safegene_runtime.prompts import builtin_suite, load_prompts
+    from safegene_runtime.prompts import SUITES, builtin_suite, load_prompts
 
-    is_builtin = arguments.suite == "builtin"
-    prompts = builtin_suite() if is_builtin else load_prompts(Path(arguments.suite))
+    # a file of prompts has a suffix, so these names can mean none
+    suite = "ci" if arguments.suite == "builtin" else arguments.suite
+    prompts = builtin_suite(suite) if suite in SUITES else load_prompts(Path(suite))
     task = read_task(arguments.task) if arguments.task else ()
     with Bars() as bars:
         found = evaluate(
