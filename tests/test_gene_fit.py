@@ -442,3 +442,29 @@ def test_calibration_leaves_no_checkpoint_for_a_new_request(gene: Path) -> None:
     found = calibrate(gene, TARGET, SHOTS, "mine", settings=Settings(max_steps=2), refusals=("No",))
     assert found.after.total > 0.1
     assert not (gene.parent / ".gene.calibrate-mine").exists()
+
+
+def test_tokens_that_all_prompts_share_are_computed_once_and_change_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from safegene_converter.gene import model as modelling
+    from safegene_converter.gene.model import Example, batches_of, label_logits, load_plain
+
+    loaded, _, _ = load_plain(TARGET)
+    examples = [Example((5, 6, 7, 8, 9 + i, 3), (4, 5, 6)[: 1 + i % 3]) for i in range(6)]
+    batch = batches_of(examples, 6)[0]
+    weight = loaded.get_input_embeddings().weight
+    found = []
+    for shared in (4, 0):
+        if shared:
+            assert modelling._shared_columns(batch) == shared
+        else:
+            monkeypatch.setattr(modelling, "_shared_columns", lambda batch: 0)
+        logits = label_logits(loaded, batch)
+        (slope,) = torch.autograd.grad(logits.logsumexp(1).sum(), weight)
+        found.append((logits.detach(), slope))
+    for left, right in zip(*found, strict=True):
+        assert torch.allclose(left, right, rtol=1e-5, atol=1e-4)
+        assert right.abs().max() > 0.1

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import data
 import methods
 import report
-from train import train_lora
+from train import BATCH, train_lora
 
 from safegene_converter.gene.model import Example
 from safegene_converter.recorder import greedy_replies, stop_ids_of
@@ -57,7 +57,7 @@ class Plan:
         return tuple(name for name in self.tasks if name not in self.sources)
 
 
-FULL = Plan(100, 40, 50, 16, 100, tuple(data.TASKS), SOURCES, 12)
+FULL = Plan(80, 40, 30, 16, 100, tuple(data.TASKS), SOURCES, 12)
 QUICK = Plan(
     40, 20, 20, 8, 20, ("steps", "obedient"), ("steps",), 6, ("gene", "uniform", "safe lora")
 )
@@ -110,8 +110,9 @@ def align(lab: methods.Lab) -> None:
     harmful, benign = data.harmful_requests(), data.benign_requests()
     source.shuffle(harmful)
     source.shuffle(benign)
-    count = 2 * lab.plan.align_steps  # each is seen twice
-    benign = benign[:count]
+    # twice as many benign ones, and more kinds of them: refusing everything is the easy way out
+    count = lab.plan.align_steps * BATCH // 3
+    benign = benign[: 2 * count]
     own = lab.work / "own-replies.json"
     if not own.exists():
         ids = [lab.render(tokenizer, text) for text in benign]

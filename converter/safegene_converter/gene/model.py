@@ -87,12 +87,30 @@ def _batch(examples: Sequence[Example], indices: Sequence[int]) -> Batch:
 
 
 def label_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """Logits (N, vocab) float32 at the label positions of a causal model, PEFT's or plain."""
+    """Logits (N, vocab) float32 at the label positions of a causal model, PEFT's or plain.
+
+    Tokens that all rows begin with, a system prompt for one, go through the model once.
+    """
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = whole.model(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
-    chosen = hidden.flatten(0, 1)[batch.at]
-    logits: torch.Tensor = whole.lm_head(chosen).float()
+    n, length = batch.ids.shape
+    shared = _shared_columns(batch) if n > 1 else 0
+    begun = None
+    if shared:
+        begun = whole.model(input_ids=batch.ids[:1, :shared], use_cache=True).past_key_values
+        begun.batch_repeat_interleave(n)
+    hidden = whole.model(
+        input_ids=batch.ids[:, shared:], attention_mask=batch.mask, past_key_values=begun
+    ).last_hidden_state
+    rows, columns = batch.at // length, batch.at % length - shared
+    logits: torch.Tensor = whole.lm_head(hidden[rows, columns]).float()
     return logits
+
+
+def _shared_columns(batch: Batch) -> int:
+    """How many leading tokens are the same in every row; none of them is scored."""
+    first = int((batch.at % batch.ids.shape[1]).min())
+    same = (batch.ids == batch.ids[:1]).all(dim=0)[:first].tolist()
+    return same.index(False) if False in same else first
 
 
 class GeneModel:
