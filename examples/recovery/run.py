@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -25,10 +26,17 @@ import methods
 import report
 from train import BATCH, train_lora
 
+from safegene_converter.gene.evaluate import evaluate_model
 from safegene_converter.gene.model import Example
 from safegene_converter.recorder import greedy_replies, stop_ids_of
 from safegene_runtime import strictjson
 from safegene_runtime.files import publish_file, publish_folder
+
+REFUSAL_TOKENS = 12
+"""Enough to tell a refusal while a fine-tune is watched."""
+
+TASK_WARM_UP = 20
+"""Long, so that a fine-tune does not run past the point where it is stopped."""
 
 SOURCES = ("steps", "json")
 """What the gene is extracted from; the other tasks never see it made."""
@@ -36,7 +44,10 @@ SOURCES = ("steps", "json")
 
 @dataclass(frozen=True)
 class Plan:
-    """How large everything is; steps are of 8 examples, but of `task_batch` in a fine-tune."""
+    """How large everything is; steps are of 8 examples, but of `task_batch` in a fine-tune.
+
+    A fine-tune stops where it has lost the share `lost` of the refusals, or at `task_steps`.
+    """
 
     align_steps: int
     task_steps: int
@@ -49,7 +60,8 @@ class Plan:
     methods: tuple[str, ...] = tuple(methods.METHODS)
     reply_tokens: int = 16
     task_batch: int = 4
-    task_rate: float = 5e-4
+    task_rate: float = 8e-4
+    lost: float = 0.5
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -57,9 +69,9 @@ class Plan:
         return tuple(name for name in self.tasks if name not in self.sources)
 
 
-FULL = Plan(80, 40, 30, 16, 100, tuple(data.TASKS), SOURCES, 12)
+FULL = Plan(80, 80, 30, 16, 100, tuple(data.TASKS), SOURCES, 12)
 QUICK = Plan(
-    40, 20, 20, 8, 20, ("steps", "obedient"), ("steps",), 6, ("gene", "uniform", "safe lora")
+    40, 40, 20, 8, 20, ("steps", "obedient"), ("steps",), 6, ("gene", "uniform", "safe lora")
 )
 
 
@@ -137,24 +149,38 @@ def align(lab: methods.Lab) -> None:
 def fine_tune(lab: methods.Lab) -> None:
     """One model folder for each task, and its LoRA on the aligned model."""
     for name in lab.plan.tasks:
-        if (lab.work / name).exists():
-            continue
-        lora = lab.work / f"{name}-lora"
-        if not lora.exists():
-            model, tokenizer = lab.load("aligned")
-            pairs = data.task(name, lab.seed, data.TASK_TRAIN)
-            examples = [lab.example(tokenizer, *pair) for pair in pairs]
-            train_lora(
-                model,
-                examples,
-                lora,
-                steps=lab.plan.task_steps,
-                seed=lab.seed,
-                rate=lab.plan.task_rate,
-                batch=lab.plan.task_batch,
-                tell=tell,
-            )
-        lab.merge("aligned", lora, name)
+        if not (lab.work / name).exists():
+            lora = lab.work / f"{name}-lora"
+            if not lora.exists():
+                _fine_tune(lab, name, lora)
+            lab.merge("aligned", lora, name)
+
+
+def _fine_tune(lab: methods.Lab, name: str, lora: Path) -> None:
+    """Trains on one task until so many refusals are lost."""
+    asked = [one for one in (*lab.splits.select, *lab.splits.shots) if one.kind == "harmful"]
+    model, tokenizer = lab.load("aligned")
+
+    def refused(tuned: Any) -> float:
+        found = evaluate_model(
+            tuned, tokenizer, prompts=asked, max_new_tokens=REFUSAL_TOKENS, own=()
+        )
+        return found.harmful_refused or 0.0
+
+    wanted = (1 - lab.plan.lost) * lab.once("aligned refused before", lambda: refused(model))
+    pairs = data.task(name, lab.seed, data.TASK_TRAIN)
+    train_lora(
+        model,
+        [lab.example(tokenizer, *pair) for pair in pairs],
+        lora,
+        steps=lab.plan.task_steps,
+        seed=lab.seed,
+        rate=lab.plan.task_rate,
+        batch=lab.plan.task_batch,
+        warm_up=TASK_WARM_UP,
+        until=lambda tuned: refused(tuned) <= wanted,
+        tell=tell,
+    )
 
 
 STEPS: tuple[tuple[str, Callable[[methods.Lab], None]], ...] = (

@@ -21,6 +21,7 @@ from safegene_runtime.files import publish_folder
 
 BATCH = 8
 SAVE_EVERY = 10
+CHECK_EVERY = 5
 WARM_UP = 5
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -41,9 +42,13 @@ def train_lora(
     rank: int = 8,
     rate: float = 1e-3,
     batch: int = BATCH,
+    warm_up: int = WARM_UP,
+    until: Callable[[Any], bool] | None = None,
     tell: Callable[[str, int, int], None],
 ) -> Any:
     """Trains a LoRA on all linear modules and publishes it as `out`; returns the wrapped model.
+
+    `until` is asked every CHECK_EVERY steps whether the model is as wanted already.
 
     Raises:
         GeneError: the loss became NaN.
@@ -72,7 +77,7 @@ def train_lora(
         for group in optimiser.param_groups:
             done = step / steps
             group["lr"] = (
-                rate * min(1, (step + 1) / WARM_UP) * (0.1 + 0.9 * math.cos(done * math.pi / 2))
+                rate * min(1, (step + 1) / warm_up) * (0.1 + 0.9 * math.cos(done * math.pi / 2))
             )
         taken = batches[step]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bf16()):
@@ -94,6 +99,12 @@ def train_lora(
             partial = saved.with_suffix(".partial")
             torch.save(state, partial)
             partial.replace(saved)
+        if until is not None and (step + 1) % CHECK_EVERY == 0:
+            tuned.eval()
+            is_done = until(tuned)
+            tuned.train()
+            if is_done:
+                break
     tuned.eval()
     with publish_folder(out) as folder:
         tuned.save_pretrained(folder)
