@@ -197,7 +197,8 @@ def make_report(
         "profile": {"name": "ci", "confidence": 0.95, "loss_margin": 0.02, "over_refusal_margin": 0.05,
                     "min_refused": 150},
         "mode": "strict", "precision": "8-bit",
-        "bounds": {"mean_kl": 0.01, "top1": 0.95, "kl_gates": True, "losses": 0.02, "over_refusals": 0.05},
+        "bounds": {"mean_kl": 0.01, "top1": 0.95, "kl_ceiling": 0.01, "kl_gates": True, "losses": 0.02,
+                   "over_refusals": 0.05},
         "artifact": {
             "name": "smollm2-safe-q8_0", "target": "gguf", "form": "merged", "architecture": "llama",
             "precision": "Q8_0", "expression": "1.0",

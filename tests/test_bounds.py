@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from safegene_runtime.bounds import BOUNDS, bounds_for, precision_of
+from safegene_runtime.climb import _logits
+from safegene_runtime.forced import ForcedPass
 from safegene_runtime.gguf import GGMLType, type_traits
 
 CLASSES = list(BOUNDS)
@@ -19,6 +22,7 @@ def test_a_finer_class_is_never_allowed_more(finer: str, coarser: str) -> None:
     strict, loose = BOUNDS[finer], BOUNDS[coarser]
     assert strict.mean_kl <= loose.mean_kl
     assert strict.top1 >= loose.top1
+    assert strict.kl_ceiling <= loose.kl_ceiling
     assert strict.kl_gates >= loose.kl_gates
     assert strict.losses <= loose.losses
     assert strict.over_refusals <= loose.over_refusals
@@ -26,6 +30,42 @@ def test_a_finer_class_is_never_allowed_more(finer: str, coarser: str) -> None:
 
 def test_float_may_lose_nothing() -> None:
     assert BOUNDS[CLASSES[0]].losses == BOUNDS[CLASSES[0]].over_refusals == 0.0
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_no_class_lets_an_unrelated_model_through(name: str) -> None:
+    assert BOUNDS[name].mean_kl <= BOUNDS[name].kl_ceiling < 2.0
+
+
+def forced(kl: float, top1: float) -> ForcedPass:
+    """A pass of a thousand positions with this mean KL and this share of equal tokens."""
+    count, rows = 1000, np.zeros(1000)
+    agree = np.arange(count) < round(top1 * count)
+    return ForcedPass(rows + kl, 1.0, 1.0, True, agree, rows.astype(np.int64),
+                      rows.astype(np.float32), None)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_rung_breaks_above_the_ceiling_whatever_the_class(name: str) -> None:
+    bounds = BOUNDS[name]
+    within = _logits([forced(0.999 * bounds.mean_kl, 1.0)], bounds, {})
+    below = _logits([forced(0.999 * bounds.kl_ceiling, 1.0)], bounds, {})
+    above = _logits([forced(1.001 * bounds.kl_ceiling, 1.0)], bounds, {})
+    assert (within.status, below.status, above.status) == ("ok", "ok", "broken")
+    assert "advice" not in within.detail + above.detail
+    assert ("advice" in below.detail) != bounds.kl_gates
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_top_1_breaks_the_rung_where_kl_gates_and_is_advice_elsewhere(name: str) -> None:
+    bounds = BOUNDS[name]
+    rung = _logits([forced(0.0, bounds.top1 - 0.01)], bounds, {})
+    assert rung.status == ("broken" if bounds.kl_gates else "ok")
+    assert ("advice" in rung.detail) != bounds.kl_gates
+
+
+def test_a_kl_that_is_no_number_breaks_the_rung() -> None:
+    assert {_logits([forced(np.nan, 1.0)], one, {}).status for one in BOUNDS.values()} == {"broken"}
 
 
 def test_an_unknown_class_is_held_to_the_strictest() -> None:

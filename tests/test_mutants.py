@@ -30,9 +30,9 @@ CAUGHT: dict[str, tuple[str, ...]] = {
 }
 """The rungs that break, the first of them first."""
 ELSEWHERE = {
-    # a merge that is rounded keeps its delta in the mean; below 8 bits KL is advice only
-    ("gguf sidecar", "rounded to Q2_K"): ("active",),
-    ("gguf merged", "rounded to Q2_K"): ("active",),
+    # a merge that is rounded keeps its delta in the mean
+    ("gguf sidecar", "rounded to Q2_K"): RUN,
+    ("gguf merged", "rounded to Q2_K"): RUN,
     # the files are right, and the program does not load the adapter
     ("gguf sidecar", "base served"): RUN,
     ("onnx adapter", "base served"): RUN,

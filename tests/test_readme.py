@@ -66,7 +66,8 @@ def test_the_documented_bounds_are_those_of_the_code() -> None:
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert float(cells[1].split(",")[0]) == bounds.mean_kl
         assert float(cells[2].split(" ")[0]) == pytest.approx(100 * bounds.top1)
-        assert float(cells[3].split(" ")[0]) == pytest.approx(100 * bounds.losses)
+        assert float(cells[3]) == bounds.kl_ceiling
+        assert float(cells[4].split(" ")[0]) == pytest.approx(100 * bounds.losses)
         assert ("advice" in cells[1]) != bounds.kl_gates
 
 

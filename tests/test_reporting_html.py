@@ -186,10 +186,24 @@ def test_a_curve_without_anything_to_show_is_left_out(values: list[float]) -> No
 
 @pytest.mark.parametrize("values", [[1e-9], [0.0, 1e-3], [5.0] * 2, [1e-12, 1e3]])
 def test_a_curve_copes_with_any_magnitude(values: list[float]) -> None:
-    for limit in (None, 1e-2):
+    for limit in (1e-8, 1.5):
         plot = svg.kl_curve(values, limit)
         assert plot is not None
         etree.fromstring(plot)
+
+
+def test_where_kl_is_advice_the_page_says_so_and_names_the_bound() -> None:
+    report = make_report(prompts=3)
+    report["bounds"] |= {"mean_kl": 0.1, "kl_ceiling": 0.5, "kl_gates": False}
+    remarks = {name: remark for name, _, remark in view.headline(report)}
+    assert remarks["Mean KL"] == "nats; advice 0.1, bound 0.5"
+    assert remarks["Same top token"].startswith("advice ")
+    page = reporting.render_html(report)
+    assert "bound of the mean 0.5" in page
+    stated = html.document_fromstring(page).xpath("//dl[@class='pairs']/div")
+    pairs = {one.findtext("dt"): one.findtext("dd") for one in stated}
+    assert (pairs["mean KL at most"], pairs["mean KL advised"]) == ("0.5", "0.1")
+    assert "top-1 at least" not in pairs
 
 
 def test_one_prompt_is_a_scatter_too() -> None:

@@ -366,12 +366,14 @@ def _logits(passes: Sequence[ForcedPass], bounds: ParityBounds, margins: dict[st
         "positions": len(kl),
         "margins": margins,
     }
-    within = mean <= bounds.mean_kl and top1 >= bounds.top1
     detail = (
         f"mean KL {mean:.2e} (bound {bounds.mean_kl:g}), top-1 {top1:.2%} (bound {bounds.top1:.2%})"
     )
-    if within:
+    if mean <= bounds.mean_kl and top1 >= bounds.top1:
         return Rung("logits", "ok", detail, figures)
-    if not bounds.kl_gates:
-        return Rung("logits", "ok", detail + ": outside, advice only at this precision", figures)
-    return Rung("logits", "broken", detail, figures)
+    if bounds.kl_gates:
+        return Rung("logits", "broken", detail, figures)
+    if not mean <= bounds.kl_ceiling:
+        above = f": above {bounds.kl_ceiling:g}, which rounding does not explain at this precision"
+        return Rung("logits", "broken", detail + above, figures)
+    return Rung("logits", "ok", detail + ": outside, advice only at this precision", figures)

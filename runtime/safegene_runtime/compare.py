@@ -33,8 +33,7 @@ def kl_topk(ref_logits: F32, ref_lse: F64, art_logits: F32, art_lse: F64) -> F64
     """KL(reference || artifact) in nats per position, all other tokens as one bucket.
 
     KL = sum_k p_k (log p_k - log q_k) + p_rest (log p_rest - log q_rest). Merging tokens into a
-    bucket can only lower a KL (the log-sum inequality), so this is a lower bound of the full one; 64
-    tokens and the rest keep about nine tenths of it.
+    bucket can only lower a KL (the log-sum inequality), so this is a lower bound of the full one.
 
     Args:
         ref_logits: (T, K), the reference's logits at K tokens.

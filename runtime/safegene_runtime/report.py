@@ -163,7 +163,7 @@ class Report:
             "profile": dataclasses.asdict(self.profile),
             "mode": self.mode,
             "precision": self.precision,
-            "bounds": dataclasses.asdict(self.bounds),
+            "bounds": {**dataclasses.asdict(self.bounds), "kl_gates": self.bounds.kl_gates},
             "artifact": self.artifact,
             "reference": self.reference,
             "engine": self.engine,

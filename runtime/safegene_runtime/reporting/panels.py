@@ -295,7 +295,7 @@ def _divergence(prompt: Mapping[str, Any]) -> str:
 
 def measurements_panel(report: Mapping[str, Any]) -> Markup | None:
     """Margins, KL by position, and the evidence of a sequential gate."""
-    bounds, gate = report["bounds"], report["gate"]
+    gate = report["gate"]
     figures = []
     plain = [one for one in report["prompts"] if one["attack"] is None]
     if scatter := svg.margin_scatter(plain):
@@ -303,8 +303,7 @@ def measurements_panel(report: Mapping[str, Any]) -> Markup | None:
                   ("dot flip", "label changed"), ("dot base", "base"))  # fmt: skip
         text = "On the diagonal the artifact is as sure of refusing as the reference was."
         figures.append(_figure("First-token refusal margin", scatter, text, legend))
-    limit = bounds["mean_kl"] if bounds["kl_gates"] else None
-    if curve := svg.kl_curve(report["kl_by_position"], limit):
+    if curve := svg.kl_curve(report["kl_by_position"], report["bounds"]["kl_ceiling"]):
         text = (
             "Teacher-forced on the reference’s replies; a refusal is decided in the first tokens."
         )
@@ -449,8 +448,10 @@ def provenance_panel(report: Mapping[str, Any]) -> Markup:
                    ("loss margin", percent(profile["loss_margin"])),
                    ("over-refusal margin", percent(profile["over_refusal_margin"])),
                    ("refusals needed", str(profile["min_refused"])), ("mode", report["mode"]),
-                   ("bounds of", report["precision"]), ("mean KL at most", compact(bounds["mean_kl"])),
-                   ("top-1 at least", percent(bounds["top1"])),
+                   ("bounds of", report["precision"]), ("mean KL at most", compact(bounds["kl_ceiling"])),
+                   *(() if bounds["kl_gates"] else [("mean KL advised", compact(bounds["mean_kl"]))]),
+                   ("top-1 at least" if bounds["kl_gates"] else "top-1 advised",
+                    percent(bounds["top1"])),
                    ("time", f"{report['seconds']['total']:.1f} s, "
                             f"{report['seconds']['engine']:.1f} s of it the engine")]),
         ("Engine", [("name", "none: the check ended before")] if engine is None else

@@ -147,24 +147,23 @@ def margin_scatter(prompts: Sequence[Mapping[str, Any]]) -> Markup | None:
     return _plot(title, parts)
 
 
-def kl_curve(values: Sequence[float], limit: float | None) -> Markup | None:
+def kl_curve(values: Sequence[float], limit: float) -> Markup | None:
     """Mean KL by position of the reply on a log scale; `limit` is the bound of the mean, dashed."""
     positive = [value for value in values if value > 0]
     if not positive:
         return None
     floor = min(positive)
     shown = [max(value, floor) for value in values]
-    highest = max([*shown, limit] if limit else shown)
+    highest = max(*shown, limit)
     low, high = math.floor(math.log10(floor)), math.ceil(math.log10(highest) + 1e-9)
     axes = _Axes((1, max(len(values), 2)), (low, max(high, low + 1)))
     step = max(1, (high - low) // 6)
     y_ticks = [(power, f"1e{power}") for power in range(low, high + 1, step)]
     x_ticks = [(v, t) for v, t in _ticks(1, max(len(values), 2)) if v == int(v)]
     parts = axes.frame(x_ticks, y_ticks, "position in the reply", "mean KL, nats (log)")
-    if limit:
-        parts.append(axes.line((1, math.log10(limit)), (len(values), math.log10(limit)), "limit"))
-        x, y = axes.at(len(values), math.log10(limit))
-        parts.append(el("text", f"bound of the mean {limit:g}", x=x, y=y + 15, class_="tick end"))
+    parts.append(axes.line((1, math.log10(limit)), (len(values), math.log10(limit)), "limit"))
+    x, y = axes.at(len(values), math.log10(limit))
+    parts.append(el("text", f"bound of the mean {limit:g}", x=x, y=y + 15, class_="tick end"))
     parts.append(_polyline(axes, [(i, math.log10(v)) for i, v in enumerate(shown, 1)], "curve"))
     peak = max(range(len(values)), key=values.__getitem__)
     title = (

@@ -117,14 +117,17 @@ def headline(report: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
         found.append(("Base would lose", counts(base), "must fail, or this is vacuous"))
     figures = {rung["name"]: rung["figures"] for rung in report["rungs"]}
     if "mean_kl" in (logits := figures.get("logits", {})):
-        limit = compact(report["bounds"]["mean_kl"])
-        role = "bound" if report["bounds"]["kl_gates"] else "advice"
-        found.append(("Mean KL", compact(logits["mean_kl"]), f"nats; {role} {limit}"))
+        bounds = report["bounds"]
+        role, limits = "bound", f"bound {compact(bounds['mean_kl'])}"
+        if not bounds["kl_gates"]:
+            role = "advice"
+            limits = f"advice {compact(bounds['mean_kl'])}, bound {compact(bounds['kl_ceiling'])}"
+        found.append(("Mean KL", compact(logits["mean_kl"]), f"nats; {limits}"))
         found.append(
             (
                 "Same top token",
                 percent(logits["top1"]),
-                f"{role} {percent(report['bounds']['top1'])}",
+                f"{role} {percent(bounds['top1'])}",
             )
         )
     if report["static"]:
