@@ -16,6 +16,7 @@ import tiny
 from onnx_tools import quick
 
 from safegene_converter import cli
+from safegene_converter.adapter import read_adapter
 from safegene_converter.gene import rebuild as rebuilding
 from safegene_converter.gene.deployed import recalibrate_deployed
 from safegene_converter.gene.extract import extract
@@ -129,9 +130,8 @@ def test_a_rebuilt_artifact_computes_what_peft_computes(form: Any, gene: Path) -
     assert np.abs(expected - pefts_logits(gene, ODD)).max() > 0.1, "coefficients matter"
 
 
-@pytest.mark.parametrize("form", ["branch", "merged"])
 def test_a_base_is_exported_once_and_rebuilt_as_convert_makes_it(
-    form: Any, gene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a float base: a merge in 4 bits adds the delta to the float weights, as convert does."""
     exports = []
@@ -143,13 +143,13 @@ def test_a_base_is_exported_once_and_rebuilt_as_convert_makes_it(
 
     monkeypatch.setattr(rebuilding, "export_base", counting)
     base = tiny.hf_model("llama")
-    with onnx_rebuild(gene, base, form, "int4", threads=1) as rebuild:
+    with onnx_rebuild(gene, base, "merged", "int4", threads=1) as rebuild:
         with rebuild(HALVED) as engine:
             halved = logits_of(engine)
         with rebuild(ODD) as engine:
             odd = logits_of(engine)
     assert len(exports) == 1
-    quick(gene, base, tmp_path / "out", form=form, precision="int4", expression="odd")
+    quick(gene, base, tmp_path / "out", form="merged", precision="int4", expression="odd")
     with OrtEngine(tmp_path / "out" / "model.onnx", threads=1) as engine:
         assert np.array_equal(odd, logits_of(engine))
     assert np.abs(odd - halved).max() > 0.01
@@ -167,7 +167,7 @@ def test_the_form_is_chosen_as_convert_chooses_it(gene: Path) -> None:
                 results.append(logits_of(engine))
         assert np.array_equal(*results)
     with (
-        pytest.raises(UnsupportedError, match="branch or merged, got 'sidecar'|sidecar"),
+        pytest.raises(UnsupportedError, match="branch or merged, got sidecar"),
         onnx_rebuild(gene, source, "sidecar"),  # type: ignore[arg-type]
     ):
         pass
@@ -208,12 +208,13 @@ def test_a_halved_delta_is_made_whole_again_and_helps_elsewhere(
     assert found.losses_before > 0 == found.losses_after
 
 
-def test_quantising_is_partly_won_back_in_int4(gene: Path, shots: Reference) -> None:
+def test_a_halved_delta_around_an_int4_base_comes_nearer(gene: Path, shots: Reference) -> None:
     with onnx_rebuild(gene, tiny.onnx_model("llama", "int4"), threads=1) as rebuild:
         found = recalibrate_deployed(
             gene, shots, rebuild, "int4", expression="halved", max_evaluations=12
         )
     assert found.after < found.before
+    assert min(found.coefficients.values()) > 0.5
     assert found.elsewhere is None
     assert found.held_out_before is found.losses_after is None
 
@@ -262,7 +263,6 @@ def test_a_held_out_reference_that_tells_nothing_is_refused_before_any_rebuild(
     def never(_: dict[int, float]) -> Any:
         raise AssertionError("rebuilt")
 
-    before = (gene / "safegene.json").read_bytes()
     louder = replace(
         others,
         prompts=(replace(others.prompts[0], text=f" {SHOTS[0].text.upper()}"), *others.prompts[1:]),
@@ -278,10 +278,10 @@ def test_a_held_out_reference_that_tells_nothing_is_refused_before_any_rebuild(
             recalibrate_deployed(gene, shots, never, "new", held_out=held_out, judge=HashJudge())
     with pytest.raises(RecordError, match="judge"):
         recalibrate_deployed(gene, shots, never, "new", held_out=others)
-    with pytest.raises(GeneError, match="(?s)at least 1.*widen --bounds"):
-        add_expression(gene, "far", Expression({0: 9.0, 1: 1.0}))
+    add_expression(gene, "far", Expression({0: 9.0, 1: 1.0}))
+    with pytest.raises(GeneError, match=r"(?s)at least 1.*widen --bounds"):
         recalibrate_deployed(gene, shots, never, "new", expression="far", max_evaluations=0)
-    (gene / "safegene.json").write_bytes(before)
+    assert "new" not in read_adapter(gene).expressions
 
 
 # --- the command -----------------------------------------------------------------------------------
@@ -317,11 +317,12 @@ def test_the_command_takes_the_engine_from_what_the_model_is(
         assert found["evaluations"] == 3
         assert found["held_out"] is None
     assert "held-out" not in capsys.readouterr().out
+    checked = tmp_path / "checked.json"
     code = run("calibrate", gene, "--model", tiny.onnx_model("llama"), *given, "--name", "checked",
-               "--as", "branch", "--check", tmp_path / "ref2", "--json", tmp_path / "checked.json")  # fmt: skip
+               "--as", "branch", "--check", tmp_path / "ref2", "--json", checked)  # fmt: skip
     shown = capsys.readouterr()
     assert code == 0, shown.err
-    found = json.loads((tmp_path / "checked.json").read_text())["held_out"]
+    found = json.loads(checked.read_text())["held_out"]
     assert set(found) == {"before", "after"}
     assert "on the held-out prompts" in shown.out
     assert f"{found['before']['divergence']:.4g}" in shown.out
@@ -343,7 +344,7 @@ def test_a_form_that_the_model_cannot_have_is_one_error_with_all_of_it(
         (onnx, ("--as", "merged", "--reference", "r", "--type", "q8_0", "--judge", "x"),
          ("leave --type out", "add --check")),
         (hf, ("--as", "sidecar", "--reference", "r", "--precision", "int4"),
-         ("got 'a folder'" , "leave --precision out")),
+         ("got a folder", "leave --precision out")),
         (hf, ("--as", "merged", "--reference", "r", "--precision", "int4", "--type", "q8_0"),
          ("leave --type out",)),
         (gguf, ("--as", "branch", "--reference", "r", "--type", "q8_0"), ("leave --type out",)),

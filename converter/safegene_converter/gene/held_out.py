@@ -64,7 +64,7 @@ def check_held_out(shots: Reference, held_out: Reference, judge: Judge) -> None:
         RecordError: another judge's labels, or edited ones.
     """
     check_disjoint(
-        {str(held_out.path): held_out.prompts, str(shots.path): shots.prompts},
+        {f"{held_out.path} (held out)": held_out.prompts, f"{shots.path} (shots)": shots.prompts},
         "record the held-out reference with other prompts than the shots",
     )
     problems = Problems()
