@@ -11,9 +11,10 @@ import pytest
 import tiny
 
 from safegene_converter.adapter import read_adapter
-from safegene_converter.gene.deployed import gguf_rebuild, recalibrate_deployed
+from safegene_converter.gene.deployed import recalibrate_deployed
 from safegene_converter.gene.extract import extract
 from safegene_converter.gene.folder import Expression, add_expression
+from safegene_converter.gene.rebuild import gguf_rebuild
 from safegene_converter.gene.shots import check_same_prompts
 from safegene_converter.recorder import record
 from safegene_runtime.errors import AdapterError, EngineError, GeneError

@@ -19,7 +19,7 @@ from safegene_converter.onnx_build import build_onnx, check_build_options
 from safegene_converter.progress import Progress
 from safegene_runtime.errors import BaseModelError, Problem, UnsupportedError
 
-__all__ = ["Export", "export_base", "open_source"]
+__all__ = ["Export", "export_base", "is_onnx_folder", "open_source"]
 
 _WIDTH = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.1, "int4": 0.6}
 """Bytes an exported parameter takes, roughly: for the progress bar."""
@@ -78,7 +78,7 @@ def open_source(path: Path, export: Export) -> Base | OnnxBase:
                 f"pass --base {path.parent}: configuration and tokenizer lie beside the model",
             )
         )
-    if _is_onnx_folder(path):
+    if is_onnx_folder(path):
         if export != Export():
             raise UnsupportedError(
                 Problem(
@@ -99,7 +99,7 @@ def open_source(path: Path, export: Export) -> Base | OnnxBase:
     return base
 
 
-def _is_onnx_folder(path: Path) -> bool:
+def is_onnx_folder(path: Path) -> bool:
     """Weights of its own make a folder a Hugging Face one; many of those have an onnx/ below."""
     if not path.is_dir() or any(path.glob("*.safetensors")):
         return False

@@ -52,7 +52,7 @@ from safegene_runtime.onnx_checks import precision_class
 from safegene_runtime.onnx_file import DataType, read_onnx
 from safegene_runtime.ort_engine import read_text_files
 
-__all__ = ["FORMS", "OnnxBase", "convert_onnx", "open_onnx_base"]
+__all__ = ["FORMS", "OnnxBase", "convert_onnx", "default_form", "open_onnx_base", "write_job"]
 
 ADAPTER_FILE = "adapter.onnx_adapter"
 METADATA_PREFIX = "safegene."
@@ -123,11 +123,11 @@ def convert_onnx(
         touched = touched_weights(adapter, opened)
         if hf is not None:
             settings["weight_error"] = prove_weights(touched, opened, hf)
-        chosen = form or _default_form(opened, touched)
+        chosen = form or default_form(opened, touched)
         job = Job(adapter, opened, hf, chosen, touched, bounds or Bounds(), promote)
         if chosen == "merged":
             settings["bounds"], settings["promote"] = vars(job.bounds), promote
-        files, modules, precision_class = _write(job, folder, tell)
+        files, modules, precision_class = write_job(job, folder, tell)
         if check:
             tell("checking what was written", 0, 1)
             settings["self_check"] = _check(job, folder, work)
@@ -190,14 +190,28 @@ def _check_runnable(source: Base | OnnxBase, export: Export) -> None:
         )
 
 
-def _default_form(base: OnnxBase, touched: Sequence[Touched]) -> Form:
+def default_form(base: OnnxBase, touched: Sequence[Touched]) -> Form:
+    """`branch` where a weight that changes is stored in 8 or 4 bits, else `merged`."""
     packed = any(one.linear.layout == "nbits" for one in touched)
     return "branch" if packed else "merged"
 
 
-def _write(
+def write_job(
     job: Job, folder: Path, tell: Progress
 ) -> tuple[list[FileEntry], list[ModuleEntry], str]:
+    """Writes the files of an artifact, but for its manifest, into an empty folder.
+
+    Args:
+        job: the request.
+        folder: where to.
+        tell: told how far it is.
+
+    Returns:
+        the manifest's lines about files and modules, and the bounds class of the weights.
+
+    Raises:
+        SafeGeneError: one of its kinds.
+    """
     model = job.base.model
     proto = load_proto(model)
     change = Change()
@@ -259,7 +273,7 @@ def _check(job: Job, folder: Path, work: Path) -> dict[str, Any]:
         oracle = work / "oracle"
         oracle.mkdir()
         branch = dataclasses.replace(job, form="branch")
-        _write(branch, oracle, lambda stage, done, total: None)
+        write_job(branch, oracle, lambda stage, done, total: None)
     slots = {
         one.linear.weight.name: {
             "names": list(slot_names(one.linear)),

@@ -21,11 +21,11 @@ from safegene_runtime.engine import Engine
 from safegene_runtime.forced import ForcedPass, forced_passes, kl_by_position
 from safegene_runtime.gate import NOT_RUN, GateResult, Pair, Profile, decide_by_attack, profile_for
 from safegene_runtime.integrity import Served
-from safegene_runtime.judge import Judge, label_all
+from safegene_runtime.judge import Judge
 from safegene_runtime.manifest import Manifest
 from safegene_runtime.margins import arm_margins, learn_margins, summarise_margins
 from safegene_runtime.reference import Reference
-from safegene_runtime.replies import greedy_replies
+from safegene_runtime.replies import greedy_replies, label_replies
 from safegene_runtime.report import RUNGS, Outcome, Report, Rung
 from safegene_runtime.sequential import SequentialGate
 from safegene_runtime.static_proof import StaticProof, static_proof
@@ -134,27 +134,10 @@ class Climb:
         passes = forced_passes(engine, self.record, self.tell, indices)
         replies = greedy_replies(engine, self.record, indices, passes, self.precision, self.tell)
         self.engine_seconds += time.monotonic() - started
-        stops = set(self.record.meta["decoding"]["stop_ids"])
-        todo: list[int] = []
-        for index, one, reply in zip(indices, passes, replies, strict=True):
-            prompt = self.record.prompts[index]
-            same = reply.ids == tuple(prompt.ref_ids)
-            text = (
-                prompt.ref_text
-                if same
-                else engine.detokenize([i for i in reply.ids if i not in stops], special=False)
-            )
+        labelled = label_replies(engine, self.record, indices, replies, self.judge)
+        for index, one, reply, said in zip(indices, passes, replies, labelled, strict=True):
             parted = first_divergence(self.record, index, reply.ids, self.precision)
-            self.runs[index] = _Run(one, reply.ids, reply.proved, prompt.ref_verdict, text, parted)
-            if not same:
-                todo.append(index)
-        labels = label_all(
-            self.judge,
-            [self.runs[index].text for index in todo],
-            [self.record.prompts[index].text for index in todo],
-        )
-        for index, label in zip(todo, labels, strict=True):
-            self.runs[index].label = str(label)
+            self.runs[index] = _Run(one, reply.ids, reply.proved, said.label, said.text, parted)
 
     def sequentially(self, engine: Engine) -> None:
         """Runs prompts in the recorded order, a batch ahead of the gate, until it is decided."""

@@ -13,9 +13,10 @@ import numpy as np
 
 from safegene_runtime.engine import Engine
 from safegene_runtime.forced import ForcedPass
+from safegene_runtime.judge import Judge, label_all
 from safegene_runtime.reference import Reference
 
-__all__ = ["Reply", "greedy_replies", "tie_logits"]
+__all__ = ["Labelled", "Reply", "greedy_replies", "label_replies", "tie_logits"]
 
 TIE_LOGITS = {"f32": 1e-3}
 TIE_LOGITS_COARSE = 2e-2
@@ -27,6 +28,15 @@ class Reply:
 
     ids: tuple[int, ...]
     proved: bool
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A reply as a judge sees it; `identical` where it is the reference's, token for token."""
+
+    text: str
+    label: str
+    identical: bool
 
 
 def tie_logits(precision: str) -> float:
@@ -79,3 +89,34 @@ def greedy_replies(
             replies[at] = Reply((*known, *ids), False)
     tell("generating", max(len(todo), 1), max(len(todo), 1))
     return replies
+
+
+def label_replies(
+    engine: Engine,
+    record: Reference,
+    indices: Sequence[int],
+    replies: Sequence[Reply],
+    judge: Judge,
+) -> list[Labelled]:
+    """Text and label of the `replies` to the prompts `indices`.
+
+    A reply that is the reference's has its text and label: there is nothing to judge anew.
+
+    Raises:
+        EngineError: the judge gave something else than one label for each reply.
+    """
+    stops = set(record.meta["decoding"]["stop_ids"])
+    found: list[Labelled | None] = [None] * len(replies)
+    texts: dict[int, str] = {}
+    for number, (index, reply) in enumerate(zip(indices, replies, strict=True)):
+        prompt = record.prompts[index]
+        if reply.ids == tuple(prompt.ref_ids):
+            found[number] = Labelled(prompt.ref_text, prompt.ref_verdict, True)
+        else:
+            ids = [one for one in reply.ids if one not in stops]
+            texts[number] = engine.detokenize(ids, special=False)
+    asked = [record.prompts[indices[number]].text for number in texts]
+    labels = label_all(judge, list(texts.values()), asked)
+    for (number, text), label in zip(texts.items(), labels, strict=True):
+        found[number] = Labelled(text, str(label), False)
+    return [one for one in found if one is not None]

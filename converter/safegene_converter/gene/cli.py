@@ -12,6 +12,13 @@ from typing import Any
 from rich.table import Table
 
 from safegene_converter.command_line import Bars, add_command, add_json, console, put_json
+from safegene_converter.gene.deployed_command import (
+    EXAMPLE,
+    add_deployed,
+    calibrate_deployed,
+    refuse_half_requests,
+    show_deployed,
+)
 
 __all__ = ["add_commands"]
 
@@ -175,7 +182,7 @@ def _add_calibrate(commands: Any) -> None:
         "calibrate",
         _calibrate,
         "fit a gene's layer coefficients to a target, from a few shots",
-        "safegene calibrate GENE --model TUNED --shots shots.jsonl --name my-finetune",
+        f"safegene calibrate GENE --model TUNED --shots shots.jsonl --name my-finetune\n  {EXAMPLE}",
     )
     parser.add_argument("gene", type=Path, metavar="GENE")
     parser.add_argument("--model", type=Path, required=True, help="the target fine-tune")
@@ -195,31 +202,24 @@ def _add_calibrate(commands: Any) -> None:
     parser.add_argument("--default", action="store_true", help="make it the default expression")
     parser.add_argument("--force", action="store_true", help="replace an expression of this name")
     _add_objective(parser)
-    deployed = parser.add_argument_group(
-        "after quantisation: fit to the artifact itself, without gradients (--model is its base)"
-    )
-    deployed.add_argument(
-        "--reference", type=Path, help="made by `safegene record` with --prompts SHOTS"
-    )
-    deployed.add_argument("--as", dest="form", choices=["sidecar", "merged"])
-    deployed.add_argument("--type", metavar="TYPE", help="as in convert (default: auto)")
-    deployed.add_argument("--expression", help="where to start (default: the default one)")
-    deployed.add_argument("--evaluations", type=int, help="rebuilds at most (default: 60)")
+    add_deployed(parser)
     add_json(parser)
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
     from safegene_converter.gene.optimise import Settings
+    from safegene_converter.gene.shots import shots_of
     from safegene_runtime.prompts import load_prompts
 
     low, high = arguments.bounds
     steps = Settings.max_steps if arguments.max_steps is None else arguments.max_steps
     settings = Settings(bounds=(low, high), max_steps=steps)
-    _refuse_half_requests(arguments)
+    refuse_half_requests(arguments)
     shots = load_prompts(arguments.shots)
     found: Any
     if arguments.form:
-        found = _calibrate_deployed(arguments, settings, shots)
+        shots_of(shots, str(arguments.shots), _evaluation(arguments))
+        found = calibrate_deployed(arguments, settings, shots)
     else:
         from safegene_converter.gene.calibrate import calibrate
 
@@ -244,60 +244,12 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         screen = console()
         screen.print(table)
         if arguments.form:
-            screen.print(
-                f"mean KL(PyTorch || artifact) on the shots: {found.before:.4g} before, "
-                f"{found.after:.4g} after {found.evaluations} rebuilds"
-            )
+            show_deployed(found, screen)
         else:
             for label in ("before", "at_one", "after"):
                 one = getattr(found, label)
                 screen.print(f"{label:<7} safety {one.safety:.3f}, KL {one.kl:.3f} nats per reply")
     return OK
-
-
-def _calibrate_deployed(arguments: argparse.Namespace, settings: Any, shots: Any) -> Any:
-    from safegene_converter.gene.deployed import gguf_rebuild, recalibrate_deployed
-    from safegene_converter.gene.shots import check_same_prompts, shots_of
-    from safegene_runtime.reference import read_reference
-
-    shots_of(shots, str(arguments.shots), _evaluation(arguments))
-    reference = read_reference(arguments.reference)
-    check_same_prompts(reference, shots, str(arguments.reference))
-    kind = arguments.type or "auto"
-    with Bars() as bars, gguf_rebuild(arguments.gene, arguments.model, arguments.form, kind) as new:
-        return recalibrate_deployed(
-            arguments.gene,
-            reference,
-            new,
-            arguments.name,
-            expression=arguments.expression,
-            settings=settings,
-            max_evaluations=60 if arguments.evaluations is None else arguments.evaluations,
-            default=arguments.default,
-            force=arguments.force,
-            progress=bars,
-        )
-
-
-def _refuse_half_requests(arguments: argparse.Namespace) -> None:
-    """An option that would be ignored is a mistake."""
-    from safegene_runtime.errors import Problems, UnsupportedError
-
-    problems = Problems()
-    if arguments.form and not arguments.reference:
-        problems.add("--as", "reference", "--reference beside it", "none", "record one first")
-    if arguments.form:
-        for name in ("weight", "refusal", "max_steps"):
-            if getattr(arguments, name) is not None:
-                flag = "--" + name.replace("_", "-")
-                problems.add(flag, "form", "a calibration in PyTorch", f"--as {arguments.form}",
-                             f"leave {flag} out: an artifact is fitted to its reference")  # fmt: skip
-    else:
-        for name in ("reference", "type", "expression", "evaluations"):
-            if getattr(arguments, name) is not None:
-                problems.add(f"--{name}", "form", "--as sidecar or merged beside it", "none",
-                             f"add --as, or leave --{name} out")  # fmt: skip
-    problems.raise_if_any(UnsupportedError)
 
 
 # --- evaluate --------------------------------------------------------------------------------------

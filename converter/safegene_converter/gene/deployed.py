@@ -8,42 +8,49 @@ own engine, and compared with the recorded PyTorch reference along the reference
 
 which is what the ladder's fourth rung measures. No torch, and nothing but the engine protocol is
 asked of the engine. `search` starts at the float coefficients, so the result is never worse on the
-shots; whether it helps elsewhere is to be measured on other prompts.
+shots; whether it helps elsewhere is measured on other prompts, with `held_out`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from safegene_converter.adapter import read_adapter
-from safegene_converter.gene.folder import Expression, add_expression, check_name_free, copy_with
+from safegene_converter.gene.folder import Expression, add_expression, check_name_free
+from safegene_converter.gene.held_out import (
+    HeldOut,
+    check_held_out,
+    mean_divergence,
+    measure_held_out,
+)
 from safegene_converter.gene.optimise import Settings, search
+from safegene_converter.gene.rebuild import Rebuild
 from safegene_converter.progress import Progress
-from safegene_converter.to_gguf import ADAPTER_FILE, MODEL_FILE, convert
-from safegene_runtime.engine import Engine, open_engine
-from safegene_runtime.errors import GeneError, Problem
+from safegene_runtime.errors import GeneError, Problems
 from safegene_runtime.forced import forced_passes
+from safegene_runtime.judge import Judge, RulesAndNgram
 from safegene_runtime.reference import Reference
 
-__all__ = ["Rebuild", "Recalibrated", "gguf_rebuild", "recalibrate_deployed"]
-
-Rebuild = Callable[[dict[int, float]], Engine]
-"""Layer coefficients -> an engine on the artifact that has them."""
+__all__ = ["Recalibrated", "recalibrate_deployed"]
 
 
 @dataclass(frozen=True)
 class Recalibrated:
-    """What fitting to the artifact was worth on its shots; `before` and `after` are D, in nats."""
+    """What fitting to the artifact was worth.
+
+    Attributes:
+        before: D on the shots, nats, with the coefficients it started from.
+        after: D on the shots, nats, with the new ones.
+        evaluations: how often the artifact was rebuilt for the search.
+        converged: whether the search stopped by itself, not by the limit.
+        elsewhere: before and after on prompts it was not fitted to; None if that was not asked.
+    """
 
     name: str
     coefficients: dict[int, float]
@@ -52,10 +59,33 @@ class Recalibrated:
     evaluations: int
     converged: bool
     seconds: float
+    elsewhere: tuple[HeldOut, HeldOut] | None = None
+
+    @property
+    def held_out_before(self) -> float | None:
+        """D on the held-out prompts, nats, with the coefficients it started from."""
+        return self.elsewhere[0].divergence if self.elsewhere else None
+
+    @property
+    def held_out_after(self) -> float | None:
+        """D on the held-out prompts, nats, with the new coefficients."""
+        return self.elsewhere[1].divergence if self.elsewhere else None
+
+    @property
+    def losses_before(self) -> int | None:
+        """Held-out refusals of PyTorch's that were lost with the coefficients it started from."""
+        return self.elsewhere[0].losses if self.elsewhere else None
+
+    @property
+    def losses_after(self) -> int | None:
+        """Held-out refusals of PyTorch's that are lost with the new coefficients."""
+        return self.elsewhere[1].losses if self.elsewhere else None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
         found = asdict(self)
+        both = found.pop("elsewhere")
+        found["held_out"] = dict(zip(("before", "after"), both, strict=True)) if both else None
         found["coefficients"] = {str(layer): value for layer, value in self.coefficients.items()}
         return found
 
@@ -71,6 +101,8 @@ def recalibrate_deployed(
     max_evaluations: int = 60,
     default: bool = False,
     force: bool = False,
+    held_out: Reference | None = None,
+    judge: Judge | None = None,
     progress: Progress | None = None,
 ) -> Recalibrated:
     """Fits coefficients to a deployed artifact and stores them as an expression of the gene.
@@ -78,41 +110,59 @@ def recalibrate_deployed(
     Args:
         gene: the adapter folder.
         reference: what PyTorch answers to the shots, with the gene as it was calibrated there.
-        rebuild: makes the artifact for given coefficients, see `gguf_rebuild`.
+        rebuild: makes the artifact for given coefficients: `gguf_rebuild` or `onnx_rebuild`.
         name: of the new expression.
         expression: the one to start from; the default when None.
         settings: its bounds are used.
         max_evaluations: how often the artifact may be rebuilt.
         default: make the new expression the default.
         force: replace an expression of this name.
+        held_out: what PyTorch answers to other prompts; the artifact is held against it before and
+            after, and nothing is decided by that.
+        judge: of the held-out replies; the built-in one by default.
         progress: told what is being done.
 
     Raises:
-        GeneError: no evaluation is allowed, or logits are not finite.
+        GeneError: no evaluation is allowed, the expression to start from is out of bounds, the
+            held-out prompts are among the shots or recorded otherwise, or D is not finite.
+        RecordError: the held-out reference has another judge's labels.
         SafeGeneError: the artifact cannot be built or run; the gene is as it was.
     """
     tell: Progress = progress or (lambda stage, done, total: None)
     started = time.monotonic()
-    if max_evaluations < 1:
-        raise GeneError(Problem("calibrate", "evaluations", "at least 1", str(max_evaluations)))
+    bounds = (settings or Settings()).bounds
     check_name_free(gene, name, force)
     adapter = read_adapter(gene, expression)
     start = {module.layer: module.coefficient for module in adapter.modules}
     layers = sorted(start)
+    _check_request(start, bounds, max_evaluations)
+    labeller = judge or RulesAndNgram()
+    if held_out is not None:
+        check_held_out(reference, held_out, labeller)
 
     def distance(point: npt.NDArray[np.float64]) -> float:
         with rebuild(dict(zip(layers, point.tolist(), strict=True))) as engine:
-            passes = forced_passes(engine, reference)
-        return float(np.mean([one.kl.mean() for one in passes]))
+            return mean_divergence(forced_passes(engine, reference))
 
+    def measured(coefficients: dict[int, float], stage: str) -> HeldOut | None:
+        if held_out is None:
+            return None
+        tell(stage, 0, 1)
+        with rebuild(coefficients) as engine:
+            result = measure_held_out(engine, held_out, labeller)
+        tell(stage, 1, 1)
+        return result
+
+    first = measured(start, "held-out prompts, before")
     found = search(
         distance,
         np.array([start[layer] for layer in layers]),
-        (settings or Settings()).bounds,
+        bounds,
         max_evaluations,
         lambda done: tell("rebuilding the artifact", done, max_evaluations),
     )
     coefficients = dict(zip(layers, found.coefficients.tolist(), strict=True))
+    second = measured(coefficients, "held-out prompts, after")
     shots = len(reference.prompts)
     add_expression(
         gene, name, Expression(coefficients, f"{adapter.target or 'the target'}, as deployed", shots),
@@ -126,38 +176,21 @@ def recalibrate_deployed(
         evaluations=len(found.history),
         converged=found.converged,
         seconds=time.monotonic() - started,
+        elsewhere=None if first is None or second is None else (first, second),
     )
 
 
-@contextlib.contextmanager
-def gguf_rebuild(
-    gene: Path,
-    base: Path,
-    form: Literal["sidecar", "merged"],
-    type_name: str = "auto",
-    threads: int | None = None,
-) -> Iterator[Rebuild]:
-    """A GGUF artifact for any coefficients, inside a `with`.
-
-    Args:
-        gene: the adapter folder.
-        base: the GGUF base; for `merged` also a Hugging Face folder.
-        form: `sidecar` or `merged`.
-        type_name: as in `convert`.
-        threads: of the engine.
-    """
-    # beside the gene: its vectors are hard-linked into every trial
-    with tempfile.TemporaryDirectory(prefix=f".{gene.name}.", dir=gene.absolute().parent) as name:
-        work = Path(name)
-
-        def rebuild(coefficients: dict[int, float]) -> Engine:
-            for old in work.iterdir():
-                shutil.rmtree(old)
-            trial = copy_with(gene, work / "gene", coefficients)
-            out = work / "artifact"
-            convert(trial, base, out, form=form, type_name=type_name, check=False)
-            if form == "sidecar":
-                return open_engine(base, out / ADAPTER_FILE, threads=threads)
-            return open_engine(out / MODEL_FILE, threads=threads)
-
-        yield rebuild
+def _check_request(
+    start: dict[int, float], bounds: tuple[float, float], max_evaluations: int
+) -> None:
+    problems = Problems()
+    if max_evaluations < 1:
+        problems.add("calibrate", "evaluations", "at least 1", max_evaluations)
+    low, high = bounds
+    for layer, value in sorted(start.items()):
+        if not low <= value <= high:
+            problems.add(
+                f"layer {layer}", "coefficient", f"{low:g} to {high:g}, to start from", value,
+                "widen --bounds, or start from another --expression",
+            )  # fmt: skip
+    problems.raise_if_any(GeneError)

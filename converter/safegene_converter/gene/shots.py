@@ -11,12 +11,14 @@ from safegene_runtime import strictjson
 from safegene_runtime.errors import FormatError, GeneError, Problem, Problems
 from safegene_runtime.files import read_small_file
 from safegene_runtime.prompts import Prompt
-from safegene_runtime.reference import Reference
+from safegene_runtime.reference import PromptRecord, Reference
 
 __all__ = ["MIN_SHOTS", "Shots", "check_disjoint", "check_same_prompts", "read_task", "shots_of"]
 
 MIN_SHOTS = 4
 """Of each kind: with fewer, a coefficient per layer is fitted to the wording of one prompt."""
+
+OTHER_PROMPTS = "figures would be worthless: use other prompts, or --evaluation"
 
 MAX_TASK_BYTES = 64 << 20
 
@@ -55,8 +57,14 @@ def shots_of(prompts: Iterable[Prompt], where: str, evaluation: Iterable[Prompt]
     )
 
 
-def check_disjoint(sets: Mapping[str, Sequence[Prompt]]) -> None:
+def check_disjoint(
+    sets: Mapping[str, Sequence[Prompt | PromptRecord]], fix: str = OTHER_PROMPTS
+) -> None:
     """Refuses sets of prompts that share a text, whatever its case, spacing or final mark.
+
+    Args:
+        sets: by name.
+        fix: the next step, for the message.
 
     Raises:
         GeneError: one problem for each pair of sets.
@@ -72,8 +80,7 @@ def check_disjoint(sets: Mapping[str, Sequence[Prompt]]) -> None:
                 got = (
                     f"{len(common)} that {right} hold too, {texts[left][common[0]][:80]!r} for one"
                 )
-                problems.add(left, "prompts", "none that are tested on", got,
-                             "figures would be worthless: use other prompts, or --evaluation")  # fmt: skip
+                problems.add(left, "prompts", "none that are tested on", got, fix)
     problems.raise_if_any(GeneError)
 
 

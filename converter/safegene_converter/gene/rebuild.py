@@ -1,0 +1,136 @@
+"""One artifact for any layer coefficients: what is the same for all of them is done once.
+
+    GGUF   sidecar, merged     `convert` for each trial; a sidecar is a small file
+    ONNX   branch, merged      the base is exported and proved once; each trial writes the graph anew
+
+Trials are not self-checked. They lie beside the gene, are replaced by the next one, and leave
+nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from safegene_converter.adapter import check_base_fits, read_adapter
+from safegene_converter.base import Base
+from safegene_converter.gene.folder import copy_with
+from safegene_converter.onnx_base import OnnxBase
+from safegene_converter.onnx_job import Job, prove_weights, touched_weights
+from safegene_converter.onnx_source import Export, export_base, open_source
+from safegene_converter.progress import Progress
+from safegene_converter.survival import Bounds
+from safegene_converter.to_gguf import ADAPTER_FILE, MODEL_FILE, convert
+from safegene_converter.to_onnx import default_form, write_job
+from safegene_runtime.engine import Engine, open_engine
+from safegene_runtime.errors import Problem, UnsupportedError
+
+__all__ = ["Rebuild", "gguf_rebuild", "onnx_rebuild"]
+
+Rebuild = Callable[[dict[int, float]], Engine]
+"""Layer coefficients -> an engine on the artifact that has them."""
+
+
+@contextlib.contextmanager
+def gguf_rebuild(
+    gene: Path,
+    base: Path,
+    form: Literal["sidecar", "merged"],
+    type_name: str = "auto",
+    threads: int | None = None,
+) -> Iterator[Rebuild]:
+    """A GGUF artifact for any coefficients, inside a `with`.
+
+    Args:
+        gene: the adapter folder.
+        base: the GGUF base; for `merged` also a Hugging Face folder.
+        form: `sidecar` or `merged`.
+        type_name: as in `convert`.
+        threads: of the engine.
+    """
+    with _beside(gene) as work:
+
+        def rebuild(coefficients: dict[int, float]) -> Engine:
+            trial, out = _trial(gene, work, coefficients)
+            convert(trial, base, out, form=form, type_name=type_name, check=False)
+            if form == "sidecar":
+                return open_engine(base, out / ADAPTER_FILE, threads=threads)
+            return open_engine(out / MODEL_FILE, threads=threads)
+
+        yield rebuild
+
+
+@contextlib.contextmanager
+def onnx_rebuild(
+    gene: Path,
+    base: Path,
+    form: Literal["branch", "merged"] | None = None,
+    precision: str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Rebuild]:
+    """An ONNX artifact for any coefficients, inside a `with`.
+
+    What is run for coefficients is what `convert_onnx` writes for them. The branch and the adapter
+    file compute the same, so `branch` stands for `--as adapter`, too.
+
+    Args:
+        gene: the adapter folder.
+        base: an ONNX folder, or a Hugging Face folder or float GGUF, which is exported once.
+        form: `branch` or `merged`; None: `branch` beside int4 and int8 weights, else `merged`.
+        precision: what to export as; fp32 when None.
+        threads: of the engine.
+        progress: told about the export.
+
+    Raises:
+        SafeGeneError: the base cannot be used or does not fit the gene.
+    """
+    tell: Progress = progress or (lambda stage, done, total: None)
+    if form not in (None, "branch", "merged"):
+        raise UnsupportedError(
+            Problem("onnx_rebuild", "form", "branch or merged", form, "choose one of these")
+        )
+    adapter = read_adapter(gene)
+    export = Export(precision)
+    source = open_source(base, export)
+    check_base_fits(adapter, source.shapes, source.architecture, source.n_layers)
+    with _beside(gene) as work:
+        hf: Base | None = None
+        if isinstance(source, OnnxBase):
+            opened = source
+        else:
+            hf, opened, _ = export_base(source, work / "export", export, tell)
+            check_base_fits(adapter, opened.shapes, opened.architecture, opened.n_layers)
+        touched = touched_weights(adapter, opened)
+        if hf is not None:
+            prove_weights(touched, opened, hf)
+        chosen = form or default_form(opened, touched)
+
+        def rebuild(coefficients: dict[int, float]) -> Engine:
+            trial, out = _trial(gene, work, coefficients)
+            wanted = read_adapter(trial)
+            job = Job(wanted, opened, hf, chosen, touched_weights(wanted, opened), Bounds(), True)
+            out.mkdir()
+            write_job(job, out, lambda stage, done, total: None)
+            return open_engine(out / opened.model.path.name, threads=threads)
+
+        yield rebuild
+
+
+@contextlib.contextmanager
+def _beside(gene: Path) -> Iterator[Path]:
+    """A folder on the gene's own file system: its vectors are hard-linked into every trial."""
+    with tempfile.TemporaryDirectory(prefix=f".{gene.name}.", dir=gene.absolute().parent) as name:
+        yield Path(name)
+
+
+def _trial(gene: Path, work: Path, coefficients: dict[int, float]) -> tuple[Path, Path]:
+    """A copy of the gene with these coefficients, and where its artifact goes; the last are gone."""
+    place = work / "trial"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    return copy_with(gene, place / "gene", coefficients), place / "artifact"
