@@ -42,6 +42,7 @@ from safegene_runtime.gguf import (
 )
 from safegene_runtime.ladder import verify
 from safegene_runtime.manifest import Manifest
+from safegene_runtime.prompts import builtin_suite
 from safegene_runtime.reference import Reference
 from safegene_runtime.report import Report
 from safegene_runtime.reporting import write_reports
@@ -184,6 +185,7 @@ def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
         adapter,
         bases["hf"],
         output / "reference",
+        prompts=builtin_suite("smoke"),
         max_new_tokens=REPLY_TOKENS,
         on_progress=bars.named("record"),
     )

@@ -6,7 +6,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -20,26 +20,36 @@ from train import BATCH, train_lora
 from safegene_converter.adapter import read_adapter
 from safegene_converter.base import open_base
 from safegene_converter.gene.calibrate import calibrate
+from safegene_converter.gene.deployed import recalibrate_deployed
 from safegene_converter.gene.evaluate import Scored, evaluate, evaluate_model, own_replies
 from safegene_converter.gene.extract import extract
 from safegene_converter.gene.folder import keep_layers
 from safegene_converter.gene.model import Example
 from safegene_converter.gene.optimise import Settings
+from safegene_converter.gene.rebuild import gguf_rebuild
 from safegene_converter.gene.select import select
 from safegene_converter.hf_to_gguf import convert_hf
 from safegene_converter.recorder import greedy_replies, load_model, record, stop_ids_of
 from safegene_converter.to_gguf import convert
+from safegene_converter.to_onnx import convert_onnx
 from safegene_runtime import strictjson
 from safegene_runtime.errors import RecordError
 from safegene_runtime.files import publish_file, publish_folder
 from safegene_runtime.ladder import verify
 from safegene_runtime.prompts import Prompt
+from safegene_runtime.reference import read_reference
 
 BUDGET = 0.01
 RANK = 8
 TASK_TEST = 40
 REFUSALS = (data.OPENING,)
-ARTIFACTS = (("sidecar", "f32"), ("merged", "q8_0"), ("merged", "q4_k_m"))
+ARTIFACTS: dict[str, tuple[Any, str]] = {
+    "gguf-sidecar-f32": ("sidecar", "f32"),
+    "gguf-merged-q8_0": ("merged", "q8_0"),
+    "gguf-merged-q4_k_m": ("merged", "q4_k_m"),
+    "onnx-merged-fp32": ("merged", "fp32"),
+}
+"""Form and type of every artifact that a calibrated gene becomes."""
 
 
 @dataclass
@@ -308,47 +318,67 @@ METHODS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
 
 def artifacts(lab: Lab) -> None:
     """Converts every calibrated gene, and verifies it against PyTorch."""
-    for target in (name for name in lab.plan.tasks if name not in lab.plan.sources):
-        reference = lab.work / f"{target}-reference"
-        gene, model = lab.work / "gene", lab.work / target
-        if not reference.exists():
-            record(
-                gene,
-                model,
-                reference,
-                prompts=lab.splits.test,
-                expression=target,
-                on_progress=lab.tell,
+    for target in lab.plan.targets:
+        for kind in ARTIFACTS:
+            lab.once(
+                f"{target} artifact {kind}",
+                lambda target=target, kind=kind: _verified(lab, target, kind),
             )
-        for form, type_name in ARTIFACTS:
-            out = lab.work / f"{target}-{form}-{type_name}"
 
-            def one(
-                form: Any = form,
-                type_name: str = type_name,
-                out: Path = out,
-                target: str = target,
-                reference: Path = reference,
-            ) -> Any:
-                shutil.rmtree(out, ignore_errors=True)
-                base = _float_gguf(lab, target) if form == "sidecar" else lab.work / target
-                convert(
-                    lab.work / "gene", base, out, form=form, type_name=type_name, expression=target,
-                    progress=lab.tell,
-                )  # fmt: skip
-                sidecar_base = base if form == "sidecar" else None
-                try:
-                    checked = verify(out, reference, base=sidecar_base, on_progress=lab.tell)
-                except RecordError as error:
-                    return {"verdict": f"could not be checked ({error.problems[0].got})"}
-                figures = checked.figures
-                return {
-                    "verdict": str(checked.verdict),
-                    "harmful_refused": figures["harmful_refused"]["artifact"],
-                    **{name: figures[name] for name in ("losses", "gains", "mean_kl")},
-                }
 
-            lab.once(f"{target} artifact {form} {type_name}", one)
+def _verified(lab: Lab, target: str, kind: str) -> dict[str, Any]:
+    """What one artifact refuses, and the gate's verdict on it."""
+    out, gene, model = lab.work / f"{target}-{kind}", lab.work / "gene", lab.work / target
+    reference = _reference(lab, target, "test", lab.splits.test)
+    shutil.rmtree(out, ignore_errors=True)
+    form, type_name = ARTIFACTS[kind]
+    base = _float_gguf(lab, target) if form == "sidecar" else model
+    if kind.startswith("onnx"):
+        convert_onnx(gene, model, out, form=form, precision=type_name, expression=target,
+                     progress=lab.tell)  # fmt: skip
+    else:
+        convert(gene, base, out, form=form, type_name=type_name, expression=target,
+                progress=lab.tell)  # fmt: skip
+    try:
+        checked = verify(
+            out, reference, base=base if form == "sidecar" else None, on_progress=lab.tell
+        )
+    except RecordError as error:
+        return {"verdict": f"could not be checked ({error.problems[0].got})"}
+    figures = checked.figures
+    return {
+        "verdict": str(checked.verdict),
+        "harmful_refused": figures["harmful_refused"]["artifact"],
+        **{name: figures[name] for name in ("losses", "gains", "mean_kl")},
+    }
+
+
+def deployed(lab: Lab) -> None:
+    """Fits the first target's coefficients to its Q4_K_M file, and measures that elsewhere."""
+    target = lab.plan.targets[0]
+
+    def run() -> dict[str, Any]:
+        gene, model = lab.work / "gene", lab.work / target
+        shots = _reference(lab, target, "shots", lab.few("shots", target))
+        held_out = _reference(lab, target, "test", lab.splits.test)
+        with gguf_rebuild(gene, model, "merged", "q4_k_m") as rebuild:
+            return recalibrate_deployed(
+                gene, read_reference(shots), rebuild, f"{target}-q4", expression=target,
+                max_evaluations=lab.plan.rebuilds, held_out=read_reference(held_out), force=True,
+                progress=lab.tell,
+            ).to_dict()  # fmt: skip
+
+    lab.once(f"{target} deployed", run)
+
+
+def _reference(lab: Lab, target: str, name: str, prompts: Sequence[Prompt]) -> Path:
+    out = lab.work / f"{target}-reference-{name}"
+    if not out.exists():
+        record(
+            lab.work / "gene", lab.work / target, out, prompts=prompts, expression=target,
+            max_new_tokens=lab.plan.reply_tokens, on_progress=lab.tell,
+        )  # fmt: skip
+    return out
 
 
 def _float_gguf(lab: Lab, target: str) -> Path:

@@ -62,6 +62,7 @@ class Plan:
     task_batch: int = 4
     task_rate: float = 8e-4
     lost: float = 0.5
+    rebuilds: int = 14
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -105,6 +106,7 @@ def run(lab: methods.Lab, only: str | None = None, artifacts: bool = False) -> N
             return
     if artifacts:
         methods.artifacts(lab)
+        methods.deployed(lab)
     report.write(lab.work.parent, lab.work, lab.results())
 
 
