@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from safegene_runtime.base_noise import BaseNoise, base_kl
 from safegene_runtime.bounds import ParityBounds, bounds_for
 from safegene_runtime.divergence import Divergence, first_divergence
 from safegene_runtime.engine import Engine
@@ -72,6 +73,7 @@ class Climb:
     rungs: list[Rung] = field(default_factory=list)
     runs: dict[int, _Run] = field(default_factory=dict)
     proof: StaticProof | None = None
+    noise: BaseNoise | None = None
     plain: GateResult | None = None
     under_attack: dict[str, GateResult] = field(default_factory=dict)
     about: dict[str, Any] | None = None
@@ -139,6 +141,12 @@ class Climb:
             parted = first_divergence(self.record, index, reply.ids, self.precision)
             self.runs[index] = _Run(one, reply.ids, reply.proved, said.label, said.text, parted)
 
+    def base(self, engine: Engine) -> None:
+        """Runs the base of a sidecar, without it, on some of the prompts that were run: at least one."""
+        found = base_kl(engine, self.record, list(self.runs), self.tell)
+        artifact = {index: run.forced.kl for index, run in self.runs.items()}
+        self.noise = BaseNoise.of(found, artifact)
+
     def sequentially(self, engine: Engine) -> None:
         """Runs prompts in the recorded order, a batch ahead of the gate, until it is decided."""
         by_id = {self.record.prompts[index].id: index for index in self.chosen}
@@ -159,7 +167,7 @@ class Climb:
         if not passes:  # decided from the record alone
             return
         self.add(_active(passes, self.precision))
-        self.add(_logits(passes, self.bounds, self._margin_summary()))
+        self.add(_logits(passes, self.bounds, self._margin_summary(), self.noise))
 
     def _margin_summary(self) -> dict[str, Any]:
         ran = sorted(self.runs)
@@ -337,7 +345,12 @@ def _active(passes: Sequence[ForcedPass], precision: str) -> Rung:
     return Rung("active", "ok", f"beta {beta:.4f}: logits moved as the reference's did", figures)
 
 
-def _logits(passes: Sequence[ForcedPass], bounds: ParityBounds, margins: dict[str, Any]) -> Rung:
+def _logits(
+    passes: Sequence[ForcedPass],
+    bounds: ParityBounds,
+    margins: dict[str, Any],
+    noise: BaseNoise | None = None,
+) -> Rung:
     kl = np.concatenate([one.kl for one in passes])
     top1 = float(np.concatenate([one.agree for one in passes]).mean())
     mean = float(kl.mean())
@@ -348,15 +361,23 @@ def _logits(passes: Sequence[ForcedPass], bounds: ParityBounds, margins: dict[st
         "top1": top1,
         "positions": len(kl),
         "margins": margins,
+        "base_noise": None if noise is None else noise.to_dict(),
     }
+    status = "ok"
     detail = (
         f"mean KL {mean:.2e} (bound {bounds.mean_kl:g}), top-1 {top1:.2%} (bound {bounds.top1:.2%})"
     )
     if mean <= bounds.mean_kl and top1 >= bounds.top1:
-        return Rung("logits", "ok", detail, figures)
-    if bounds.kl_gates:
-        return Rung("logits", "broken", detail, figures)
-    if not mean <= bounds.kl_ceiling:
-        above = f": above {bounds.kl_ceiling:g}, which rounding does not explain at this precision"
-        return Rung("logits", "broken", detail + above, figures)
-    return Rung("logits", "ok", detail + ": outside, advice only at this precision", figures)
+        pass
+    elif bounds.kl_gates:
+        status = "broken"
+    elif mean <= bounds.kl_ceiling:
+        detail += ": outside, advice only at this precision"
+    else:
+        status = "broken"
+        detail += (
+            f": above {bounds.kl_ceiling:g}, which rounding does not explain at this precision"
+        )
+    if noise is not None:
+        detail += noise.remark
+    return Rung("logits", status, detail, figures)

@@ -112,8 +112,13 @@ def verify(
             climb.sequentially(engine)
         else:
             climb.run(engine, climb.chosen)
-        climb.compare()
-        climb.gate(sequential)
+    if climb.served.adapter is not None and climb.runs:
+        opened = time.monotonic()
+        with open_engine(climb.served.model, None, **settings) as engine:
+            climb.base(engine)
+        climb.engine_seconds += time.monotonic() - opened
+    climb.compare()
+    climb.gate(sequential)
     report = climb.report()
     if write:
         _write_verdict(manifest, artifact, report)

@@ -1,0 +1,115 @@
+"""How much of an artifact's KL is the rounding of its base.
+
+A sidecar, or an adapter beside an ONNX model, leaves the base as it is: the same engine runs it without
+the adapter. Along the same replies of the reference, PyTorch's base was recorded as well. So
+
+    base_kl = mean KL(PyTorch base || engine's base)        nats per position
+
+is what the base's own rounding and the engine's arithmetic make of the same positions, and the ratio of
+the artifact's KL to it says what the adapter adds. Advice: rounding shifts an adapted model by about as
+much as its base, but nothing says by how much more before it is a mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from safegene_runtime import compare
+from safegene_runtime.engine import Engine
+from safegene_runtime.errors import EngineError, Problem
+from safegene_runtime.reference import Reference
+
+__all__ = ["BaseNoise", "base_kl"]
+
+PROMPTS = 32
+"""As many of the prompts that ran, in the recorded order: a mean needs no more, and a pass costs time."""
+FLOOR = 1e-9
+"""Nats below which a KL is arithmetic, and no rounding to compare with; `f32` may have 1e-8."""
+MUCH = 10.0
+"""A ratio above which the report says that the base does not explain the KL."""
+
+KL = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class BaseNoise:
+    """The artifact beside its own base, on the same positions.
+
+    Attributes:
+        prompts: how many were compared.
+        base_kl: mean KL(PyTorch base || engine's base), nats per position.
+        artifact_kl: mean KL(PyTorch base + adapter || artifact) there.
+        ratio: the second over the first; None where the base is not rounded.
+    """
+
+    prompts: int
+    base_kl: float
+    artifact_kl: float
+    ratio: float | None
+
+    @classmethod
+    def of(cls, base: Mapping[int, KL], artifact: Mapping[int, KL]) -> BaseNoise:
+        """Compares the prompts of `base` with the same of `artifact`: (T,) nats by prompt."""
+        below = float(np.concatenate(list(base.values())).mean())
+        above = float(np.concatenate([artifact[index] for index in base]).mean())
+        return cls(len(base), below, above, above / below if below > FLOOR else None)
+
+    @property
+    def remark(self) -> str:
+        """For the rung's line; empty where there is nothing to say."""
+        if self.ratio is None:
+            return ""
+        found = f"; {self.ratio:.2g} times its base's own {self.base_kl:.2e}"
+        much = ", so the base's rounding is not what causes it" if self.ratio > MUCH else ""
+        return found + much
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def base_kl(
+    engine: Engine,
+    record: Reference,
+    indices: Sequence[int],
+    tell: Callable[[str, int, int], None] | None = None,
+) -> dict[int, KL]:
+    """KL(PyTorch base || engine) along the reference's replies: (T,) nats by prompt.
+
+    Args:
+        engine: the base, without the adapter.
+        record: the reference.
+        indices: which prompts may be taken; at most `PROMPTS` are, in the recorded order.
+        tell: told (stage, done, total).
+
+    Raises:
+        EngineError: logits that are not finite, or missing for a prompt.
+    """
+    allowed = set(indices)
+    chosen = [index for index in record.order() if index in allowed][:PROMPTS]
+    prompts = [record.prompts[index] for index in chosen]
+    sequences = [[*prompt.prompt_ids, *prompt.ref_ids[:-1]] for prompt in prompts]
+    found: dict[int, KL] = {}
+    for number, logits in engine.logits(sequences, [len(prompt.ref_ids) for prompt in prompts]):
+        if not np.isfinite(logits).all():
+            continue
+        position = record.positions(chosen[number])
+        at_ids = np.take_along_axis(logits, position.top_ids.astype(np.int64), axis=1)
+        found[chosen[number]] = compare.kl_topk(
+            position.base_logits, position.base_lse, at_ids, compare.logsumexp(logits)
+        )
+        if tell:
+            tell("comparing the base", len(found), len(chosen))
+    if missing := [record.prompts[index].id for index in chosen if index not in found]:
+        raise EngineError(
+            Problem(
+                engine.name, "logits of the base", "finite ones for every prompt",
+                f"not for {missing[:3]}", "the base's weights or its engine are broken",
+            )
+        )  # fmt: skip
+    return found
