@@ -111,7 +111,7 @@ def test_mistakes_are_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (("extract", "--aligned", base, "--degraded", tuned, "-o", out), "--base"),
         (("calibrate", tuned, "--model", base, "--shots", few, "--name", "x"), "plain LoRA"),
         (("calibrate", tuned, "--model", base, "--shots", few, "--name", "x", "--type", "q8_0"),
-         "--as sidecar or merged"),
+         "--as sidecar, branch or merged"),
         (("calibrate", tuned, "--model", base, "--shots", few, "--name", "x", "--as", "merged",
           "--weight", "2"), "leave --weight out"),
         (("calibrate", tuned, "--model", base, "--shots", few, "--name", "x", "--bounds", "0", "1"),

@@ -279,8 +279,9 @@ def test_a_held_out_reference_that_tells_nothing_is_refused_before_any_rebuild(
     with pytest.raises(RecordError, match="judge"):
         recalibrate_deployed(gene, shots, never, "new", held_out=others)
     add_expression(gene, "far", Expression({0: 9.0, 1: 1.0}))
-    with pytest.raises(GeneError, match=r"(?s)at least 1.*widen --bounds"):
-        recalibrate_deployed(gene, shots, never, "new", expression="far", max_evaluations=0)
+    stranger = replace(shots, meta={**shots.meta, "adapter": adapter})
+    with pytest.raises(GeneError, match=r"(?s)vectors.*at least 1.*widen --bounds"):
+        recalibrate_deployed(gene, stranger, never, "new", expression="far", max_evaluations=0)
     assert "new" not in read_adapter(gene).expressions
 
 

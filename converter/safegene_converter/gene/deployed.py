@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safegene_converter.adapter import read_adapter
+from safegene_converter.adapter import WEIGHTS_NAME, Adapter, read_adapter
 from safegene_converter.gene.folder import Expression, add_expression, check_name_free
 from safegene_converter.gene.held_out import (
     HeldOut,
@@ -124,7 +124,8 @@ def recalibrate_deployed(
 
     Raises:
         GeneError: no evaluation is allowed, the expression to start from is out of bounds, the
-            held-out prompts are among the shots or recorded otherwise, or D is not finite.
+            reference is another gene's, the held-out prompts are among the shots or recorded
+            otherwise, or D is not finite.
         RecordError: the held-out reference has another judge's labels.
         SafeGeneError: the artifact cannot be built or run; the gene is as it was.
     """
@@ -135,7 +136,7 @@ def recalibrate_deployed(
     adapter = read_adapter(gene, expression)
     start = {module.layer: module.coefficient for module in adapter.modules}
     layers = sorted(start)
-    _check_request(start, bounds, max_evaluations)
+    _check_request(start, bounds, max_evaluations, adapter, reference)
     labeller = judge or RulesAndNgram()
     if held_out is not None:
         check_held_out(reference, held_out, labeller)
@@ -181,9 +182,19 @@ def recalibrate_deployed(
 
 
 def _check_request(
-    start: dict[int, float], bounds: tuple[float, float], max_evaluations: int
+    start: dict[int, float],
+    bounds: tuple[float, float],
+    max_evaluations: int,
+    adapter: Adapter,
+    reference: Reference,
 ) -> None:
     problems = Problems()
+    recorded = reference.meta["adapter"]["files"].get(WEIGHTS_NAME)
+    if recorded != adapter.digests[WEIGHTS_NAME]:
+        problems.add(
+            str(reference.path), "vectors", f"those of the gene: {adapter.digests[WEIGHTS_NAME]}",
+            recorded or "none", "record the reference with this gene: safegene record",
+        )  # fmt: skip
     if max_evaluations < 1:
         problems.add("calibrate", "evaluations", "at least 1", max_evaluations)
     low, high = bounds
