@@ -40,6 +40,11 @@ from safegene_runtime.prompts import Prompt
 from safegene_runtime.reference import read_reference
 
 BUDGET = 0.01
+GENES = {
+    "gene": "gene-all", "uniform": "gene-all", "random layers": "gene-all", "all layers": "gene-thin",
+    "direct": "direct-all",
+}  # fmt: skip
+"""What each method's layers are chosen from."""
 RANK = 8
 TASK_TEST = 40
 REFUSALS = (data.OPENING,)
@@ -175,6 +180,7 @@ def make_genes(lab: Lab) -> None:
     """
     sources = lab.plan.sources
     realigned = [realign(lab, name) for name in sources]
+    wanted = {GENES[method] for method in lab.plan.methods if method in GENES}
     for name, rank, aligned, degraded, base in (
         ("gene-all", RANK, realigned, [lab.work / one for one in sources], None),
         ("gene-thin", RANK // 2, realigned, [lab.work / one for one in sources], None),
@@ -186,7 +192,7 @@ def make_genes(lab: Lab) -> None:
             lab.work / "aligned",
         ),
     ):
-        if not (lab.work / name).exists():
+        if name in wanted and not (lab.work / name).exists():
             started = time.monotonic()
             found = extract(
                 aligned, degraded, lab.work / name, base=base, rank=rank, progress=lab.tell
@@ -194,7 +200,7 @@ def make_genes(lab: Lab) -> None:
             seconds = time.monotonic() - started
             lab.note(f"extract {name}", {"energy": found.energy, "seconds": seconds})
     for name in ("gene", "direct"):
-        if not (lab.work / name).exists():
+        if f"{name}-all" in wanted and not (lab.work / name).exists():
             started = time.monotonic()
             chosen = select(
                 lab.work / f"{name}-all", lab.work / sources[0], lab.few("select", sources[0]),

@@ -27,6 +27,12 @@ def write(folder: Path, work: Path, results: dict[str, Any]) -> None:
     print(text)
 
 
+def publish(folder: Path, out: Path) -> None:
+    """Copies the table and the picture over all full seeds to `out`."""
+    for suffix in ("md", "svg"):
+        (out / f"results.{suffix}").write_text((folder / f"full.{suffix}").read_text())
+
+
 def recovery(run: dict[str, Any], target: str, method: str) -> float | None:
     """(gene - degraded) / (aligned - degraded), of harmful refusal rates; None: nothing was lost."""
     aligned = run["model aligned"]["harmful_refused"]

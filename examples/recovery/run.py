@@ -72,8 +72,9 @@ class Plan:
 
 FULL = Plan(80, 80, 30, 16, 100, tuple(data.TASKS), SOURCES, 12)
 QUICK = Plan(
-    40, 40, 20, 8, 20, ("steps", "obedient"), ("steps",), 6, ("gene", "uniform", "safe lora")
-)
+    30, 30, 12, 8, 16, ("steps", "obedient"), ("steps",), 5, ("gene", "uniform", "safe lora"),
+    reply_tokens=12, rebuilds=2,
+)  # fmt: skip
 
 
 def main() -> int:
@@ -85,6 +86,7 @@ def main() -> int:
     parser.add_argument("--base", type=Path, help="another model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--only", choices=[name for name, _ in STEPS], help="stop after this step")
     parser.add_argument("--artifacts", action="store_true", help="also convert and verify")
+    parser.add_argument("--publish", action="store_true", help="keep table and picture beside this")
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL
     work = arguments.work / f"{'quick' if arguments.quick else 'full'}-seed-{arguments.seed}"
@@ -92,6 +94,8 @@ def main() -> int:
         work, plan, arguments.seed, data.splits(plan.per_kind, plan.test), tell, arguments.base
     )
     run(lab, arguments.only, arguments.artifacts)
+    if arguments.publish and arguments.only is None:
+        report.publish(arguments.work, Path(__file__).resolve().parent)
     return 0
 
 
