@@ -227,8 +227,8 @@ def evaluate_models(lab: Lab) -> None:
 def run_all(lab: Lab) -> None:
     """Evaluates every model, and every method on the fine-tunes that no gene was made from."""
     evaluate_models(lab)
-    for target in lab.plan.targets:
-        for method in lab.plan.methods:
+    for method in lab.plan.methods:  # what matters most comes first
+        for target in lab.plan.targets:
             lab.once(
                 f"{target} {method}",
                 lambda target=target, method=method: METHODS[method](lab, target),
@@ -239,7 +239,6 @@ def _own(lab: Lab, target: str) -> list[Scored]:
     """What a target answers to benign test prompts; computed once for all methods."""
     if target not in lab.own:
         model, tokenizer = lab.load(target)
-        lab.own.clear()  # logits of one target are enough to hold
         lab.own[target] = own_replies(
             model, tokenizer, lab.splits.test, lab.plan.reply_tokens, lab.tell
         )
@@ -313,11 +312,11 @@ def _evaluated(lab: Lab, target: str, model: Any, tokenizer: Any) -> dict[str, A
 METHODS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
     "gene": _with_gene("gene", True),
     "uniform": _with_gene("gene", False),
-    "all layers": _with_gene("gene-thin", True),
-    "random layers": _random_layers,
-    "direct": _with_gene("direct", True),
-    "re-aligned": _realigned,
     "safe lora": _safe_lora,
+    "re-aligned": _realigned,
+    "direct": _with_gene("direct", True),
+    "random layers": _random_layers,
+    "all layers": _with_gene("gene-thin", True),
 }
 """What is held against one another, by the name it has in the table."""
 

@@ -8,8 +8,8 @@ from statistics import mean, pstdev
 from typing import Any
 
 COLOURS = {
-    "gene": "#0b6e4f", "uniform": "#8a8a8a", "all layers": "#2f6fbb", "random layers": "#c98a00",
-    "direct": "#5c4033", "re-aligned": "#7a3e9d", "safe lora": "#b3261e",
+    "gene": "#0b6e4f", "uniform": "#8a8a8a", "safe lora": "#b3261e", "re-aligned": "#7a3e9d",
+    "direct": "#5c4033", "random layers": "#c98a00", "all layers": "#2f6fbb",
 }  # fmt: skip
 WIDTH, HEIGHT, EDGE = 640, 420, 60
 
