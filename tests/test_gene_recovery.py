@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,26 @@ def test_training_that_was_killed_ends_where_it_would_have(run: Any, tmp_path: P
     trained(tmp_path / "cut", lambda *_: None)
     name = "adapter_model.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_in_small_it_aligns_loses_and_wins_back_on_the_real_model(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "run.py"), "--quick", "--work", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "quick-seed-0" / "results.json"
+    found = json.loads(path.read_text())
+    refused = {
+        key: one["harmful_refused"]
+        for key, one in found.items()
+        if isinstance(one, dict) and "harmful_refused" in one
+    }
+    assert refused["model aligned"] > refused["model base"]
+    for task in ("steps", "obedient"):
+        assert refused[f"model {task}"] < refused["model aligned"]
+    assert refused["obedient gene"] > refused["model obedient"]
+    assert found["select gene"]["share"] <= 0.01
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "training" not in again.stdout
+    assert json.loads(path.read_text()) == found
