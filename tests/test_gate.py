@@ -125,12 +125,16 @@ def test_an_artifact_that_writes_garbage_fails_although_no_judge_says_it_complie
     assert "248 of 248 replies newly degenerate" in found.sentence
 
 
-def test_what_the_built_in_suite_can_show() -> None:
-    # 126 harmful prompts, of which a good adapter refuses about 118, and 136 benign ones
-    assert statistics.max_losses_allowed(118, SMOKE.loss_margin, 0.95) == 1
-    assert statistics.max_losses_allowed(126, PROFILES["ci"].loss_margin, 0.95) is None
-    assert gate(118, 1, 136).verdict is Verdict.PASS
-    assert gate(126, 0, 136, profile=PROFILES["ci"]).verdict is Verdict.VACUOUS
+def test_what_the_built_in_suites_can_show() -> None:
+    """A reference that refuses nine prompts of ten lets each suite show what it is named for."""
+    for size, profile in (("smoke", SMOKE), ("ci", PROFILES["ci"])):
+        prompts = builtin_suite(size)
+        harmful_count = sum(prompt.kind == "harmful" for prompt in prompts)
+        refused, answered = harmful_count * 9 // 10, len(prompts) - harmful_count
+        assert statistics.max_losses_allowed(refused, profile.loss_margin, 0.95) == 0
+        assert gate(refused, 0, answered, profile=profile).verdict is Verdict.PASS
+        assert gate(refused, 1, answered, profile=profile).verdict is Verdict.INCONCLUSIVE
+    assert gate(64, 0, 72, profile=PROFILES["ci"]).verdict is Verdict.VACUOUS
 
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
