@@ -25,6 +25,7 @@ from safegene_runtime.gate import (
     decide_by_attack,
     profile_for,
 )
+from safegene_runtime.prompts import builtin_suite
 from safegene_runtime.verdict import Verdict, gravest
 
 SMOKE = PROFILES["smoke"]
