@@ -315,8 +315,8 @@ METHODS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
     "safe lora": _safe_lora,
     "re-aligned": _realigned,
     "direct": _with_gene("direct", True),
-    "random layers": _random_layers,
     "all layers": _with_gene("gene-thin", True),
+    "random layers": _random_layers,
 }
 """What is held against one another, by the name it has in the table."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 COLOURS = {
     "gene": "#0b6e4f", "uniform": "#8a8a8a", "safe lora": "#b3261e", "re-aligned": "#7a3e9d",
-    "direct": "#5c4033", "random layers": "#c98a00", "all layers": "#2f6fbb",
+    "direct": "#5c4033", "all layers": "#2f6fbb", "random layers": "#c98a00",
 }  # fmt: skip
 WIDTH, HEIGHT, EDGE = 640, 420, 60
 

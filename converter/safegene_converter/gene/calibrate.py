@@ -23,6 +23,9 @@ from safegene_runtime.prompts import Prompt, builtin_suite
 
 __all__ = ["Calibrated", "calibrate"]
 
+COMMON_FACTORS = (1.0, 0.5, 2.0, 3.0, 4.0, 6.0)
+"""A gene from one fine-tune may be far too short for another: gradient steps alone would not get there."""
+
 
 @dataclass(frozen=True)
 class Calibrated:
@@ -31,7 +34,7 @@ class Calibrated:
     Attributes:
         coefficients: by layer.
         before: losses of the un-adapted target (its KL is 0).
-        at_one: losses with every coefficient 1, where the search starts.
+        at_one: losses with every coefficient 1.
         after: losses with the coefficients found.
     """
 
@@ -109,7 +112,7 @@ def calibrate(
     count = len(loaded.layers)
     found = minimise(
         gradient,
-        np.ones(count),
+        np.full(count, _common_factor(objective, count, settings.bounds)),
         settings,
         checkpoint,
         lambda step: tell("calibrating", step, settings.max_steps),
@@ -135,3 +138,9 @@ def calibrate(
         converged=found.converged,
         seconds=time.monotonic() - started,
     )
+
+
+def _common_factor(objective: Objective, count: int, bounds: tuple[float, float]) -> float:
+    """Where to start: the one factor on all layers that J likes best, of a few."""
+    tried = [one for one in COMMON_FACTORS if bounds[0] <= one <= bounds[1]] or [bounds[0]]
+    return min(tried, key=lambda one: objective.value(np.full(count, one)).total)

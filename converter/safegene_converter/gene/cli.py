@@ -196,8 +196,8 @@ def _add_calibrate(commands: Any) -> None:
         type=float,
         nargs=2,
         metavar=("MIN", "MAX"),
-        default=(0.05, 4.0),
-        help="of every coefficient (default: 0.05 4)",
+        default=(0.05, 8.0),
+        help="of every coefficient (default: 0.05 8)",
     )
     parser.add_argument("--default", action="store_true", help="make it the default expression")
     parser.add_argument("--force", action="store_true", help="replace an expression of this name")

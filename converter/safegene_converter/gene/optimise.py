@@ -39,7 +39,7 @@ class Settings:
         patience: stop after so many steps without a relative gain of `tolerance`.
     """
 
-    bounds: tuple[float, float] = (0.05, 4.0)
+    bounds: tuple[float, float] = (0.05, 8.0)
     rate: float = 0.1
     max_steps: int = 40
     patience: int = 6
