@@ -41,8 +41,8 @@ from safegene_runtime.reference import read_reference
 
 BUDGET = 0.01
 GENES = {
-    "gene": "gene-all", "uniform": "gene-all", "random layers": "gene-all", "all layers": "gene-thin",
-    "direct": "direct-all",
+    "gene": "gene-all", "gene, KL / 4": "gene-all", "uniform": "gene-all",
+    "random layers": "gene-all", "all layers": "gene-thin", "direct": "direct-all",
 }  # fmt: skip
 """What each method's layers are chosen from."""
 RANK = 8
@@ -245,12 +245,15 @@ def _own(lab: Lab, target: str) -> list[Scored]:
     return lab.own[target]
 
 
-def _with_gene(folder_name: str, calibrated: bool) -> Callable[[Lab, str], dict[str, Any]]:
+def _with_gene(
+    folder_name: str, calibrated: bool, weight: float = 1.0
+) -> Callable[[Lab, str], dict[str, Any]]:
     def measured(lab: Lab, target: str) -> dict[str, Any]:
         folder, found = lab.work / folder_name, {}
+        expression = target if weight == 1 else f"{target}-{weight:g}"
         if calibrated:
             fitted = calibrate(
-                folder, lab.work / target, lab.few("shots", target), target,
+                folder, lab.work / target, lab.few("shots", target), expression, weight=weight,
                 settings=Settings(rate=0.25, max_steps=lab.plan.calibration_steps),
                 refusals=REFUSALS, evaluation=lab.splits.test, force=True, progress=lab.tell,
             )  # fmt: skip
@@ -259,7 +262,7 @@ def _with_gene(folder_name: str, calibrated: bool) -> Callable[[Lab, str], dict[
                 "coefficients": fitted.to_dict()["coefficients"],
             }  # fmt: skip
         measured = evaluate(
-            lab.work / target, gene=folder, expression=target if calibrated else "default",
+            lab.work / target, gene=folder, expression=expression if calibrated else "default",
             prompts=lab.splits.test, task=lab.task_test(target), own=_own(lab, target),
             max_new_tokens=lab.plan.reply_tokens, progress=lab.tell,
         )  # fmt: skip
@@ -313,6 +316,7 @@ METHODS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
     "gene": _with_gene("gene", True),
     "uniform": _with_gene("gene", False),
     "safe lora": _safe_lora,
+    "gene, KL / 4": _with_gene("gene", True, 0.25),
     "re-aligned": _realigned,
     "direct": _with_gene("direct", True),
     "all layers": _with_gene("gene-thin", True),
