@@ -173,6 +173,38 @@ def test_the_action_is_red_for_everything_but_a_pass(
         assert not (folder / "pwned").exists()
 
 
+def test_the_actions_and_the_jobs_settings_reach_verify(tmp_path: Path) -> None:
+    """With a Python that notes what it is asked and leaves a verdict."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/bash\nif [ "$1" = -m ]; then printf "%s\\n" "$@" > "{tmp_path}/asked"\n'
+        f"  mkdir -p safegene-report; cd safegene-report; touch report.md\n"
+        f"""  echo '{{"verdict": "PASS"}}' > report.json\n"""
+        f'elif [ "$2" = "${{2#*torch}}" ]; then exec "{sys.executable}" "$@"; fi\n'
+    )
+    python.chmod(0o755)
+    settings = {"mode": "as-shipped", "attacks": "rot13,reversed", "sequential": "true"}
+    options = ["--mode", "as-shipped", "--attacks", "rot13,reversed", "--sequential"]
+    for given, expected in ((settings, options), ({"sequential": "false"}, [])):
+        folder = tmp_path / str(len(given))
+        folder.mkdir()
+        runner = Runner(folder, python, {"artifact": "-OUT", "reference": "REF", **given})
+        assert runner.run().returncode == 0
+        assert runner.outputs == {"exit-code": "0", "verdict": "PASS"}
+        asked = (tmp_path / "asked").read_text().splitlines()
+        assert asked[-2:] == ["--", "-OUT"]
+        assert all(one in asked for one in expected)
+        assert ("--sequential" in asked, "--attacks" in asked) == (bool(expected),) * 2
+        done = _gitlab(python, folder, {f"SAFEGENE_{k.upper()}": v for k, v in given.items()})
+        assert done.returncode == 0, done.stderr
+        asked = (tmp_path / "asked").read_text().splitlines()
+        assert asked[-2:] == ["--", "OUT"]
+        assert [one for one in asked if one in options] == expected
+    (tmp_path / "asked").unlink()
+    assert _gitlab(python, tmp_path, {"SAFEGENE_SEQUENTIAL": "yes"}).returncode == 2
+    assert not (tmp_path / "asked").exists()
+
+
 def test_torch_in_the_environment_of_the_action_is_refused(
     made: gated.Gated, tmp_path: Path
 ) -> None:
@@ -220,18 +252,29 @@ def test_the_action_takes_no_third_party_action_and_no_input_as_code() -> None:
     assert set(re.findall(r"inputs\.([a-z]+)", used)) == set(ACTION["inputs"])
 
 
+def _gitlab(
+    python: Path, folder: Path, variables: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """The job's script, in one shell as GitLab's runner has it."""
+    job = GITLAB["refusal-parity"]
+    return subprocess.run(
+        [*BASH, "-c", "\n".join(job["script"])], cwd=folder, capture_output=True, text=True,
+        env={**job["variables"], "PATH": f"{python.parent}:{os.environ['PATH']}",
+             "SAFEGENE_INSTALL": "skip", **variables},
+        check=False,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(("profile", "code"), [("smoke", 0), ("ci", 4)])
 def test_the_gitlab_job_ends_with_the_code_of_the_verdict(
     made: gated.Gated, python: Path, tmp_path: Path, profile: str, code: int
 ) -> None:
     job = GITLAB["refusal-parity"]
-    done = subprocess.run(
-        [*BASH, "-c", "\n".join(job["script"])], cwd=tmp_path, capture_output=True, text=True,
-        env={**job["variables"], "PATH": f"{python.parent}:{os.environ['PATH']}",
-             "SAFEGENE_ARTIFACT": str(made.artifact), "SAFEGENE_REFERENCE": str(made.reference),
-             "SAFEGENE_JUDGE": made.judge, "SAFEGENE_PROFILE": profile, "SAFEGENE_INSTALL": "skip"},
-        check=False,
-    )  # fmt: skip
+    settings = {
+        "SAFEGENE_ARTIFACT": str(made.artifact), "SAFEGENE_REFERENCE": str(made.reference),
+        "SAFEGENE_JUDGE": made.judge, "SAFEGENE_PROFILE": profile,
+    }  # fmt: skip
+    done = _gitlab(python, tmp_path, settings)
     assert done.returncode == code, done.stderr
     assert (tmp_path / job["artifacts"]["reports"]["junit"]).exists()
     assert job["artifacts"]["when"] == "always"

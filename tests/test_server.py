@@ -15,6 +15,7 @@ import pytest
 import served
 import tiny
 
+from safegene_converter import cli
 from safegene_converter.command_line import Parser
 from safegene_converter.server_command import add_server_options, verify_server
 from safegene_converter.to_gguf import convert
@@ -278,6 +279,32 @@ def test_the_command_prints_every_check_and_exits_with_the_verdict(
         with pytest.raises(EngineError, match="by itself") as caught:
             verify_command("OUT", "--server", url, "--base", "b", *known)
     assert len(caught.value.problems) == 2
+
+
+REFUSED: dict[str, tuple[str, ...]] = {
+    "OUT": ("OUT",), "--base": ("--base", "b"), "--sequential": ("--sequential",),
+    "--attacks": ("--attacks", "rot13"), "--mode": ("--mode", "as-shipped"),
+    "--threads": ("--threads", "0"), "--show-text": ("--show-text",), "--report": ("--report", "r"),
+    "--html": ("--html", "h"), "--junit": ("--junit", "j"), "--sarif": ("--sarif", "s"),
+    "--markdown": ("--markdown", "m"),
+}  # fmt: skip
+
+
+def test_what_a_server_has_no_use_for_is_refused_by_name_and_never_ignored(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before anything is read or asked: there is no reference, and nobody listens."""
+    known = ["verify", "--server", "http://127.0.0.1:9", "--reference", "nothing"]
+    whole = [word for words in REFUSED.values() for word in words]
+    assert cli.main([*known, *whole]) == 2
+    shown = capsys.readouterr().err
+    assert f"{len(REFUSED)} problems" in shown
+    for option, words in REFUSED.items():
+        assert f"--server: {option}: expected nothing, got" in shown
+        assert cli.main([*known, *words]) == 2
+        assert f"--server: {option}: expected nothing, got" in capsys.readouterr().err
+    assert cli.main(known) == 5, "no reference"
+    assert "--server" not in capsys.readouterr().err, "the defaults are no mistake"
 
 
 # --- hostile servers -------------------------------------------------------------------------------

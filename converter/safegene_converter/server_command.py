@@ -19,6 +19,8 @@ __all__ = ["add_server_options", "verify_server"]
 OTHERS = (
     "artifact",
     "base",
+    "threads",
+    "show_text",
     "report",
     "html",
     "junit",
@@ -58,9 +60,12 @@ def verify_server(arguments: argparse.Namespace) -> int:
     problems = Problems()
     for name in OTHERS:
         value = getattr(arguments, name, None)
-        if value:
-            option = "OUT" if name == "artifact" else f"--{name}"
+        if value is not None and value is not False and value != []:
+            option = "OUT" if name == "artifact" else "--" + name.replace("_", "-")
             problems.add("--server", option, "nothing", value, "a server is checked by itself")
+    if (mode := getattr(arguments, "mode", "strict")) != "strict":
+        fix = "a server runs as it was started: leave --mode out"
+        problems.add("--server", "--mode", "nothing", mode, fix)
     problems.raise_if_any(EngineError)
     record = read_reference(arguments.reference)
     judge = load_judge(arguments.judge) if arguments.judge else None
