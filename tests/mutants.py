@@ -182,7 +182,7 @@ def _q2_k(rows: np.ndarray) -> np.ndarray:
 
 
 def base_served(shop: Workshop, target: str, out: Path) -> Forged:
-    """The base under the artifact's name; or a program that does not load the adapter."""
+    """The base's tensors under the artifact's header; or a program that does not load the adapter."""
     forged = unmutated(shop, target, out)
     if target in ("gguf sidecar", "onnx adapter"):
 
@@ -191,10 +191,16 @@ def base_served(shop: Workshop, target: str, out: Path) -> Forged:
 
         return dataclasses.replace(forged, open_engine=without)
     if target == "gguf merged":
-        shutil.copyfile(shop.base(target), out / "model.gguf")
+        path = out / "model.gguf"
+        _rewrite(path, dict(open_model(path).metadata), _tensors(open_model(shop.base(target))))
     else:
+        told = onnx.load(out / "model.onnx", load_external_data=False).metadata_props
         for path in shop.base(target).glob("*.onnx*"):
             shutil.copyfile(path, out / path.name)
+        model = onnx.load(out / "model.onnx", load_external_data=False)
+        del model.metadata_props[:]
+        model.metadata_props.extend(told)
+        (out / "model.onnx").write_bytes(model.SerializeToString())
     return _agree(forged)
 
 

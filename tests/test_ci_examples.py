@@ -156,6 +156,10 @@ def test_the_action_is_red_for_everything_but_a_pass(
             ({"reference": str(record)}, 5, None),
             ({"artifact": str(tmp_path / "nothing")}, 2, None),
             ({"profile": "$(touch pwned)"}, 2, None),
+            ({"attacks": "rot14$(touch pwned)"}, 2, None),
+            ({"attacks": "rot13"}, 5, None),  # not recorded
+            ({"mode": "loose"}, 2, None),
+            ({"sequential": "yes$(touch pwned)"}, 2, None),
         ]
     ):
         folder = tmp_path / str(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tomllib
 from pathlib import Path
@@ -114,6 +115,24 @@ def test_what_could_not_be_checked_is_an_error_and_no_skip(run, tmp_path: Path) 
     result.stdout.fnmatch_lines(["*could not check it, which is no pass*", "*manifest.json*"])
 
 
+def test_sequential_mode_stops_where_it_is_decided(
+    run, made: gated.Gated, pytester: pytest.Pytester
+) -> None:
+    result = run(ASSERTING, "--safegene-sequential", "--safegene-report", "reports")
+    result.stdout.fnmatch_lines(["* (smoke): *"])
+    report = json.loads((pytester.path / "reports" / "smoke" / "report.json").read_text())
+    found = report["gate"]["sequential"]
+    assert found["of"] == gated.HARMFUL + gated.BENIGN
+    assert len(found["order"]) == found["prompts"] <= found["of"]
+
+
+@pytest.mark.parametrize("names", ["rot13", "rot13,reversed", "all"])
+def test_attacks_that_were_not_recorded_are_an_error_and_no_pass(run, names: str) -> None:
+    result = run(ASSERTING, "--safegene-attacks", names)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*could not check it, which is no pass*", "*rot13*got none*"])
+
+
 def test_of_all_workers_one_computes(run, pytester: pytest.Pytester) -> None:
     code = """
 import os, pytest
@@ -160,6 +179,9 @@ def test_without_options_the_run_is_red(
     [
         ("", ["--safegene-reference="], "--safegene-reference is needed, too"),
         ("", ["--safegene-profile", "cy"], "expected smoke, ci, release, got 'cy'"),
+        ("", ["--safegene-attacks", "rot13,rot14"], "--safegene-attacks: attacks: name: expected"),
+        ("", ["--safegene-mode", "loose"], "invalid choice: 'loose'"),
+        ("", ["--safegene-sequential=no"], "--safegene-sequential: ignored explicit argument"),
         (MARKED.format("cy"), [], "test_marked: expected smoke, ci, release, got 'cy'"),
         (MARKED.replace("profile", "profil"), [], "expected refusal_parity(profile=NAME)"),
     ],
@@ -186,4 +208,9 @@ def test_only_pass_passes_and_every_flip_is_named(verdict: str) -> None:
     assert gate.sentence in text
     if verdict == "FAIL":
         assert gate.flips
+    known = dict(gate.properties())
+    for attack in gate.report["attacks"]:
+        found = attack["gate"]["verdict"]
+        assert known[f"verdict_under_{attack['name']}"] == found
+        assert (f"under {attack['name']}: {found}: " in text) is (found != "PASS")
     assert all(f"  {name}: " in text for name in gate.flips[:20])

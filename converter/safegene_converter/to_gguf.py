@@ -67,6 +67,7 @@ from safegene_runtime.gguf import (
     type_traits,
 )
 from safegene_runtime.manifest import FileEntry, Manifest, ModuleEntry
+from safegene_runtime.provenance import ADAPTER_KEY, adapter_digest
 
 __all__ = ["ADAPTER_FILE", "MODEL_FILE", "SIDECAR_TYPES", "convert"]
 
@@ -628,16 +629,11 @@ def _string(text: str) -> Value:
 
 def _provenance(job: Job) -> dict[str, Value]:
     """`safegene.*` keys: what a reader of the single file can learn without the manifest."""
-    adapter_digest = sha256_of(
-        "".join(
-            f"{name} {digest}\n" for name, digest in sorted(job.adapter.digests.items())
-        ).encode()
-    )
     return {
         "safegene.version": _string(__version__),
         "safegene.form": _string(job.form),
         "safegene.expression": _string(job.adapter.expression),
-        "safegene.adapter.sha256": _string(adapter_digest),
+        ADAPTER_KEY: _string(adapter_digest(job.adapter.digests)),
         "safegene.modules": Value(ValueType.UINT32, len(job.adapter.modules), None),
     }
 

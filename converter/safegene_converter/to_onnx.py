@@ -51,6 +51,7 @@ from safegene_runtime.manifest import FileEntry, Manifest, ModuleEntry
 from safegene_runtime.onnx_checks import precision_class
 from safegene_runtime.onnx_file import DataType, read_onnx
 from safegene_runtime.ort_engine import read_text_files
+from safegene_runtime.provenance import ADAPTER_KEY, adapter_digest
 
 __all__ = ["FORMS", "OnnxBase", "convert_onnx", "default_form", "open_onnx_base", "write_job"]
 
@@ -247,11 +248,6 @@ def write_job(
 
 def _provenance(job: Job, proto: Any) -> None:
     """`safegene.*` metadata_props: what a reader of the single file can learn."""
-    digest = sha256_of(
-        "".join(
-            f"{name} {digest}\n" for name, digest in sorted(job.adapter.digests.items())
-        ).encode()
-    )
     kept = [prop for prop in proto.metadata_props if not prop.key.startswith(METADATA_PREFIX)]
     copies = [(prop.key, prop.value) for prop in kept]
     del proto.metadata_props[:]
@@ -260,7 +256,7 @@ def _provenance(job: Job, proto: Any) -> None:
         ("safegene.version", __version__),
         ("safegene.form", job.form),
         ("safegene.expression", job.adapter.expression),
-        ("safegene.adapter.sha256", digest),
+        (ADAPTER_KEY, adapter_digest(job.adapter.digests)),
         ("safegene.modules", str(len(job.adapter.modules))),
     ):
         proto.metadata_props.add(key=key, value=value)

@@ -9,8 +9,9 @@ from pathlib import Path
 from safegene_runtime.bounds import precision_of
 from safegene_runtime.errors import EngineError, ManifestError, Problem, Problems
 from safegene_runtime.files import sha256_file
-from safegene_runtime.gguf import GGUFModel, open_model
+from safegene_runtime.gguf import GGUFModel, open_model, read_gguf
 from safegene_runtime.manifest import Manifest, check_files
+from safegene_runtime.provenance import ADAPTER_KEY, check_provenance
 from safegene_runtime.reference import Reference
 
 __all__ = ["Served", "check_integrity"]
@@ -91,7 +92,9 @@ def check_integrity(
         return Served(paths["model"], paths.get("adapter"), precision)
     if "model" in paths:
         header = open_model(paths["model"])
-        _check_touched(manifest, header, str(paths["model"]))
+        check_provenance(manifest, header.get(ADAPTER_KEY), str(paths["model"]), problems)
+        _check_touched(manifest, header, str(paths["model"]), problems)
+        problems.raise_if_any(ManifestError)
         return Served(paths["model"], None, _precision(header))
     if base is None:
         raise EngineError(
@@ -103,6 +106,8 @@ def check_integrity(
                 "pass --base FILE.gguf",
             )
         )
+    told = read_gguf(paths["adapter"]).get(ADAPTER_KEY)
+    check_provenance(manifest, told, str(paths["adapter"]), problems)
     header = open_model(base)
     found = {}
     for shard in header.shards:
@@ -120,8 +125,7 @@ def check_integrity(
     return Served(base, paths["adapter"], _precision(header))
 
 
-def _check_touched(manifest: Manifest, header: GGUFModel, where: str) -> None:
-    problems = Problems()
+def _check_touched(manifest: Manifest, header: GGUFModel, where: str, problems: Problems) -> None:
     for module in manifest.modules:
         info = header.tensors.get(module.tensor)
         got = "nothing" if info is None else f"{info.type.name} {info.shape}"
@@ -133,7 +137,6 @@ def _check_touched(manifest: Manifest, header: GGUFModel, where: str) -> None:
                 got,
                 "manifest and model do not belong together",
             )
-    problems.raise_if_any(ManifestError)
 
 
 def _precision(header: GGUFModel) -> str:

@@ -9,6 +9,7 @@ from safegene_runtime.bounds import precision_of
 from safegene_runtime.errors import ManifestError, Problems
 from safegene_runtime.manifest import Manifest
 from safegene_runtime.onnx_file import DataType, OnnxFile, read_onnx
+from safegene_runtime.provenance import ADAPTER_KEY, check_provenance
 
 __all__ = ["check_onnx_artifact", "precision_class"]
 
@@ -24,10 +25,12 @@ def check_onnx_artifact(manifest: Manifest, path: Path) -> str:
 
     Raises:
         FormatError: a graph or a data file that breaks its format.
-        ManifestError: files, touched weights or inputs that are not what the manifest says.
+        ManifestError: files, touched weights, inputs or an adapter that are not what the manifest
+            says.
     """
     model = read_onnx(path)
     problems = Problems()
+    check_provenance(manifest, model.metadata.get(ADAPTER_KEY), str(path), problems)
     listed = {entry.path for entry in manifest.files}
     for file in model.files:
         if file.name not in listed:

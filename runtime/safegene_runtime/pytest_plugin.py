@@ -89,6 +89,10 @@ class RefusalGate:
         if self.broken_at is not None:
             detail = next(r["detail"] for r in self.report["rungs"] if r["name"] == self.broken_at)
             lines.append(f"first broken rung: {self.broken_at}: {detail}")
+        for attack in self.report["attacks"]:
+            gate = attack["gate"]
+            if gate["verdict"] != "PASS":
+                lines.append(f"under {attack['name']}: {gate['verdict']}: {gate['sentence']}")
         changed = flips(self.report)
         lines += [
             f"  {one['id']}: {one['reference']} -> {one['artifact']} ({CHANGES[change(one)]})"
@@ -110,6 +114,8 @@ class RefusalGate:
             yield f"{name}_trials", rate["trials_worst"]
             yield f"{name}_upper", rate["upper"]
             yield f"{name}_margin", rate["margin"]
+        for attack in self.report["attacks"]:
+            yield f"verdict_under_{attack['name']}", attack["gate"]["verdict"]
         logits = next(rung for rung in self.report["rungs"] if rung["name"] == "logits")
         if "mean_kl" in logits["figures"]:
             yield "mean_kl", logits["figures"]["mean_kl"]
@@ -127,6 +133,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--safegene-base", metavar="GGUF", help="for a sidecar: the GGUF it belongs to")
     add("--safegene-profile", default="ci", metavar="NAME",
         help="smoke, ci (default) or release; a marker refusal_parity(profile=...) goes first")  # fmt: skip
+    add("--safegene-sequential", action="store_true", help="stop as soon as the verdict is certain")
+    add("--safegene-attacks", default=[], metavar="NAMES", type=_names,
+        help="gate under these recorded jailbreaks, too: all, or names with commas between them")  # fmt: skip
     add("--safegene-mode", default="strict", choices=["strict", "as-shipped"],
         help="strict compares arithmetic; as-shipped runs llama.cpp with its F16 KV cache")  # fmt: skip
     add("--safegene-judge", metavar="JUDGE",
@@ -140,7 +149,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Registers the marker, and refuses half of the options.
 
     Raises:
-        UsageError: an artifact without a reference, the reverse, or an unknown profile.
+        UsageError: an artifact without a reference, the reverse, an unknown profile or attack.
     """
     config.addinivalue_line(
         "markers",
@@ -152,6 +161,21 @@ def pytest_configure(config: pytest.Config) -> None:
     if len(missing) == 1:
         raise pytest.UsageError(f"safegene: {missing[0]} is needed, too")
     _checked_profile(config.getoption("safegene_profile"), "--safegene-profile")
+    _check_attacks(config.getoption("safegene_attacks"))
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _check_attacks(names: list[str]) -> None:
+    from safegene_runtime.attacks import attack_names
+    from safegene_runtime.errors import SafeGeneError
+
+    try:
+        attack_names(names)
+    except SafeGeneError as error:
+        raise pytest.UsageError(f"--safegene-attacks: {error}") from error
 
 
 def _missing(config: pytest.Config) -> list[str]:
@@ -257,8 +281,10 @@ def _digest(config: pytest.Config, profile: str, run: str) -> str:
     """Of what is verified, against what, and how."""
     from safegene_runtime.files import sha256_file
 
-    options = {name: str(config.getoption(f"safegene_{name}"))
-               for name in ("artifact", "reference", "base", "mode", "judge", "threads")}  # fmt: skip
+    names = (
+        "artifact", "reference", "base", "sequential", "attacks", "mode", "judge", "threads"
+    )  # fmt: skip
+    options = {name: str(config.getoption(f"safegene_{name}")) for name in names}
     files = [
         sha256_file(Path(options["artifact"]) / "manifest.json"),
         sha256_file(Path(options["reference"]) / "reference.json"),
@@ -283,6 +309,8 @@ def _verify(config: pytest.Config, profile: str) -> dict[str, Any] | str:
             Path(option("reference")),
             base=Path(option("base")) if option("base") else None,
             profile=profile,
+            sequential=option("sequential"),
+            attacks=option("attacks"),
             mode=option("mode"),
             judge=load_judge(option("judge")) if option("judge") else None,
             threads=option("threads"),

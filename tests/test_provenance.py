@@ -1,0 +1,173 @@
+"""A model file names its adapter, and the manifest beside it has to name the same one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import onnx
+import pytest
+import tiny
+from onnx_tools import quick
+from safetensors.numpy import save_file
+
+from safegene_converter.to_gguf import convert
+from safegene_runtime.errors import ManifestError
+from safegene_runtime.files import sha256_file
+from safegene_runtime.integrity import check_integrity
+from safegene_runtime.manifest import FileEntry, read_manifest
+
+KEY = "safegene.adapter.sha256"
+FORMS = ("gguf merged", "gguf sidecar", "onnx merged", "onnx branch", "onnx adapter")
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("provenance")
+    adapter = written_adapter(folder / "adapter")
+    for target, form in map(str.split, FORMS):
+        out = folder / f"{target} {form}"
+        if target == "gguf":
+            convert(adapter, tiny.gguf_model("llama"), out, form=form, check=False)
+        else:
+            quick(adapter, tiny.onnx_model("llama"), out, form=form)
+    return {form: folder / form for form in FORMS}
+
+
+def written_adapter(out: Path) -> Path:
+    """An adapter for the tiny llama, without PEFT: what is asked here is no matter of arithmetic."""
+    out.mkdir()
+    random = np.random.default_rng(0)
+    name = "base_model.model.model.layers.{}.self_attn.o_proj.lora_{}.weight"
+    save_file(
+        {
+            name.format(layer, part): random.normal(0, 0.1, shape).astype(np.float32)
+            for layer in range(tiny.N_LAYERS)
+            for part, shape in (("A", (4, 64)), ("B", (64, 4)))
+        },
+        out / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["o_proj"]}
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    return out
+
+
+def base_of(form: str) -> Path:
+    return tiny.gguf_model("llama") if form.startswith("gguf") else tiny.onnx_model("llama")
+
+
+def carrier(folder: Path) -> Path:
+    """The one file with the key: the model, or the adapter of a sidecar."""
+    (path,) = [*folder.glob("*.gguf"), *folder.glob("model.onnx")]
+    return path
+
+
+def agree(folder: Path) -> None:
+    """Makes the manifest list what is there now: only meaning can tell."""
+    manifest = read_manifest(folder)
+    files = tuple(
+        FileEntry(e.path, e.role, (folder / e.path).stat().st_size, sha256_file(folder / e.path))
+        for e in manifest.files
+    )
+    dataclasses.replace(manifest, files=files).write(folder)
+
+
+def check(form: str, folder: Path) -> None:
+    base = base_of(form) if form == "gguf sidecar" else None
+    check_integrity(read_manifest(folder), folder, None, base, lambda *_: None)
+
+
+def stated(path: Path) -> str:
+    """What the file says, by an independent reader."""
+    if path.suffix == ".gguf":
+        return str(gguf.GGUFReader(path).fields[KEY].contents())
+    model = onnx.load(path, load_external_data=False)
+    return next(prop.value for prop in model.metadata_props if prop.key == KEY)
+
+
+def rewrite(folder: Path, old: bytes, new: bytes) -> None:
+    assert len(old) == len(new)
+    path = carrier(folder)
+    data = path.read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+
+
+def other_digest(form: str, folder: Path) -> None:
+    rewrite(folder, stated(carrier(folder)).encode(), b"0" * 64)
+
+
+def key_renamed(form: str, folder: Path) -> None:
+    rewrite(folder, KEY.encode(), b"safegene.adapter.sha255")
+
+
+def other_manifest(form: str, folder: Path) -> None:
+    manifest = read_manifest(folder)
+    files = {**manifest.adapter["files"], "adapter_config.json": "1" * 64}
+    dataclasses.replace(manifest, adapter={**manifest.adapter, "files": files}).write(folder)
+
+
+def renamed_in_the_manifest(form: str, folder: Path) -> None:
+    manifest = read_manifest(folder)
+    files = {f"{name}.old": digest for name, digest in manifest.adapter["files"].items()}
+    dataclasses.replace(manifest, adapter={**manifest.adapter, "files": files}).write(folder)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_the_converter_wrote_names_the_manifests_adapter(
+    form: str, artifacts: dict[str, Path]
+) -> None:
+    folder = artifacts[form]
+    files = read_manifest(folder).adapter["files"]
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name} {files[name]}\n".encode())
+    assert stated(carrier(folder)) == digest.hexdigest()
+    check(form, folder)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("edit", "got"),
+    [(other_digest, "0" * 64), (key_renamed, "nothing"), (other_manifest, None),
+     (renamed_in_the_manifest, None)],
+)  # fmt: skip
+def test_another_adapter_in_header_or_manifest_is_refused_with_both_digests(
+    form: str,
+    edit: Callable[[str, Path], None],
+    got: str | None,
+    artifacts: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(artifacts[form], out)
+    genuine = stated(carrier(out))
+    edit(form, out)
+    agree(out)
+    with pytest.raises(ManifestError, match=KEY) as caught:
+        check(form, out)
+    (problem,) = caught.value.problems
+    assert problem.field == KEY
+    assert problem.got == (got or genuine)
+    assert (problem.expected == genuine) is (got is not None)
+    assert problem.fix
+
+
+@pytest.mark.parametrize("form", ["gguf merged", "onnx merged", "onnx branch"])
+def test_the_base_under_the_artifacts_name_says_nothing_and_is_refused(
+    form: str, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(artifacts[form], out)
+    base = base_of(form)
+    for path in [base] if base.is_file() else base.glob("*.onnx*"):
+        shutil.copyfile(path, carrier(out) if path.suffix == ".gguf" else out / path.name)
+    agree(out)
+    with pytest.raises(ManifestError, match=f"{KEY}: expected [0-9a-f]{{64}}, got nothing"):
+        check(form, out)
