@@ -21,6 +21,7 @@ def write(folder: Path, work: Path, results: dict[str, Any]) -> None:
     runs = [
         json.loads(path.read_text()) for path in sorted(folder.glob(f"{kind}-seed-*/results.json"))
     ]
+    runs = [run for run in runs if targets(run)]  # others have not come that far
     (work / "table.md").write_text(table([results]))
     text = table(runs)
     (folder / f"{kind}.md").write_text(text)
