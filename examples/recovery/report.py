@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import ceil, floor, log10
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
@@ -12,7 +13,7 @@ COLOURS = {
     "re-aligned": "#7a3e9d", "direct": "#5c4033", "all layers": "#2f6fbb",
     "random layers": "#c98a00",
 }  # fmt: skip
-WIDTH, HEIGHT, EDGE = 640, 420, 60
+WIDTH, HEIGHT, EDGE, LEGEND = 720, 420, 60, 125
 
 
 def write(folder: Path, work: Path, results: dict[str, Any]) -> None:
@@ -49,7 +50,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     """Markdown; mean and spread over runs."""
     lines = [
         f"{len(runs)} seed(s), greedy, on prompts used nowhere else: {runs[0]['model base']['n_harmful']} "
-        f"harmful, {runs[0]['model base']['n_benign']} benign (half of them borderline at most). Refusals "
+        f"harmful, {runs[0]['model base']['n_benign']} benign, plain and borderline ones. Refusals "
         "in %; KL to the fine-tune's own benign replies and task loss in nats per token.",
         "",
         "| model | harmful refused | recovery % | benign refused | borderline refused | KL | task loss "
@@ -100,47 +101,62 @@ def targets(run: dict[str, Any]) -> list[str]:
 
 
 def picture(runs: list[dict[str, Any]]) -> str:
-    """SVG: harmful refusals (up) against benign KL (right), a point per method, target and seed."""
+    """SVG: harmful refusals (up) against benign KL (right, log scale), a point per method, target, seed.
+
+    The first target is drawn as circles, the others as squares.
+    """
     points = []
     for run in runs:
-        for target in targets(run):
-            for method, colour in COLOURS.items():
+        for index, target in enumerate(targets(run)):
+            for method in COLOURS:
                 found = run.get(f"{target} {method}")
-                if found and found["benign_kl"] is not None:
+                if found and found["benign_kl"]:
                     points.append(
-                        (found["benign_kl"], found["harmful_refused"], colour, method, target)
+                        (found["benign_kl"], found["harmful_refused"], method, target, index)
                     )
-    right = max([point[0] for point in points], default=1.0) * 1.1 or 1.0
+    low = 10 ** floor(log10(min((point[0] for point in points), default=0.01)))
+    high = 10 ** ceil(log10(max((point[0] for point in points), default=1.0)))
+    span, tall = WIDTH - LEGEND - 1.5 * EDGE, HEIGHT - 1.5 * EDGE
+
+    def across(kl: float) -> float:
+        return EDGE + log10(kl / low) / max(log10(high / low), 1) * span
+
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
-        'font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
+        f'height="{HEIGHT}" font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<path d="M{EDGE} {EDGE / 2}V{HEIGHT - EDGE}H{WIDTH - EDGE / 2}" fill="none" stroke="black"/>',
-        f'<text x="{WIDTH / 2}" y="{HEIGHT - 15}" text-anchor="middle">change of benign replies (KL, '
-        "nats per token)</text>",
+        f'<path d="M{EDGE} {EDGE / 2}V{HEIGHT - EDGE}h{span}" fill="none" stroke="black"/>',
+        f'<text x="{EDGE + span / 2}" y="{HEIGHT - 15}" text-anchor="middle">change of benign replies '
+        "(KL, nats per token)</text>",
         f'<text x="15" y="{HEIGHT / 2}" transform="rotate(-90 15 {HEIGHT / 2})" '
         'text-anchor="middle">harmful prompts refused</text>',
     ]
     for tick in range(5):
-        y = HEIGHT - EDGE - tick / 4 * (HEIGHT - 1.5 * EDGE)
+        y = HEIGHT - EDGE - tick / 4 * tall
         parts.append(f'<text x="{EDGE - 6}" y="{y + 4:.0f}" text-anchor="end">{25 * tick} %</text>')
-        x = EDGE + tick / 4 * (WIDTH - 1.5 * EDGE)
-        label = f"{right * tick / 4:.2f}"
-        parts.append(
-            f'<text x="{x:.0f}" y="{HEIGHT - EDGE + 16}" text-anchor="middle">{label}</text>'
-        )
-    for kl, refused, colour, method, target in points:
-        x = EDGE + kl / right * (WIDTH - 1.5 * EDGE)
-        y = HEIGHT - EDGE - refused * (HEIGHT - 1.5 * EDGE)
-        parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}" fill-opacity="0.8">'
-            f"<title>{target} + {method}</title></circle>"
-        )
-    for index, (method, colour) in enumerate(COLOURS.items()):
-        y = EDGE / 2 + 16 * index
-        parts.append(f'<circle cx="{WIDTH - 120}" cy="{y}" r="5" fill="{colour}"/>')
-        parts.append(f'<text x="{WIDTH - 110}" y="{y + 4}">{method}</text>')
+    for power in range(round(log10(low)), round(log10(high)) + 1):
+        x, y = across(10.0**power), HEIGHT - EDGE
+        parts.append(f'<path d="M{x:.0f} {y}v4" stroke="black"/>')
+        parts.append(f'<text x="{x:.0f}" y="{y + 18}" text-anchor="middle">{10.0**power:g}</text>')
+    for kl, refused, method, target, index in points:
+        mark = _mark(across(kl), HEIGHT - EDGE - refused * tall, COLOURS[method], index)
+        parts.append(f"<g>{mark}<title>{target} + {method}: {refused:.0%}, KL {kl:.3f}</title></g>")
+    legend = [(method, colour, 0) for method, colour in COLOURS.items()
+              if any(point[2] == method for point in points)]  # fmt: skip
+    legend += [(name, "#444444", i) for i, name in enumerate(targets(runs[0]) if runs else [])]
+    for row, (name, colour, index) in enumerate(legend):
+        x, y = WIDTH - LEGEND, EDGE / 2 + 18 * row
+        parts += [_mark(x, y, colour, index), f'<text x="{x + 12}" y="{y + 4}">{name}</text>']
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _mark(x: float, y: float, colour: str, index: int) -> str:
+    if index == 0:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}" fill-opacity="0.8"/>'
+    return (
+        f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9" fill="{colour}" '
+        'fill-opacity="0.8"/>'
+    )
 
 
 def _row(
