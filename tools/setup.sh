@@ -27,7 +27,7 @@ sdist=.cache/sdist/llama_cpp_python-$LLAMA_CPP_PYTHON.tar.gz
 if [ ! -f "$sdist" ]; then
     say "llama.cpp sources (the sdist of llama-cpp-python $LLAMA_CPP_PYTHON)"
     pip download -q --no-deps --no-build-isolation --no-binary llama-cpp-python \
-        -d .cache/sdist "llama-cpp-python==$LLAMA_CPP_PYTHON" ||
+        -d .cache/sdist "llama-cpp-python==$LLAMA_CPP_PYTHON" 2>/dev/null ||
     pip download -q --no-deps --no-binary llama-cpp-python \
         -d .cache/sdist "llama-cpp-python==$LLAMA_CPP_PYTHON"
 fi
