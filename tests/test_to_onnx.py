@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +34,7 @@ from test_to_gguf import peft_delta
 
 from safegene_converter import onnx_source
 from safegene_converter.child import python_environment
+from safegene_converter.onnx_build import build_onnx
 from safegene_converter.to_onnx import FORMS, convert_onnx
 from safegene_runtime.errors import (
     AdapterError,
@@ -520,3 +523,18 @@ def test_a_form_of_another_target_is_refused(adapter: Path, base: Path, tmp_path
     with pytest.raises(UnsupportedError, match="merged or branch or adapter"):
         quick(adapter, base, tmp_path / "out", form="sidecar")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_says_null_of_its_quantisation_is_built_as_one_that_says_nothing(
+    tmp_path: Path,
+) -> None:
+    """As transformers saves what it decoded; the builder alone stumbles over it."""
+    plain, said = tiny.hf_model("llama"), tmp_path / "said"
+    shutil.copytree(plain, said)
+    config = json.loads((said / "config.json").read_text())
+    (said / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    for source, name in ((plain, "a"), (said, "b")):
+        build_onnx(source, tmp_path / name, "fp32")
+    for name in ("model.onnx", "model.onnx.data", "genai_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert json.loads((said / "config.json").read_text())["quantization_config"] is None

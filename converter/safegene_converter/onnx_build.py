@@ -6,9 +6,12 @@ hub for a token unless it is told not to, and imports remote code only when aske
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from safegene_converter.child import python_environment, run_child
@@ -106,19 +109,40 @@ def build_onnx(
         extra.append(f"accuracy_level={accuracy_level}")
     out.mkdir(parents=True, exist_ok=True)
     cache = out.parent / f".{out.name}.cache"
-    run_child(
-        [
-            sys.executable, "-m", BUILDER,
-            "-i", hf_dir.resolve(), "-o", out.resolve(), "-p", precision, "-e", "cpu",
-            "-c", cache, "--extra_options", *extra,
-        ],
-        what=f"{BUILDER} {hf_dir}",
-        error=BaseModelError,
-        environment=python_environment({"TQDM_DISABLE": "1"}),
-        grows=out / "model.onnx.data",
-        progress=progress,
-    )  # fmt: skip
+    with _without_nulls(hf_dir.resolve()) as source:
+        run_child(
+            [
+                sys.executable, "-m", BUILDER,
+                "-i", source, "-o", out.resolve(), "-p", precision, "-e", "cpu",
+                "-c", cache, "--extra_options", *extra,
+            ],
+            what=f"{BUILDER} {hf_dir}",
+            error=BaseModelError,
+            environment=python_environment({"TQDM_DISABLE": "1"}),
+            grows=out / "model.onnx.data",
+            progress=progress,
+        )  # fmt: skip
     if not (out / "model.onnx").is_file():
         raise BaseModelError(
             Problem(BUILDER, "model.onnx", "a graph", "nothing", "run the builder by hand")
         )
+
+
+@contextlib.contextmanager
+def _without_nulls(folder: Path) -> Iterator[Path]:
+    """The folder, or one of links to it whose config.json says nothing about quantisation.
+
+    transformers writes `"quantization_config": null` for a model that it decoded, and the builder
+    (onnxruntime-genai 0.18) then asks null for its method.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("quantization_config", ...) is not None:
+        yield folder
+        return
+    del config["quantization_config"]
+    with tempfile.TemporaryDirectory(prefix="safegene-") as name:
+        for path in folder.iterdir():
+            if path.name != "config.json":
+                (Path(name) / path.name).symlink_to(path)
+        (Path(name) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield Path(name)
