@@ -74,24 +74,51 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def _artifacts(runs: list[dict[str, Any]]) -> list[str]:
-    """Every converted gene: what it refuses, and the gate's verdict on it, by run."""
-    keys = [key for key in runs[0] if " artifact " in key and all(key in run for run in runs)]
-    if not keys:
-        return []
-    lines = [
-        "| artifact | harmful refused | lost/gained | mean KL | verdicts |",
-        "|---|---|---|---|---|",
-    ]
+    """Every converted gene: what it refuses, and the gate's verdict on it, by run that has it."""
+    keys = list(dict.fromkeys(key for run in runs for key in run if " artifact " in key))
+    lines = []
+    if keys:
+        lines += [
+            "| artifact | seeds | harmful refused | lost/gained | mean KL | verdicts |",
+            "|---|---|---|---|---|---|",
+        ]
     for key in keys:
-        found = [run[key] for run in runs]
+        found = [run[key] for run in runs if key in run]
         flips = ", ".join(f"{one.get('losses')}/{one.get('gains')}" for one in found)
+        distances = ", ".join(f"{one['mean_kl']:.1e}" for one in found if "mean_kl" in one)
         target, _, kind = key.partition(" artifact ")
         lines.append(
-            f"| {target}: {kind} | {_cell([one.get('harmful_refused') for one in found], 100, 1)} "
-            f"| {flips} | {_cell([one.get('mean_kl') for one in found], 1, 4)} "
+            f"| {target}: {kind} | {len(found)} "
+            f"| {_cell([one.get('harmful_refused') for one in found], 100, 1)} | {flips} "
+            f"| {distances} "
             f"| {', '.join(one['verdict'] for one in found)} |"
         )
-    return [*lines, ""]
+    return [*lines, "", *_deployed(runs)]
+
+
+def _deployed(runs: list[dict[str, Any]]) -> list[str]:
+    """Coefficients fitted to a quantised file: what that was worth on the shots, and elsewhere."""
+    lines = []
+    for run in runs:
+        for key in (key for key in run if key.endswith(" deployed")):
+            one, elsewhere = run[key], run[key]["held_out"]
+            before, after = elsewhere["before"], elsewhere["after"]
+            lines.append(
+                f"| {key.removesuffix(' deployed')} | {one['evaluations']} | {one['seconds']:.0f} "
+                f"| {one['before']:.4f} to {one['after']:.4f} "
+                f"| {before['divergence']:.4f} to {after['divergence']:.4f} "
+                f"| {before['refused']} to {after['refused']} of {before['harmful']} "
+                f"| {before['losses']} to {after['losses']} |"
+            )
+    if lines:
+        lines = [
+            "| fitted to its Q4_K_M file | rebuilds | s | D on the shots | D on the test prompts "
+            "| harmful refused there | refusals lost there |",
+            "|---|---|---|---|---|---|---|",
+            *lines,
+            "",
+        ]
+    return lines
 
 
 def targets(run: dict[str, Any]) -> list[str]:
