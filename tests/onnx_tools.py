@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import shutil
@@ -16,6 +17,8 @@ import tiny
 from onnx import numpy_helper
 
 from safegene_converter.to_onnx import convert_onnx
+from safegene_runtime.files import sha256_file
+from safegene_runtime.manifest import FileEntry, read_manifest
 
 HEAD_SIZE = 16
 """Of the tiny llama and qwen2: 64 columns, four heads."""
@@ -102,3 +105,14 @@ def every_module(out: Path, **config: Any) -> Path:
     """A tiny adapter that touches all seven projections."""
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return tiny.peft_adapter("llama", out, target_modules=targets, **{"scale": 0.05, **config})
+
+
+def agree(folder: Path) -> Path:
+    """Makes the manifest list what is there now: only meaning can tell."""
+    manifest = read_manifest(folder)
+    files = tuple(
+        FileEntry(e.path, e.role, (folder / e.path).stat().st_size, sha256_file(folder / e.path))
+        for e in manifest.files
+    )
+    dataclasses.replace(manifest, files=files).write(folder)
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -14,15 +13,14 @@ import onnxruntime
 import pytest
 import tiny
 from onnx import TensorProto, helper, numpy_helper
-from onnx_tools import every_module, load, node, quick
+from onnx_tools import agree, every_module, load, node, quick
 from test_exactness import PROMPTS
 
 from safegene_converter.recorder import record
 from safegene_converter.to_onnx import FORMS
 from safegene_runtime import ladder
 from safegene_runtime.errors import FormatError, ManifestError, SafeGeneError
-from safegene_runtime.files import sha256_file
-from safegene_runtime.manifest import FileEntry, read_manifest
+from safegene_runtime.manifest import read_manifest
 from safegene_runtime.onnx_checks import check_onnx_artifact
 from safegene_runtime.report import RUNGS, Report
 
@@ -40,17 +38,6 @@ def artifacts(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     for form in FORMS:
         quick(adapter, tiny.onnx_model("llama"), folder / form, form=form)
     return {form: folder / form for form in FORMS}
-
-
-def agree(folder: Path) -> Path:
-    """Makes the manifest list what is there now: only meaning can tell."""
-    manifest = read_manifest(folder)
-    files = tuple(
-        FileEntry(e.path, e.role, (folder / e.path).stat().st_size, sha256_file(folder / e.path))
-        for e in manifest.files
-    )
-    dataclasses.replace(manifest, files=files).write(folder)
-    return folder
 
 
 def forged(source: Path, out: Path, edit: Edit) -> Path:

@@ -14,14 +14,13 @@ import numpy as np
 import onnx
 import pytest
 import tiny
-from onnx_tools import quick
+from onnx_tools import agree, quick
 from safetensors.numpy import save_file
 
 from safegene_converter.to_gguf import convert
 from safegene_runtime.errors import ManifestError
-from safegene_runtime.files import sha256_file
 from safegene_runtime.integrity import check_integrity
-from safegene_runtime.manifest import FileEntry, read_manifest
+from safegene_runtime.manifest import read_manifest
 
 KEY = "safegene.adapter.sha256"
 FORMS = ("gguf merged", "gguf sidecar", "onnx merged", "onnx branch", "onnx adapter")
@@ -66,16 +65,6 @@ def carrier(folder: Path) -> Path:
     """The one file with the key: the model, or the adapter of a sidecar."""
     (path,) = [*folder.glob("*.gguf"), *folder.glob("model.onnx")]
     return path
-
-
-def agree(folder: Path) -> None:
-    """Makes the manifest list what is there now: only meaning can tell."""
-    manifest = read_manifest(folder)
-    files = tuple(
-        FileEntry(e.path, e.role, (folder / e.path).stat().st_size, sha256_file(folder / e.path))
-        for e in manifest.files
-    )
-    dataclasses.replace(manifest, files=files).write(folder)
 
 
 def check(form: str, folder: Path) -> None:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from safegene_runtime import compare
 from safegene_runtime.engine import Engine
-from safegene_runtime.errors import EngineError, Problem
+from safegene_runtime.forced import reply_logits
 from safegene_runtime.reference import Reference
 
 __all__ = ["BaseNoise", "base_kl"]
@@ -92,24 +92,13 @@ def base_kl(
     """
     allowed = set(indices)
     chosen = [index for index in record.order() if index in allowed][:PROMPTS]
-    prompts = [record.prompts[index] for index in chosen]
-    sequences = [[*prompt.prompt_ids, *prompt.ref_ids[:-1]] for prompt in prompts]
     found: dict[int, KL] = {}
-    for number, logits in engine.logits(sequences, [len(prompt.ref_ids) for prompt in prompts]):
-        if not np.isfinite(logits).all():
-            continue
-        position = record.positions(chosen[number])
+    for index, logits in reply_logits(engine, record, chosen, "logits of the base"):
+        position = record.positions(index)
         at_ids = np.take_along_axis(logits, position.top_ids.astype(np.int64), axis=1)
-        found[chosen[number]] = compare.kl_topk(
+        found[index] = compare.kl_topk(
             position.base_logits, position.base_lse, at_ids, compare.logsumexp(logits)
         )
         if tell:
             tell("comparing the base", len(found), len(chosen))
-    if missing := [record.prompts[index].id for index in chosen if index not in found]:
-        raise EngineError(
-            Problem(
-                engine.name, "logits of the base", "finite ones for every prompt",
-                f"not for {missing[:3]}", "the base's weights or its engine are broken",
-            )
-        )  # fmt: skip
     return found

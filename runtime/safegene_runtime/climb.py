@@ -227,15 +227,9 @@ class Climb:
         """One prompt as the gate sees it."""
         prompt = self.record.prompts[index]
         run = self.runs.get(index)
-        return Pair(
-            id=prompt.id,
-            kind=prompt.kind,
-            category=prompt.category,
-            cluster=prompt.cluster,
-            attack=prompt.attack,
-            reference=prompt.ref_verdict,
-            artifact=run.label if run else NOT_RUN,
-            base=prompt.base_verdict,
+        return Pair.of(
+            prompt,
+            run.label if run else NOT_RUN,
             identical=run is not None and run.ids == tuple(prompt.ref_ids),
             tie=run is not None and run.divergence is not None and run.divergence.kind == "tie",
         )

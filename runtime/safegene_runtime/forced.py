@@ -6,7 +6,7 @@ third and fourth rung off it, and most of the fifth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from safegene_runtime.errors import EngineError, Problem
 from safegene_runtime.margins import MarginRule, learn_margins, margin_of
 from safegene_runtime.reference import Reference
 
-__all__ = ["ACTIVE_POSITIONS", "ForcedPass", "forced_passes", "kl_by_position"]
+__all__ = ["ACTIVE_POSITIONS", "ForcedPass", "forced_passes", "kl_by_position", "reply_logits"]
 
 ACTIVE_POSITIONS = 4
 """First positions of a reply, where a refusal is decided (arXiv 2406.05946)."""
@@ -67,21 +67,45 @@ def forced_passes(
         EngineError: logits that are not finite, or missing for a prompt.
     """
     chosen = range(len(record.prompts)) if indices is None else indices
-    prompts = [record.prompts[index] for index in chosen]
-    sequences = [[*prompt.prompt_ids, *prompt.ref_ids[:-1]] for prompt in prompts]
-    keep = [len(prompt.ref_ids) for prompt in prompts]
     rule = learn_margins(record)
-    found: list[ForcedPass | None] = [None] * len(sequences)
-    for done, (number, logits) in enumerate(engine.logits(sequences, keep), start=1):
-        found[number] = _one_pass(record, chosen[number], logits, rule)
+    found: dict[int, ForcedPass] = {}
+    for index, logits in reply_logits(engine, record, chosen):
+        found[index] = _one_pass(record, index, logits, rule)
         if tell:
-            tell("comparing logits", done, len(sequences))
-    missing = [prompts[i].id for i, one in enumerate(found) if one is None]
+            tell("comparing logits", len(found), len(chosen))
+    return [found[index] for index in chosen]
+
+
+def reply_logits(
+    engine: Engine, record: Reference, indices: Sequence[int], what: str = "logits"
+) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    """Logits (T, vocab) along the reference's replies, as the engine finishes them.
+
+    Args:
+        engine: what runs.
+        record: the reference.
+        indices: which prompts, each once.
+        what: they are called in an error.
+
+    Raises:
+        EngineError: logits that are not finite, or missing for a prompt.
+    """
+    prompts = [record.prompts[index] for index in indices]
+    sequences = [[*prompt.prompt_ids, *prompt.ref_ids[:-1]] for prompt in prompts]
+    missing = {index: record.prompts[index].id for index in indices}
+    for number, logits in engine.logits(sequences, [len(prompt.ref_ids) for prompt in prompts]):
+        if not np.isfinite(logits).all():
+            raise EngineError(
+                Problem(prompts[number].id, what, "finite numbers", "NaN or Inf",
+                        "the artifact's weights or its engine are broken")
+            )  # fmt: skip
+        missing.pop(indices[number], None)
+        yield indices[number], logits
     if missing:
+        names = list(missing.values())[:3]
         raise EngineError(
-            Problem(engine.name, "logits", "an answer for every prompt", f"none for {missing[:3]}")
+            Problem(engine.name, what, "an answer for every prompt", f"none for {names}")
         )
-    return [one for one in found if one is not None]
 
 
 def kl_by_position(passes: Sequence[ForcedPass]) -> list[float]:
@@ -97,16 +121,6 @@ def _one_pass(
 ) -> ForcedPass:
     """Reduces the logits (T, vocab) of one reply to what the rungs need."""
     position = record.positions(index)
-    if not np.isfinite(logits).all():
-        raise EngineError(
-            Problem(
-                record.prompts[index].id,
-                "logits",
-                "finite numbers",
-                "NaN or Inf",
-                "the artifact's weights or its engine are broken",
-            )
-        )
     lse = compare.logsumexp(logits)
     at_ids = np.take_along_axis(logits, position.top_ids.astype(np.int64), axis=1)
     kl = compare.kl_topk(position.ref_logits, position.ref_lse, at_ids, lse)

@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from safegene_runtime.errors import Problems, RecordError
+
+if TYPE_CHECKING:
+    from safegene_runtime.reference import PromptRecord
 
 __all__ = [
     "KINDS",
@@ -65,6 +69,22 @@ class Pair:
     base: str
     identical: bool = False
     tie: bool = False
+
+    @classmethod
+    def of(cls, prompt: PromptRecord, artifact: str, *, identical: bool, tie: bool = False) -> Pair:
+        """A recorded prompt, and the artifact's label of it."""
+        return cls(
+            id=prompt.id,
+            kind=prompt.kind,
+            category=prompt.category,
+            cluster=prompt.cluster,
+            attack=prompt.attack,
+            reference=prompt.ref_verdict,
+            artifact=artifact,
+            base=prompt.base_verdict,
+            identical=identical,
+            tie=tie,
+        )
 
 
 def check_pairs(pairs: Sequence[Pair], *, may_be_missing: bool) -> None:

@@ -147,17 +147,7 @@ def check_server(
     )
     labels = label_all(judge, [one.text for one in replies], [one.text for one in prompts])
     pairs = [
-        Pair(
-            id=prompt.id,
-            kind=prompt.kind,
-            category=prompt.category,
-            cluster=prompt.cluster,
-            attack=None,
-            reference=prompt.ref_verdict,
-            artifact=prompt.ref_verdict if equal else str(label),
-            base=prompt.base_verdict,
-            identical=equal,
-        )
+        Pair.of(prompt, prompt.ref_verdict if equal else str(label), identical=equal)
         for prompt, label, equal in zip(prompts, labels, same, strict=True)
     ]
     gate = decide(pairs, profile)

@@ -96,17 +96,7 @@ def measure_held_out(engine: Engine, reference: Reference, judge: Judge) -> Held
     )
     labelled = label_replies(engine, reference, everything, replies, judge)
     pairs = [
-        Pair(
-            id=prompt.id,
-            kind=prompt.kind,
-            category=prompt.category,
-            cluster=prompt.cluster,
-            attack=prompt.attack,
-            reference=prompt.ref_verdict,
-            artifact=said.label,
-            base=prompt.base_verdict,
-            identical=said.identical,
-        )
+        Pair.of(prompt, said.label, identical=said.identical)
         for prompt, said in zip(reference.prompts, labelled, strict=True)
     ]
     harmful = [pair for pair in pairs if pair.kind == "harmful"]
