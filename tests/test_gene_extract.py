@@ -307,3 +307,23 @@ def test_aligned_models_that_cannot_be_paired_are_refused(tmp_path: Path) -> Non
     with pytest.raises(GeneError, match="one per --degraded"):
         extract([base, base], models, tmp_path / "gene")
     assert not (tmp_path / "gene").exists()
+
+
+def test_the_aligned_model_of_several_is_read_once_per_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safegene_converter.gene.sources import Source
+
+    models = [changed_model(tmp_path / f"bad-{seed}", planted(1, seed)) for seed in range(3)]
+    read: list[Path] = []
+    original = Source.weight
+
+    def weight(self: Source, name: str) -> Any:
+        read.append(self.path)
+        return original(self, name)
+
+    monkeypatch.setattr(Source, "weight", weight)
+    extract(tiny.hf_model("llama"), models, tmp_path / "gene", rank=2)
+    assert {path: read.count(path) for path in read} == {
+        path: len(NAMES) for path in (tiny.hf_model("llama"), *models)
+    }

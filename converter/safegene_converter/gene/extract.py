@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -177,7 +178,8 @@ def _module(
         joint = shared(parts, estimator)
         svd = svd_of_factors(joint) if isinstance(joint, Factors) else svd_of_dense(joint)
     else:
-        stack = np.stack([good.weight(name) - bad.weight(name) for good, bad in pairs])
+        weight = functools.cache(lambda source: source.weight(name))  # the aligned one of all pairs
+        stack = np.stack([weight(good) - weight(bad) for good, bad in pairs])
         moved = np.array([bool(one.any()) for one in stack])
         svd = svd_of_dense(shared_dense(stack, estimator) if len(pairs) > 1 else stack[0])
     return truncate(svd, rank, energy), moved

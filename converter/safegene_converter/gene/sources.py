@@ -25,9 +25,9 @@ __all__ = ["Source", "open_sources"]
 F64 = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
-    """One model: the base, and an adapter on it where there is one."""
+    """One model: the base, and an adapter on it where there is one; equal to itself alone."""
 
     path: Path
     base: Base
@@ -89,25 +89,32 @@ def open_sources(
                      len(aligned), "pairs are made in the order they are given in")  # fmt: skip
     problems.raise_if_any(GeneError)
     opened: dict[Path, Base] = {}
-    pairs = []
+    sources: dict[tuple[Path, Path | None], Source] = {}
+    wanted = []
     every = list(aligned) * (len(degraded) if len(aligned) == 1 else 1)
     for good, bad in zip(every, degraded, strict=True):
-        pair = []
-        for path, own in ((good, base or (None if _is_adapter(bad) else bad)), (bad, base)):
-            try:
-                pair.append(_open(Path(path), own, opened))
-            except SafeGeneError as error:
-                problems.extend(error.problems)
-        pairs.append(pair)
+        wanted.append(((good, base or (None if _is_adapter(bad) else bad)), (bad, base)))
+    for path, own in dict.fromkeys(key for pair in wanted for key in pair):
+        # the base of a model that is no adapter is itself, whatever it is paired with
+        key = (path, own if _is_adapter(path) else None)
+        if key in sources:
+            continue
+        try:
+            sources[key] = _open(Path(path), own, opened)
+        except SafeGeneError as error:
+            problems.extend(error.problems)
     problems.raise_if_any(GeneError)
+
+    def source(path: Path, own: Path | None) -> Source:
+        return sources[path, own if _is_adapter(path) else None]
+
+    pairs = [(source(*good), source(*bad)) for good, bad in wanted]
     first = pairs[0][0]
-    seen = {first.path}
-    for source in (one for pair in pairs for one in pair):
-        if source.path not in seen:
-            seen.add(source.path)
-            _check_fits(first.base, source, problems)
+    for other in sources.values():
+        if other is not first:
+            _check_fits(first.base, other, problems)
     problems.raise_if_any(GeneError)
-    return [(good, bad) for good, bad in pairs], all(good.base is bad.base for good, bad in pairs)
+    return pairs, all(good.base is bad.base for good, bad in pairs)
 
 
 def _is_adapter(path: Path) -> bool:
