@@ -468,3 +468,17 @@ def test_tokens_that_all_prompts_share_are_computed_once_and_change_nothing(
     for left, right in zip(*found, strict=True):
         assert torch.allclose(left, right, rtol=1e-5, atol=1e-4)
         assert right.abs().max() > 0.1
+
+
+def test_calibration_starts_at_the_best_common_factor_of_a_few(gene: Path) -> None:
+    from safegene_converter.gene.calibrate import COMMON_FACTORS
+
+    found = calibrate(
+        gene, TARGET, SHOTS, "mine", settings=Settings(max_steps=1), refusals=("No",), weight=0.0
+    )
+    objective = Objective(
+        load_gene(gene, TARGET), shots_of(SHOTS, "test", ()), weight=0.0, refusals=("No",)
+    )
+    best = min(COMMON_FACTORS, key=lambda one: objective.value([one] * 2).total)
+    assert best != 1, "a start at 1 would pass, too"
+    assert list(found.coefficients.values()) == [best, best]

@@ -143,6 +143,47 @@ def load_base(given: Path | None) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def safety_examples(
+    lab: Lab,
+    model: Any,
+    tokenizer: Any,
+    purpose: str,
+    harmful: int,
+    benign: int,
+    more: Sequence[str] = (),
+) -> list[Example]:
+    """What safety is taught with: the model's own replies to benign requests, and refusals.
+
+    The replies are kept, so that a kill costs them once.
+
+    Args:
+        lab: the experiment.
+        model: whose replies benign requests keep.
+        tokenizer: of the model.
+        purpose: what the requests are drawn for.
+        harmful: how many harmful requests.
+        benign: how many benign ones.
+        more: further benign requests.
+    """
+    source = lab.random(purpose)
+    asked, kept = data.harmful_requests(), data.benign_requests()
+    source.shuffle(asked)
+    source.shuffle(kept)
+    ids = [lab.render(tokenizer, text) for text in (*kept[:benign], *more)]
+    own = lab.work / f"{purpose.replace(' ', '-')}-replies.json"
+    if not own.exists():
+        stops = stop_ids_of(model, tokenizer)
+        replies = greedy_replies(model, ids, lab.plan.reply_tokens, stops, lab.tell)
+        publish_file(own, strictjson.dumps(replies))
+    examples = [
+        Example(prompt, tuple(reply))
+        for prompt, reply in zip(ids, json.loads(own.read_text()), strict=True)
+    ]
+    return examples + [
+        lab.example(tokenizer, text, source.choice(data.REFUSALS)) for text in asked[:harmful]
+    ]
+
+
 def realign(lab: Lab, name: str) -> Path:
     """The alignment, trained again on a fine-tune: a LoRA on it, its own benign replies kept."""
     out = lab.work / f"{name}-realigned-lora"
@@ -150,21 +191,11 @@ def realign(lab: Lab, name: str) -> Path:
         return out
     started = time.monotonic()
     model, tokenizer = lab.load(name)
-    source = lab.random(f"realign {name}")
-    harmful, benign = data.harmful_requests(), data.benign_requests()
-    source.shuffle(harmful)
-    source.shuffle(benign)
     count = lab.plan.realign_steps * BATCH // 4  # each is seen twice
-    asked = benign[: count - count // 4] + [
-        prompt for prompt, _ in data.task(name, lab.seed, data.TASK_TRAIN)[: count // 4]
-    ]
-    ids = [lab.render(tokenizer, text) for text in asked]
-    stops = stop_ids_of(model, tokenizer)
-    replies = greedy_replies(model, ids, lab.plan.reply_tokens, stops, lab.tell)
-    examples = [Example(p, tuple(reply)) for p, reply in zip(ids, replies, strict=True)]
-    examples += [
-        lab.example(tokenizer, text, source.choice(data.REFUSALS)) for text in harmful[:count]
-    ]
+    own = [prompt for prompt, _ in data.task(name, lab.seed, data.TASK_TRAIN)[: count // 4]]
+    examples = safety_examples(
+        lab, model, tokenizer, f"realign {name}", count, count - len(own), own
+    )
     train_lora(
         model, examples, out, steps=lab.plan.realign_steps, seed=lab.seed, tell=lab.tell
     )  # fmt: skip

@@ -11,7 +11,6 @@ a kill. `--only STEP` stops after a step.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -27,10 +26,7 @@ import report
 from train import BATCH, train_lora
 
 from safegene_converter.gene.evaluate import evaluate_model
-from safegene_converter.gene.model import Example
-from safegene_converter.recorder import greedy_replies, stop_ids_of
-from safegene_runtime import strictjson
-from safegene_runtime.files import publish_file, publish_folder
+from safegene_runtime.files import publish_folder
 
 REFUSAL_TOKENS = 12
 """Enough to tell a refusal while a fine-tune is watched."""
@@ -124,26 +120,9 @@ def align(lab: methods.Lab) -> None:
     if (lab.work / "aligned").exists():
         return
     model, tokenizer = lab.load("base")
-    source = lab.random("align")
-    harmful, benign = data.harmful_requests(), data.benign_requests()
-    source.shuffle(harmful)
-    source.shuffle(benign)
     # twice as many benign ones, and more kinds of them: refusing everything is the easy way out
     count = lab.plan.align_steps * BATCH // 3
-    benign = benign[: 2 * count]
-    own = lab.work / "own-replies.json"
-    if not own.exists():
-        ids = [lab.render(tokenizer, text) for text in benign]
-        replies = greedy_replies(
-            model, ids, lab.plan.reply_tokens, stop_ids_of(model, tokenizer), tell
-        )
-        publish_file(own, strictjson.dumps(replies))
-    examples = [
-        Example(lab.render(tokenizer, text), tuple(reply))
-        for text, reply in zip(benign, json.loads(own.read_text()), strict=True)
-    ]
-    for text in harmful[:count]:
-        examples.append(lab.example(tokenizer, text, source.choice(data.REFUSALS)))
+    examples = methods.safety_examples(lab, model, tokenizer, "align", count, 2 * count)
     lora = lab.work / "align-lora"
     started = time.monotonic()
     if not lora.exists():
