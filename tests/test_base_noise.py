@@ -103,7 +103,7 @@ def test_no_more_prompts_run_than_are_needed_and_in_the_recorded_order(
         assert base_kl(engine, shop.reference, []) == {}
 
 
-@pytest.mark.parametrize("what", ["not a number", "nothing"])
+@pytest.mark.parametrize("what", ["not a number", "nothing", "only one"])
 def test_a_base_that_gives_no_logits_is_an_error(what: str, shop: Workshop) -> None:
     class Broken:
         name = "broken"
@@ -112,6 +112,8 @@ def test_a_base_that_gives_no_logits_is_an_error(what: str, shop: Workshop) -> N
             if what == "not a number":
                 for number, rows in enumerate(keep):
                     yield number, np.full((rows, 50_000), np.nan, np.float32)
+            if what == "only one":
+                yield 0, np.zeros((keep[0], 50_000), np.float32)
 
     broken: Any = Broken()
     with pytest.raises(EngineError, match="logits of the base"):
