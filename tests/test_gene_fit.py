@@ -19,7 +19,13 @@ from safegene_converter.gene.evaluate import evaluate, task_loss
 from safegene_converter.gene.extract import extract
 from safegene_converter.gene.folder import Expression, add_expression
 from safegene_converter.gene.model import Example, GeneModel, batches_of, load_gene
-from safegene_converter.gene.objective import Losses, Objective, log_probabilities
+from safegene_converter.gene.objective import (
+    COMMON_FACTORS,
+    Losses,
+    Objective,
+    common_factor,
+    log_probabilities,
+)
 from safegene_converter.gene.optimise import Settings, minimise, search
 from safegene_converter.gene.select import ablation, choose, first_order, rank_correlation, select
 from safegene_converter.gene.shots import Shots, check_disjoint, read_task, shots_of
@@ -264,6 +270,27 @@ def test_the_cheap_score_is_the_exact_one_where_the_objective_is_quadratic() -> 
         assert np.allclose(cheap, exact)
 
 
+def test_a_gene_too_long_as_extracted_is_scored_where_it_is_of_use() -> None:
+    gain, cost = np.asarray([2.0, 1.0, 1.0]), np.asarray([4.0, 8.0, 2.0])
+    objective = Quadratic(gain, cost)
+    factor = common_factor(objective, 3)
+    assert factor < 1
+
+    def total(at: float) -> float:
+        safety, kl = first_order(objective, 3, at)
+        return float((safety - kl).sum())
+
+    assert total(1.0) < 0 < total(factor)
+    for cheap, exact in zip(
+        first_order(objective, 3, factor), ablation(objective, 3, factor), strict=True
+    ):
+        assert np.allclose(cheap, exact)
+    alone = np.asarray([factor, 0, 0])
+    gained = objective.value(np.zeros(3)).total - objective.value(alone).total
+    safety, kl = first_order(objective, 3, factor)
+    assert np.isclose((safety - kl)[0], gained)
+
+
 def test_selection_finds_planted_layers() -> None:
     gain, cost = np.full(10, 0.05), np.full(10, 0.1)
     gain[[2, 5, 7]] = (3.0, 2.0, 1.0)
@@ -471,8 +498,6 @@ def test_tokens_that_all_prompts_share_are_computed_once_and_change_nothing(
 
 
 def test_calibration_starts_at_the_best_common_factor_of_a_few(gene: Path) -> None:
-    from safegene_converter.gene.calibrate import COMMON_FACTORS
-
     found = calibrate(
         gene, TARGET, SHOTS, "mine", settings=Settings(max_steps=1), refusals=("No",), weight=0.0
     )

@@ -346,12 +346,12 @@ def _evaluated(lab: Lab, target: str, model: Any, tokenizer: Any) -> dict[str, A
 METHODS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
     "gene": _with_gene("gene", True),
     "uniform": _with_gene("gene", False),
-    "safe lora": _safe_lora,
-    "gene, KL / 4": _with_gene("gene", True, 0.25),
     "re-aligned": _realigned,
-    "direct": _with_gene("direct", True),
+    "safe lora": _safe_lora,
     "all layers": _with_gene("gene-thin", True),
     "random layers": _random_layers,
+    "gene, KL / 4": _with_gene("gene", True, 0.25),
+    "direct": _with_gene("direct", True),
 }
 """What is held against one another, by the name it has in the table."""
 

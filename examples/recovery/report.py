@@ -9,9 +9,9 @@ from statistics import mean, pstdev
 from typing import Any
 
 COLOURS = {
-    "gene": "#0b6e4f", "uniform": "#8a8a8a", "safe lora": "#b3261e", "gene, KL / 4": "#5fd3a6",
-    "re-aligned": "#7a3e9d", "direct": "#5c4033", "all layers": "#2f6fbb",
-    "random layers": "#c98a00",
+    "gene": "#0b6e4f", "uniform": "#8a8a8a", "re-aligned": "#7a3e9d", "safe lora": "#b3261e",
+    "all layers": "#2f6fbb", "random layers": "#c98a00", "gene, KL / 4": "#5fd3a6",
+    "direct": "#5c4033",
 }  # fmt: skip
 WIDTH, HEIGHT, EDGE, LEGEND = 720, 420, 60, 125
 

@@ -14,7 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ REFUSAL_TOKENS = 12
 TASK_WARM_UP = 20
 """Long, so that a fine-tune does not run past the point where it is stopped."""
 
-SOURCES = ("steps", "json")
+SOURCES = ("steps", "concierge")
 """What the gene is extracted from; the other tasks never see it made."""
 
 
@@ -66,7 +66,7 @@ class Plan:
         return tuple(name for name in self.tasks if name not in self.sources)
 
 
-FULL = Plan(80, 80, 30, 16, 100, tuple(data.TASKS), SOURCES, 12)
+FULL = Plan(96, 80, 40, 16, 100, tuple(data.TASKS), SOURCES, 20)
 QUICK = Plan(
     30, 30, 12, 8, 16, ("steps", "obedient"), ("steps",), 5, ("gene", "uniform", "safe lora"),
     reply_tokens=12, rebuilds=2,
@@ -81,10 +81,16 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("build/recovery"))
     parser.add_argument("--base", type=Path, help="another model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--only", choices=[name for name, _ in STEPS], help="stop after this step")
+    parser.add_argument("--methods", help="only these, with commas between them (default: all)")
     parser.add_argument("--artifacts", action="store_true", help="also convert and verify")
     parser.add_argument("--publish", action="store_true", help="keep table and picture beside this")
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL
+    if arguments.methods:
+        chosen = tuple(name.strip() for name in arguments.methods.split(","))
+        if unknown := [name for name in chosen if name not in methods.METHODS]:
+            parser.error(f"--methods: {', '.join(unknown)}; known: {', '.join(methods.METHODS)}")
+        plan = replace(plan, methods=chosen)
     work = arguments.work / f"{'quick' if arguments.quick else 'full'}-seed-{arguments.seed}"
     lab = methods.Lab(
         work, plan, arguments.seed, data.splits(plan.per_kind, plan.test), tell, arguments.base

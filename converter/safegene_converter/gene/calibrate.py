@@ -14,7 +14,7 @@ import numpy.typing as npt
 from safegene_converter.gene.checkpoint import Checkpoint, identity
 from safegene_converter.gene.folder import Expression, add_expression, check_name_free
 from safegene_converter.gene.model import load_gene
-from safegene_converter.gene.objective import REFUSALS, Losses, Objective
+from safegene_converter.gene.objective import REFUSALS, Losses, Objective, common_factor
 from safegene_converter.gene.optimise import Settings, minimise
 from safegene_converter.gene.shots import shots_of
 from safegene_converter.progress import Progress
@@ -22,9 +22,6 @@ from safegene_runtime.files import sha256_file
 from safegene_runtime.prompts import Prompt, builtin_suite
 
 __all__ = ["Calibrated", "calibrate"]
-
-COMMON_FACTORS = (1.0, 0.5, 2.0, 3.0, 4.0, 6.0)
-"""A gene from one fine-tune may be far too short for another: gradient steps alone would not get there."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def calibrate(
     count = len(loaded.layers)
     found = minimise(
         gradient,
-        np.full(count, _common_factor(objective, count, settings.bounds)),
+        np.full(count, common_factor(objective, count, settings.bounds)),
         settings,
         checkpoint,
         lambda step: tell("calibrating", step, settings.max_steps),
@@ -138,9 +135,3 @@ def calibrate(
         converged=found.converged,
         seconds=time.monotonic() - started,
     )
-
-
-def _common_factor(objective: Objective, count: int, bounds: tuple[float, float]) -> float:
-    """Where to start: the one factor on all layers that J likes best, of a few."""
-    tried = [one for one in COMMON_FACTORS if bounds[0] <= one <= bounds[1]] or [bounds[0]]
-    return min(tried, key=lambda one: objective.value(np.full(count, one)).total)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +26,16 @@ from safegene_converter.gene.shots import Shots
 from safegene_converter.progress import Progress
 from safegene_runtime.errors import GeneError, Problem
 
-__all__ = ["REFUSALS", "Losses", "Objective", "kl_along", "log_probabilities"]
+__all__ = [
+    "REFUSALS", "Losses", "Objective", "Valued", "common_factor", "kl_along", "log_probabilities",
+]  # fmt: skip
 
 REFUSALS = ("I'm sorry, but I can't",)
 """Openings that count as refusing; the judge reads no further than the first sentence either."""
 
 REPLY_TOKENS = 16
+COMMON_FACTORS = (1.0, 0.5, 0.25, 2.0, 3.0, 4.0, 6.0)
+"""A gene from one fine-tune may be far too long or too short for another."""
 
 F64 = npt.NDArray[np.float64]
 
@@ -155,6 +160,21 @@ class Objective:
         if not (math.isfinite(safety) and math.isfinite(kl)):
             raise _not_finite(f"safety {safety}, KL {kl}")
         return Losses(safety, kl, self.weight)
+
+
+class Valued(Protocol):
+    """Whatever has a J."""
+
+    def value(self, coefficients: F64, /) -> Losses:
+        """J at coefficients (L,)."""
+
+
+def common_factor(
+    objective: Valued, count: int, bounds: tuple[float, float] = (0.0, math.inf)
+) -> float:
+    """The one factor on all `count` layers that J likes best, of a few."""
+    tried = [one for one in COMMON_FACTORS if bounds[0] <= one <= bounds[1]] or [bounds[0]]
+    return min(tried, key=lambda one: objective.value(np.full(count, one)).total)
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:

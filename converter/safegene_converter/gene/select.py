@@ -1,13 +1,15 @@
 """Data-aware layer selection: what a layer's vector gains in safety against what it costs.
 
-With J = safety + weight * KL over the coefficients c (see `objective`), layer l is worth
+With J = safety + weight * KL over the coefficients c (see `objective`), and f the one factor on all
+layers that J likes best, layer l is worth
 
-    first order   -dJ/dc_l at c = 1/2     gradient . V, one backward pass for all layers
-    ablation      ½ [J(0) - J(e_l)] + ½ [J(1 - e_l) - J(1)]      two forward passes per layer
+    first order   -f dJ/dc_l at c = f/2     gradient . V, one backward pass for all layers
+    ablation      ½ [J(0) - J(f e_l)] + ½ [J(f - f e_l) - J(f)]      two forward passes per layer
 
 the mean of what it adds alone and of what is lost without it. Where J is quadratic the two are equal:
-that is why the cheap one is taken in the middle. At c = 0 the KL has no slope and at c = 1 refusals
-are saturated, so neither end would see both sides of the bargain.
+that is why the cheap one is taken in the middle. At c = 0 the KL has no slope and at c = f refusals
+are saturated, so neither end would see both sides of the bargain. And f, not 1: coefficients are
+calibrated later, so a gene that is too long or too short as it was extracted is not judged by that.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import numpy.typing as npt
 
 from safegene_converter.gene.folder import keep_layers
 from safegene_converter.gene.model import load_gene
-from safegene_converter.gene.objective import REFUSALS, Losses, Objective
+from safegene_converter.gene.objective import REFUSALS, Losses, Objective, Valued, common_factor
 from safegene_converter.gene.shots import shots_of
 from safegene_converter.progress import Progress
 from safegene_runtime.errors import GeneError, Problem
@@ -42,11 +44,8 @@ __all__ = [
 F64 = npt.NDArray[np.float64]
 
 
-class Scored(Protocol):
+class Scored(Valued, Protocol):
     """What scores need of an objective."""
-
-    def value(self, coefficients: F64, /) -> Losses:
-        """J at coefficients (L,)."""
 
     def gradient(self, coefficients: F64, /) -> tuple[Losses, F64, F64]:
         """J, and the slopes of its two parts."""
@@ -80,6 +79,7 @@ class Selection:
         layers: those that are kept.
         share: their parameters as a share of the model's.
         correlation: Spearman's, of cheap and exact scores, when both were computed.
+        factor: on all layers, where they were scored.
     """
 
     scores: tuple[LayerScore, ...]
@@ -87,26 +87,30 @@ class Selection:
     parameters: int
     share: float
     correlation: float | None
+    factor: float
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
         return asdict(self)
 
 
-def first_order(objective: Scored, count: int) -> tuple[F64, F64]:
-    """(safety gained, KL paid) by layer, each (L,), from one backward pass at c = 1/2."""
-    _, safety, kl = objective.gradient(np.full(count, 0.5))
-    return -safety, kl
+def first_order(objective: Scored, count: int, factor: float = 1.0) -> tuple[F64, F64]:
+    """(safety gained, KL paid) by layer, each (L,), from one backward pass at c = factor / 2."""
+    _, safety, kl = objective.gradient(np.full(count, factor / 2))
+    return -factor * safety, factor * kl
 
 
-def ablation(objective: Scored, count: int, tell: Progress | None = None) -> tuple[F64, F64]:
+def ablation(
+    objective: Scored, count: int, factor: float = 1.0, tell: Progress | None = None
+) -> tuple[F64, F64]:
     """(safety gained, KL paid) by layer, each (L,), by adding each alone and leaving each out."""
-    nothing, everything = objective.value(np.zeros(count)), objective.value(np.ones(count))
+    nothing = objective.value(np.zeros(count))
+    everything = objective.value(np.full(count, factor))
     safety, kl = np.zeros(count), np.zeros(count)
     for layer in range(count):
         one = np.zeros(count)
-        one[layer] = 1
-        alone, without = objective.value(one), objective.value(1 - one)
+        one[layer] = factor
+        alone, without = objective.value(one), objective.value(factor - one)
         safety[layer] = (nothing.safety - alone.safety + without.safety - everything.safety) / 2
         kl[layer] = (alone.kl - nothing.kl + everything.kl - without.kl) / 2
         if tell:
@@ -196,12 +200,13 @@ def select(
     objective = Objective(loaded, shots, weight=weight, refusals=refusals, progress=tell)
     count = len(loaded.layers)
     tell("scoring layers", 0, 1)
-    safety, kl = first_order(objective, count)
+    factor = common_factor(objective, count)
+    safety, kl = first_order(objective, count, factor)
     tell("scoring layers", 1, 1)
     cheap = safety - weight * kl
     by_ablation, correlation = None, None
     if exact:
-        gained, paid = ablation(objective, count, tell)
+        gained, paid = ablation(objective, count, factor, tell)
         by_ablation = gained - weight * paid
         correlation = rank_correlation(cheap, by_ablation) if count > 1 else None
     sizes = loaded.parameters_of()
@@ -226,6 +231,7 @@ def select(
         parameters=total,
         share=total / loaded.n_parameters,
         correlation=correlation,
+        factor=factor,
     )
 
 
