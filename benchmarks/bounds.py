@@ -3,7 +3,7 @@
 Merges the example adapter into the Q4_1 base, all touched tensors in one type, bounds switched off,
 and verifies each against one PyTorch reference. Prints the table of docs/survival.md.
 
-    python benchmarks/bounds.py [--reference DIR] [--types q4_1 q8_0 ...]
+    python benchmarks/bounds.py [--suite smoke | --reference DIR] [--types q4_1 q8_0 ...]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from safegene_converter.survival import Bounds
 from safegene_converter.to_gguf import convert
 from safegene_runtime.errors import SurvivalError
 from safegene_runtime.ladder import verify
+from safegene_runtime.prompts import SUITES, builtin_suite
 from safegene_runtime.reference import read_reference
 
 TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "auto")
@@ -29,7 +30,9 @@ NO_BOUNDS = Bounds(0.0, 1e6, 1e6, 1e6)
 def main() -> None:
     """Prints one row per type."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--reference", type=Path, help="made by `safegene record` or the demo")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--suite", choices=SUITES, default="ci", help="what to ask (default: ci)")
+    asked.add_argument("--reference", type=Path, help="made by `safegene record` or the demo")
     parser.add_argument("--types", nargs="+", default=TYPES)
     arguments = parser.parse_args()
     base, adapter = find_smollm2(), find_adapter()
@@ -44,7 +47,7 @@ def main() -> None:
         reference = (
             read_reference(arguments.reference)
             if arguments.reference
-            else record(adapter, base, root / "reference")
+            else record(adapter, base, root / "reference", prompts=builtin_suite(arguments.suite))
         )
         for name in arguments.types:
             bounds = None if name == "auto" else NO_BOUNDS
