@@ -8,6 +8,8 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol
 
+from safegene_runtime.files import hashing
+
 __all__ = ["digesting"]
 
 
@@ -26,8 +28,12 @@ def digesting(base: _Hashable) -> Iterator[Future[dict[str, str]]]:
         if ended.is_set():
             raise CancelledError
 
+    def digests() -> dict[str, str]:
+        with hashing(ended):
+            return base.digests(step)
+
     with ThreadPoolExecutor(1, "digest") as pool:
-        future = pool.submit(base.digests, step)
+        future = pool.submit(digests)
         try:
             yield future
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -22,6 +23,8 @@ from safegene_runtime.files import FollowingDigest, open_regular
 __all__ = ["Bytes", "OutputStream", "as_bytes"]
 
 COPY_BYTES = 64 << 20
+SYNC_BYTES = 256 << 20
+"""How much may wait for the disk: it writes while the rest is copied, not only after the last byte."""
 
 Bytes = bytes | memoryview | npt.NDArray[Any]
 
@@ -61,6 +64,9 @@ class OutputStream:
         self._file: BinaryIO
         self._following: FollowingDigest
         self._digest: str | None = None
+        self._syncing: Future[None] | None = None
+        self._synced = 0
+        self._disk = ThreadPoolExecutor(1, "sync")
 
     def __enter__(self) -> Self:
         try:
@@ -77,10 +83,14 @@ class OutputStream:
         trace: TracebackType | None,
     ) -> None:
         try:
+            self._disk.shutdown(cancel_futures=True)
             if error is None:
-                self._tell(0)
+                self._file.flush()
+                self._following.reached(self._file.tell())
             self._file.close()
             if error is None:
+                if self._syncing is not None:
+                    self._syncing.result()
                 self._digest = self._following.result()
         except BaseException as caught:
             error = caught
@@ -159,7 +169,13 @@ class OutputStream:
 
     def _tell(self, count: int) -> None:
         self._file.flush()
-        self._following.reached(self._file.tell())
+        written = self._file.tell()
+        self._following.reached(written)
+        if written - self._synced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            if self._syncing is not None:
+                self._syncing.result()
+            self._syncing = self._disk.submit(os.fsync, self._file.fileno())
+            self._synced = written
         if self._progress and count:
             self._progress(count)
 

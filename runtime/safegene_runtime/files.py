@@ -29,6 +29,7 @@ from safegene_runtime.errors import FormatError, OutputError, Problem
 __all__ = [
     "FollowingDigest",
     "check_output_free",
+    "hashing",
     "open_regular",
     "publish_file",
     "publish_folder",
@@ -40,6 +41,7 @@ __all__ = [
 CHUNK_BYTES = 4 << 20
 MANIFEST_NAME = "manifest.json"
 _READING_UMASK = threading.Lock()
+_HASHERS = threading.BoundedSemaphore(max(1, (os.cpu_count() or 1) - 1))
 
 
 def open_regular(path: Path, *, follow_symlinks: bool = False) -> BinaryIO:
@@ -109,16 +111,36 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def hashing(stop: threading.Event) -> Iterator[None]:
+    """Waits for a CPU to hash on beside other work, or until `stop` is set.
+
+    One CPU is left to the copy that is hashed: it takes as long as hashing both its ends, so two
+    hashers beside it on two CPUs would slow down what everything waits for. Whoever is inside must not
+    wait for anybody else.
+    """
+    held = False
+    while not held and not stop.is_set():
+        held = _HASHERS.acquire(timeout=0.05)
+    try:
+        yield
+    finally:
+        if held:
+            _HASHERS.release()
+
+
 class FollowingDigest:
     """The SHA-256 of a file, taken by a thread while the file is being written from start to end.
 
-    What is hashed is read back from the file, so it is the digest of what arrived there.
+    What is hashed is read back from the file, so it is the digest of what arrived there: of what the
+    kernel gives to every reader. That the disk keeps it is fsync's promise, and trusted.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._written: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(1, "digest")
+        self._abandoned = threading.Event()
         self._digest = self._pool.submit(self._follow)
 
     def reached(self, size: int) -> None:
@@ -139,6 +161,7 @@ class FollowingDigest:
 
     def abandon(self) -> None:
         """Ends the thread without a result."""
+        self._abandoned.set()
         self._written.put(None)
         self._pool.shutdown(cancel_futures=True)
 
@@ -149,12 +172,13 @@ class FollowingDigest:
         with open_regular(self._path) as file:
             while (goal := self._written.get()) is not None:
                 announced = goal
-                while done < announced:
-                    count = file.readinto(view[: min(CHUNK_BYTES, announced - done)])  # type: ignore[attr-defined]
-                    if not count:
-                        break
-                    digest.update(view[:count])
-                    done += count
+                with hashing(self._abandoned):
+                    while done < announced:
+                        count = file.readinto(view[: min(CHUNK_BYTES, announced - done)])  # type: ignore[attr-defined]
+                        if not count:
+                            break
+                        digest.update(view[:count])
+                        done += count
             size = os.fstat(file.fileno()).st_size
         if not done == announced == size:
             raise FormatError(
