@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
 import tiny
@@ -50,6 +51,16 @@ def test_every_module_is_upstreams_tensor_in_upstreams_row_order(architecture: s
         if not names.transform_for(architecture, part, 4, 2).is_identity
     ]
     assert permuted == (["self_attn.q_proj", "self_attn.k_proj"] if architecture == "llama" else [])
+
+
+@pytest.mark.parametrize("architecture", names.ARCHITECTURES)
+def test_tensors_have_the_names_that_gguf_py_gives_them(architecture: str) -> None:
+    kind = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    theirs = gguf.get_tensor_name_map(kind, 3)
+    for part in names.BLOCK_MODULES:
+        module = f"model.layers.2.{part}"
+        tensor = theirs.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        assert names.gguf_name(architecture, module) == tensor
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

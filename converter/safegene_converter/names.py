@@ -1,11 +1,11 @@
 """From a Hugging Face module name to the GGUF tensor that holds its weight, and in which row order.
 
-Names come from gguf-py's own tensor map; row orders are in `safegene_runtime.row_order`.
+The names are gguf-py's (a test compares them for every architecture: importing gguf-py costs as much
+as reading a model's header); row orders are in `safegene_runtime.row_order`.
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -40,17 +40,20 @@ _HF_CLASSES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 
-BLOCK_MODULES = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-"""The linear modules of a block, the same in every architecture of `ARCHITECTURES`."""
+BLOCK_TENSORS: Mapping[str, str] = {
+    "self_attn.q_proj": "attn_q.weight",
+    "self_attn.k_proj": "attn_k.weight",
+    "self_attn.v_proj": "attn_v.weight",
+    "self_attn.o_proj": "attn_output.weight",
+    "mlp.gate_proj": "ffn_gate.weight",
+    "mlp.up_proj": "ffn_up.weight",
+    "mlp.down_proj": "ffn_down.weight",
+}
+"""Linear module of a block -> its tensor, the same in every architecture of `ARCHITECTURES`."""
 
+BLOCK_MODULES = tuple(BLOCK_TENSORS)
+
+_BLOCK_MODULE_OF = {tensor: module for module, tensor in BLOCK_TENSORS.items()}
 _MODULE = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)")
 _TENSOR = re.compile(r"blk\.(0|[1-9][0-9]*)\.(.+)")
 
@@ -94,7 +97,7 @@ def gguf_name(architecture: str, module: str) -> str:
                 "embeddings, lm_head, norms and experts are not supported yet",
             )
         )
-    return f"blk.{match[1]}.{_block_names(architecture)[match[2]]}"
+    return f"blk.{match[1]}.{BLOCK_TENSORS[match[2]]}"
 
 
 def module_name(architecture: str, tensor: str) -> str | None:
@@ -102,10 +105,9 @@ def module_name(architecture: str, tensor: str) -> str | None:
     match = _TENSOR.fullmatch(tensor)
     if not match:
         return None
-    for module, name in _block_names(check_architecture(architecture, tensor)).items():
-        if name == match[2]:
-            return f"model.layers.{match[1]}.{module}"
-    return None
+    check_architecture(architecture, tensor)
+    module = _BLOCK_MODULE_OF.get(match[2])
+    return f"model.layers.{match[1]}.{module}" if module else None
 
 
 def prove_transform(
@@ -132,21 +134,3 @@ def prove_transform(
         ours -= theirs
         error += float(ours @ ours)
     return float(np.sqrt(error / norm)) if norm else float(error > 0)
-
-
-@functools.cache
-def _block_names(architecture: str) -> dict[str, str]:
-    """Module of a block -> tensor of a block, from gguf-py; asked for block 0, true for all."""
-    import gguf  # imports in 0.1 s; only needed once a base is looked at
-
-    kind = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
-    tensor_map = gguf.get_tensor_name_map(kind, 1)
-    names = {}
-    for module in BLOCK_MODULES:
-        name = tensor_map.get_name(f"model.layers.0.{module}.weight", try_suffixes=(".weight",))
-        if name is None or not name.startswith("blk.0."):
-            raise UnsupportedError(
-                Problem(architecture, module, "a tensor of a block in gguf-py", str(name))
-            )
-        names[module] = name.removeprefix("blk.0.")
-    return names
