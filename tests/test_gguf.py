@@ -131,6 +131,17 @@ def test_a_real_model_is_read_as_gguf_py_reads_it() -> None:
     assert len(found.get("tokenizer.ggml.tokens")) == 49152
 
 
+def test_strings_of_an_array_are_a_tuple_that_is_decoded_late() -> None:
+    raw, meant = (b"a", b"", "世".encode(), b"\xff"), ("a", "", "世", "\udcff")
+    stored = b"".join(struct.pack("<Q", len(text)) + text for text in raw)
+    texts = ours.Texts(stored, 4)
+    assert texts == meant == texts == ours.Texts(stored, 4)
+    assert hash(texts) == hash(meant)
+    assert (len(texts), texts[2:], list(texts)) == (4, meant[2:], [*meant])
+    for other in (meant[:3], ours.Texts(stored[:-9], 3), [*meant]):
+        assert texts != other
+
+
 @pytest.mark.parametrize("name", ["bert-bge", "deepseek-coder"])
 def test_vocabularies_of_llama_cpp_are_read_as_gguf_py_reads_them(name: str) -> None:
     """Without tensors, without padding at the end, and with tokens that are not ASCII."""

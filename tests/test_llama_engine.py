@@ -14,7 +14,7 @@ import pytest
 
 from safegene_runtime.engine import Engine, open_engine
 from safegene_runtime.errors import EngineError, FormatError
-from safegene_runtime.gguf import read_gguf
+from safegene_runtime.gguf import ValueType, read_gguf
 from safegene_runtime.llama_engine import LlamaEngine
 
 LAYERS, EMBED, HEADS, KV_HEADS, FEED = 2, 64, 4, 2, 128
@@ -71,7 +71,7 @@ def write_model(path: Path, weights: Weights, **overrides: Any) -> Path:
     writer.add_vocab_size(weights["token_embd.weight"].shape[0])
     for key, value in source.items():
         if key.startswith("tokenizer.") and key != "tokenizer.ggml.token_type":
-            found = list(value.value) if isinstance(value.value, tuple) else value.value
+            found = list(value.value) if value.type is ValueType.ARRAY else value.value
             kind = gguf.GGUFValueType(value.type)
             writer.add_key_value(key, overrides.get(key, found), kind)
     writer.add_token_types(source["tokenizer.ggml.token_type"].value)

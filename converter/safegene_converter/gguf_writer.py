@@ -26,6 +26,7 @@ from safegene_runtime.gguf import (
     SCALAR_FORMATS,
     GGMLType,
     TensorInfo,
+    Texts,
     Value,
     ValueType,
     nbytes,
@@ -219,6 +220,8 @@ def _encode(key: str, value: Value) -> bytes:
         raise FormatError(Problem("header", key, "an array of plain values", str(element)))
     head = struct.pack("<IQ", element, len(value.value))
     if element is ValueType.STRING:
+        if isinstance(value.value, Texts):
+            return head + value.value.stored
         return head + b"".join(_string(key, text) for text in value.value)
     try:
         if element is ValueType.BOOL:

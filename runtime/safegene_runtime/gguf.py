@@ -15,11 +15,12 @@ a C reader would cut there.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -36,6 +37,7 @@ __all__ = [
     "GGUFFile",
     "GGUFModel",
     "TensorInfo",
+    "Texts",
     "Value",
     "ValueType",
     "map_tensor",
@@ -150,14 +152,57 @@ SCALAR_FORMATS: Mapping[ValueType, str] = {
 _STRUCTS = {kind: struct.Struct(code) for kind, code in SCALAR_FORMATS.items()}
 
 
+class Texts(Sequence[str]):
+    """The strings of an array: kept as they are stored, decoded when the first one is asked for.
+
+    A vocabulary has 100,000 of them, and most readers of a header want their number, or a copy.
+    """
+
+    def __init__(self, stored: bytes, count: int) -> None:
+        self.stored = stored
+        """`count` times u64 length and bytes."""
+        self._count = count
+
+    @functools.cached_property
+    def _texts(self) -> tuple[str, ...]:
+        found: list[str] = []
+        unpack, at = _STRUCTS[ValueType.UINT64].unpack_from, 0
+        for _ in range(self._count):
+            end = at + 8 + unpack(self.stored, at)[0]
+            found.append(self.stored[at + 8 : end].decode("utf-8", "surrogateescape"))
+            at = end
+        return tuple(found)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._texts[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Texts):
+            return self.stored == other.stored
+        return self._texts == other if isinstance(other, tuple) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._texts)
+
+    def __repr__(self) -> str:
+        return repr(self._texts)
+
+
 @dataclass(frozen=True)
 class Value:
     """One metadata value.
 
     Attributes:
         type: how it is stored.
-        value: a number, bool or str; a tuple for an array. Strings that are not UTF-8 keep their
-            bytes as surrogate escapes, so that a copy is exact.
+        value: a number, bool or str; a tuple for an array, or `Texts` for one of strings that was
+            read. Strings that are not UTF-8 keep their bytes as surrogate escapes, so that a copy
+            is exact.
         element_type: of an array.
     """
 
@@ -294,22 +339,25 @@ class _Cursor:
             )
         return self.take(length, what)
 
-    def texts(self, count: int, what: str) -> tuple[str, ...]:
+    def texts(self, count: int, what: str) -> Texts:
         """`count` strings; a vocabulary has 100,000, so the window is walked without calls."""
-        found: list[str] = []
-        unpack, add = _STRUCTS[ValueType.UINT64].unpack_from, found.append
-        while len(found) < count:
+        pieces: list[bytes] = []
+        length, left = _STRUCTS[ValueType.UINT64], count
+        unpack = length.unpack_from
+        while left:
             window, at, size = self._window, self._next, len(self._window)
-            while len(found) < count and at + 8 <= size:
+            while left and at + 8 <= size:
                 end = at + 8 + unpack(window, at)[0]
                 if end > size:
                     break
-                add(window[at + 8 : end].decode("utf-8", "surrogateescape"))
-                at = end
+                at, left = end, left - 1
+            pieces.append(window[self._next : at])
             self._next = at
-            if len(found) < count:  # the next one is cut off by the window, or by the file
-                add(self.text(what).decode("utf-8", "surrogateescape"))
-        return tuple(found)
+            if left:  # the next one is cut off by the window, or by the file
+                text = self.text(what)
+                pieces += [length.pack(len(text)), text]
+                left -= 1
+        return Texts(b"".join(pieces), count)
 
 
 def _parse(cursor: _Cursor, path: Path) -> GGUFFile:
