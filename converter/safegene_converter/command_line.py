@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from safegene_runtime.verdict import EXIT_USAGE
+
+if TYPE_CHECKING:  # what is imported when there is a terminal
+    from rich.progress import Progress
 
 __all__ = ["PIPE_COLUMNS", "Bars", "Parser", "add_command", "add_json", "console", "put_json"]
 
@@ -43,6 +45,8 @@ class Bars:
 
     def __enter__(self) -> Self:
         if not self._quiet:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
             self._progress = Progress(
                 TextColumn("{task.description:<32}"),
                 BarColumn(),

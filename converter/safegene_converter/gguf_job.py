@@ -22,7 +22,18 @@ from safegene_runtime.gguf import GGMLType, GGUFModel, Value, ValueType
 from safegene_runtime.manifest import FileEntry, ModuleEntry
 from safegene_runtime.provenance import ADAPTER_KEY, adapter_digest
 
-__all__ = ["BLOCK_ELEMENTS", "FORMS", "Form", "Job", "Made", "Rows", "figures", "string", "within"]
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "FORMS",
+    "Form",
+    "Job",
+    "Made",
+    "Rows",
+    "figures",
+    "starts_from_float",
+    "string",
+    "within",
+]
 
 Form = Literal["merged", "sidecar"]
 FORMS: tuple[Form, ...] = ("merged", "sidecar")
@@ -34,11 +45,19 @@ Rows = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Made:
-    """What writing an artifact gives: its file, a line per module, the class of its weights."""
+    """What writing an artifact gives.
+
+    Attributes:
+        file: its entry in the manifest.
+        modules: a line per module, likewise.
+        precision: the class of its weights.
+        base: the GGUF that the delta was added to: quantised, where the artifact is.
+    """
 
     file: FileEntry
     modules: tuple[ModuleEntry, ...]
     precision: str
+    base: Path
 
 
 @dataclass(frozen=True)
@@ -87,6 +106,11 @@ class Job:
                 kind = after.get(name, info.type).name
                 counted[kind] = counted.get(kind, 0) + math.prod(info.shape)
         return precision_of(counted)
+
+
+def starts_from_float(base: Base, type_name: str) -> bool:
+    """Whether the whole model is quantised once, delta included."""
+    return base.is_float and type_name not in ("auto", "keep")
 
 
 def string(text: str) -> Value:

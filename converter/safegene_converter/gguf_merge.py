@@ -17,8 +17,16 @@ import numpy as np
 
 from safegene_converter import ggml
 from safegene_converter.adapter import Module
-from safegene_converter.base import Base
-from safegene_converter.gguf_job import BLOCK_ELEMENTS, Job, Made, Rows, figures, string, within
+from safegene_converter.gguf_job import (
+    BLOCK_ELEMENTS,
+    Job,
+    Made,
+    Rows,
+    figures,
+    starts_from_float,
+    string,
+    within,
+)
 from safegene_converter.gguf_writer import OutTensor, write_gguf
 from safegene_converter.manifest_lines import module_entry
 from safegene_converter.presets import PRESETS, preset, quantize_gguf
@@ -38,7 +46,7 @@ from safegene_runtime.gguf import (
 )
 from safegene_runtime.manifest import FileEntry
 
-__all__ = ["MODEL_FILE", "QUANTISED_FILE", "starts_from_float", "write_merged"]
+__all__ = ["MODEL_FILE", "write_merged"]
 
 MODEL_FILE = "model.gguf"
 QUANTISED_FILE = "quantised.gguf"
@@ -57,11 +65,6 @@ class Stored:
     bytes_before: int
 
 
-def starts_from_float(base: Base, type_name: str) -> bool:
-    """Whether the whole model is quantised once, delta included."""
-    return base.is_float and type_name not in ("auto", "keep")
-
-
 def write_merged(job: Job, folder: Path, work: Path, tell: Progress) -> Made:
     """Writes `model.gguf` into `folder`; `work` is for what is thrown away afterwards.
 
@@ -71,10 +74,8 @@ def write_merged(job: Job, folder: Path, work: Path, tell: Progress) -> Made:
     """
     model, file_type = job.model, None
     if starts_from_float(job.base, job.type_name):
-        model, file_type = (
-            _quantise_base(job, work / QUANTISED_FILE, tell),
-            preset(job.type_name).ftype,
-        )
+        model = _quantise_base(job, work / QUANTISED_FILE, tell)
+        file_type = preset(job.type_name).ftype
     source = model.tensors
     metadata = {key: value for key, value in model.metadata.items() if not key.startswith("split.")}
     stored = _encode_touched(job, source, work / "spool", tell)
@@ -118,7 +119,7 @@ def write_merged(job: Job, folder: Path, work: Path, tell: Progress) -> Made:
         )
     entry = FileEntry(path.name, "model", path.stat().st_size, written.sha256)
     types = {tensor.name: tensor.type for tensor in tensors}
-    return Made(entry, tuple(modules), job.precision(types))
+    return Made(entry, tuple(modules), job.precision(types), model.shards[0].path)
 
 
 def _quantise_base(job: Job, target: Path, tell: Progress) -> GGUFModel:

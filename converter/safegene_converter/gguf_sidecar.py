@@ -80,7 +80,7 @@ def write_sidecar(job: Job, folder: Path, tell: Progress) -> Made:
     path = folder / ADAPTER_FILE
     written = write_gguf(path, metadata, tensors)
     entry = FileEntry(path.name, "adapter", path.stat().st_size, written.sha256)
-    return Made(entry, tuple(modules), job.precision({}))
+    return Made(entry, tuple(modules), job.precision({}), job.model.shards[0].path)
 
 
 def _measure_factors(a: Rows, b: Rows, a_stored: Rows, b_stored: Rows) -> Survival:

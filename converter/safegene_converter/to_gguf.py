@@ -16,21 +16,12 @@ from typing import Any
 
 from safegene_converter.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.base import FLOAT_TYPES, Base, open_base
-from safegene_converter.gguf_job import FORMS, Form, Job, Made
-from safegene_converter.gguf_merge import (
-    MODEL_FILE,
-    QUANTISED_FILE,
-    starts_from_float,
-    write_merged,
-)
+from safegene_converter.gguf_job import FORMS, Form, Job, Made, starts_from_float
 from safegene_converter.gguf_sidecar import ADAPTER_FILE, SIDECAR_TYPES, write_sidecar
 from safegene_converter.hashing import digesting
-from safegene_converter.hf_to_gguf import convert_hf
 from safegene_converter.imatrix import read_imatrix
 from safegene_converter.names import prove_transform
-from safegene_converter.presets import Preset, preset
 from safegene_converter.progress import Progress
-from safegene_converter.selfcheck import check_artifact
 from safegene_converter.survival import Bounds
 from safegene_runtime import __version__
 from safegene_runtime.errors import BaseModelError, Problems, UnsupportedError
@@ -42,9 +33,9 @@ from safegene_runtime.files import (
     sha256_of,
 )
 from safegene_runtime.gguf import read_gguf
-from safegene_runtime.manifest import FileEntry, Manifest
+from safegene_runtime.manifest import Manifest
 
-__all__ = ["ADAPTER_FILE", "MODEL_FILE", "SIDECAR_TYPES", "convert"]
+__all__ = ["convert"]
 
 TRANSFORM_ERROR_MAX = 0.5
 """A right row order leaves the rounding of the type (0.1 for 4 bits), a wrong one about 1.4."""
@@ -122,7 +113,7 @@ def convert(
         settings["bounds"] = vars(job.bounds) if form == "merged" else None
         if check:
             tell("checking what was written", 0, 1)
-            settings["self_check"] = _check(job, folder, work, made.file)
+            settings["self_check"] = _check(job, folder, work, made)
             tell("checking what was written", 1, 1)
         template = base.model.metadata.get("tokenizer.chat_template") if base.model else None
         manifest = Manifest(
@@ -164,6 +155,10 @@ def convert(
 def _write(job: Job, folder: Path, work: Path, tell: Progress) -> Made:
     if job.form == "sidecar":
         return write_sidecar(job, folder, tell)
+    from safegene_converter.gguf_merge import (
+        write_merged,
+    )  # a sidecar is written before it is loaded
+
     return write_merged(job, folder, work, tell)
 
 
@@ -189,8 +184,11 @@ def _check_request(form: str, type_name: str, base: Base) -> None:
             )
     elif form == "merged":
         if type_name not in ("auto", "keep"):
+            from safegene_converter.presets import preset
+
             wanted = preset(type_name)
-            if not base.is_float and not _is_pure(wanted):
+            pure = wanted.name == wanted.type.name.lower()
+            if not base.is_float and not pure:
                 problems.add(
                     "--type",
                     "type",
@@ -204,12 +202,10 @@ def _check_request(form: str, type_name: str, base: Base) -> None:
     problems.raise_if_any(UnsupportedError)
 
 
-def _is_pure(wanted: Preset) -> bool:
-    return wanted.name == wanted.type.name.lower()
-
-
 def _from_hugging_face(base: Base, work: Path, llama_cpp: Path | None, tell: Progress) -> Base:
     """The same model as a GGUF in its own float type, by llama.cpp's converter."""
+    from safegene_converter.hf_to_gguf import convert_hf
+
     kinds = {info.dtype for file in base.weights for info in file.tensors.values()}
     outtype = {frozenset({"F16"}): "f16", frozenset({"BF16"}): "bf16"}.get(frozenset(kinds), "f32")
     target = work / "base.gguf"
@@ -252,22 +248,21 @@ def _prove_transforms(adapter: Adapter, hf_base: Base, base: Base) -> float:
     return worst
 
 
-def _check(job: Job, folder: Path, work: Path, written: FileEntry) -> dict[str, Any]:
+def _check(job: Job, folder: Path, work: Path, made: Made) -> dict[str, Any]:
     """The postcondition, in a child process; a merged model is compared with an F32 sidecar."""
-    path = folder / written.path
-    base, sidecar = job.model.shards[0].path, path
+    from safegene_converter.selfcheck import check_artifact
+
+    path = sidecar = folder / made.file.path
     if job.form == "merged":
         oracle = work / "oracle"
         oracle.mkdir()
         as_sidecar = dataclasses.replace(job, form="sidecar", type_name="f32")
         write_sidecar(as_sidecar, oracle, lambda stage, done, total: None)
         sidecar = oracle / ADAPTER_FILE
-        if (work / QUANTISED_FILE).exists():
-            base = work / QUANTISED_FILE
     header = read_gguf(path)
     tensors = {name: [info.type.name, list(info.shape)] for name, info in header.tensors.items()}
     return check_artifact(
-        base,
+        made.base,
         path if job.form == "merged" else None,
         sidecar,
         job.adapter,

@@ -19,12 +19,14 @@ from typing import Literal
 from safegene_converter.adapter import check_base_fits, read_adapter
 from safegene_converter.base import Base
 from safegene_converter.gene.folder import copy_with
+from safegene_converter.gguf_merge import MODEL_FILE
+from safegene_converter.gguf_sidecar import ADAPTER_FILE
 from safegene_converter.onnx_base import OnnxBase
 from safegene_converter.onnx_job import Job, prove_weights, touched_weights
 from safegene_converter.onnx_source import Export, export_base, open_source
 from safegene_converter.progress import Progress
 from safegene_converter.survival import Bounds
-from safegene_converter.to_gguf import ADAPTER_FILE, MODEL_FILE, convert
+from safegene_converter.to_gguf import convert
 from safegene_converter.to_onnx import default_form, write_job
 from safegene_runtime.engine import Engine, open_engine
 from safegene_runtime.errors import Problem, UnsupportedError
