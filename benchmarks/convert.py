@@ -37,9 +37,9 @@ def export_lora(tree: Path) -> Path | None:
     if not binary.exists():
         print("building llama-export-lora (minutes, once) ...", file=sys.stderr)
         configure = ["cmake", "-S", str(tree), "-B", str(folder), "-DLLAMA_CURL=OFF",
-                     "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_APP=OFF",
-                     "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_OPENSSL=OFF",
-                     "-DCMAKE_BUILD_TYPE=Release"]  # fmt: skip
+                     "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
+                     "-DLLAMA_OPENSSL=OFF", "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",
+                     "-DCMAKE_BUILD_TYPE=Release"]  # as tools/build_server.sh: one tree  # fmt: skip
         build = ["cmake", "--build", str(folder), "--target", "llama-export-lora", "-j2"]
         for command in (configure, build):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -144,6 +144,9 @@ def main() -> None:
             rows.append((job, "cp", ["cp", str(base), str(out)]))
             rows.append((job, "cp, on disk when done",
                          ["sh", "-c", 'cp "$1" "$2" && sync "$2"', "-", str(base), str(out)]))  # fmt: skip
+            rows.append((job, "cp, then sha256sum of both",
+                         ["sh", "-c", 'cp "$1" "$2" && sync "$2" && sha256sum "$1" "$2"', "-",
+                          str(base), str(out)]))  # fmt: skip
             if "synthetic" not in job:
                 rows.append((job, "safegene", [*ours, str(base), "--as", "merged"]))
             rows.append((job, "safegene, no self-check",
