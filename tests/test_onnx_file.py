@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from safegene_runtime.errors import FormatError
-from safegene_runtime.onnx_file import DataType, read_initializer, read_onnx
+from safegene_runtime.onnx_file import read_onnx
+from safegene_runtime.onnx_tensor import DataType, read_initializer
 
 FLOATS = np.arange(12, dtype=np.float32).reshape(3, 4)
 

@@ -19,7 +19,8 @@ from safegene_converter.survival import Meter, Mode, Survival, passes
 from safegene_runtime.errors import BaseModelError, Problems, SurvivalError
 from safegene_runtime.files import sha256_of
 from safegene_runtime.manifest import ModuleEntry
-from safegene_runtime.onnx_file import DataType, OnnxFile
+from safegene_runtime.onnx_file import OnnxFile
+from safegene_runtime.onnx_tensor import DataType
 
 __all__ = ["branch", "slot_names", "write_adapter"]
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from safegene_converter import nbits
 from safegene_converter.onnx_graph import Linear
-from safegene_runtime.onnx_file import DataType, OnnxFile
+from safegene_runtime.onnx_file import OnnxFile
 from safegene_runtime.onnx_linear import (
     FLOAT_DATA,
     part_of,
@@ -25,6 +25,7 @@ from safegene_runtime.onnx_linear import (
     read_weight,
     to_float32,
 )
+from safegene_runtime.onnx_tensor import DataType
 
 __all__ = [
     "Encoded", "Kind", "encode", "kind_of", "kinds_to_try", "read_packed", "read_weight",

@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from safegene_converter.stream import OutputStream
 from safegene_runtime.errors import FormatError, OutputError, Problem
-from safegene_runtime.onnx_file import DataType, Initializer, OnnxFile
+from safegene_runtime.onnx_file import OnnxFile
+from safegene_runtime.onnx_tensor import DataType, Initializer
 
 __all__ = ["Change", "insert_nodes", "load_proto", "write_onnx"]
 

@@ -49,7 +49,8 @@ from safegene_runtime.files import (
 )
 from safegene_runtime.manifest import FileEntry, Manifest, ModuleEntry
 from safegene_runtime.onnx_checks import precision_class
-from safegene_runtime.onnx_file import DataType, read_onnx
+from safegene_runtime.onnx_file import read_onnx
+from safegene_runtime.onnx_tensor import DataType
 from safegene_runtime.ort_engine import read_text_files
 from safegene_runtime.provenance import ADAPTER_KEY, adapter_digest
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from safegene_runtime.bounds import precision_of
 from safegene_runtime.errors import ManifestError, Problems
 from safegene_runtime.manifest import Manifest
-from safegene_runtime.onnx_file import DataType, OnnxFile, read_onnx
+from safegene_runtime.onnx_file import OnnxFile, read_onnx
+from safegene_runtime.onnx_tensor import DataType
 from safegene_runtime.provenance import ADAPTER_KEY, check_provenance
 
 __all__ = ["check_onnx_artifact", "precision_class"]

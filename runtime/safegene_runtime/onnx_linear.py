@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from safegene_runtime import nbits
 from safegene_runtime.errors import BaseModelError, Problem
-from safegene_runtime.onnx_file import DataType, Initializer, OnnxFile, read_initializer
+from safegene_runtime.onnx_file import OnnxFile
+from safegene_runtime.onnx_tensor import DataType, Initializer, read_initializer
 
 __all__ = [
     "FLOAT_DATA", "LINEAR_OPS", "Layout", "StoredLinear", "constant_behind", "layout_of", "part_of",

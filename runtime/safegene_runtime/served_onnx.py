@@ -20,7 +20,7 @@ import numpy.typing as npt
 from safegene_runtime.errors import EngineError, FormatError, Problem
 from safegene_runtime.factors import ModuleFactors, inner
 from safegene_runtime.manifest import ModuleEntry
-from safegene_runtime.onnx_file import DataType, read_initializer, read_onnx
+from safegene_runtime.onnx_file import read_onnx
 from safegene_runtime.onnx_linear import (
     FLOAT_DATA,
     LINEAR_OPS,
@@ -32,6 +32,7 @@ from safegene_runtime.onnx_linear import (
     read_weight,
     to_float32,
 )
+from safegene_runtime.onnx_tensor import DataType, read_initializer
 from safegene_runtime.served_gguf import Carried, Found, project, wrong_shape
 
 __all__ = ["OnnxWeights"]
