@@ -31,6 +31,8 @@ from safegene_runtime.ort_engine import OrtEngine
 from safegene_runtime.prompts import Prompt
 from safegene_runtime.reference import Reference, read_reference
 
+PLANTED = {0: 0.6, 1: 1.6}
+"""Unlike on purpose: what treats all layers alike cannot find it."""
 HALVED = {0: 0.5, 1: 0.5}
 ODD = {0: 1.7, 1: 0.3}
 SEQUENCES = [[5, 77, 1042, 9, 300], [8, 8, 411, 23, 7]]
@@ -62,17 +64,17 @@ class HashJudge:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A gene with a halved expression, and what PyTorch answers to shots and others under it whole."""
+    """A gene with a planted expression, and what PyTorch answers to shots and others under it."""
     folder = tmp_path_factory.mktemp("deployed-onnx")
     base = tiny.hf_model("llama")
     adapter = tiny.peft_adapter("llama", folder / "tuned", scale=0.15)
     extract(base, [adapter], folder / "gene", base=base)
-    add_expression(folder / "gene", "halved", Expression(HALVED))
+    add_expression(folder / "gene", "planted", Expression(PLANTED))
     add_expression(folder / "gene", "odd", Expression(ODD))
     for name, prompts in (("shots", SHOTS), ("others", OTHERS)):
         record(
             folder / "gene", base, folder / name, prompts=prompts, judge=HashJudge(),
-            max_new_tokens=4,
+            expression="planted", max_new_tokens=4,
         )  # fmt: skip
     return folder
 
@@ -191,30 +193,27 @@ MAKERS: dict[str, Callable[[Path], AbstractContextManager[Rebuild]]] = {
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_halved_delta_is_made_whole_again_and_helps_elsewhere(
+def test_planted_coefficients_are_found_and_help_elsewhere(
     kind: str, gene: Path, shots: Reference, others: Reference
 ) -> None:
     with MAKERS[kind](gene) as rebuild:
         found = recalibrate_deployed(
-            gene, shots, rebuild, "whole", expression="halved", max_evaluations=12,
-            held_out=others, judge=HashJudge(),
-        )  # fmt: skip
-    assert found.coefficients == pytest.approx({0: 1.0, 1: 1.0}, abs=0.02)
-    assert found.after < 1e-3 * found.before
+            gene, shots, rebuild, "found", max_evaluations=45, held_out=others, judge=HashJudge()
+        )
+    assert found.coefficients == pytest.approx(PLANTED, rel=0.06)
+    assert found.after < 0.02 * found.before
     assert found.held_out_before is not None
     assert found.held_out_after is not None
-    assert found.held_out_after < 1e-3 * found.held_out_before
+    assert found.held_out_after < 0.02 * found.held_out_before
     assert found.losses_before is not None
     assert found.losses_before > 0 == found.losses_after
 
 
-def test_a_halved_delta_around_an_int4_base_comes_nearer(gene: Path, shots: Reference) -> None:
+def test_planted_coefficients_come_nearer_around_an_int4_base(gene: Path, shots: Reference) -> None:
     with onnx_rebuild(gene, tiny.onnx_model("llama", "int4"), threads=1) as rebuild:
-        found = recalibrate_deployed(
-            gene, shots, rebuild, "int4", expression="halved", max_evaluations=12
-        )
+        found = recalibrate_deployed(gene, shots, rebuild, "int4", max_evaluations=30)
     assert found.after < found.before
-    assert min(found.coefficients.values()) > 0.5
+    assert found.coefficients[0] < 1 < found.coefficients[1]
     assert found.elsewhere is None
     assert found.held_out_before is found.losses_after is None
 
@@ -304,7 +303,7 @@ def test_the_command_takes_the_engine_from_what_the_model_is(
     for name, prompts in (("ref", SHOTS), ("ref2", OTHERS)):
         record(gene, tiny.hf_model("llama"), tmp_path / name, prompts=prompts, max_new_tokens=2)
     shots = shots_file(tmp_path / "shots.jsonl")
-    given = ("--shots", shots, "--reference", tmp_path / "ref", "--expression", "halved",
+    given = ("--shots", shots, "--reference", tmp_path / "ref", "--expression", "odd",
              "--evaluations", 3)  # fmt: skip
     for form, model in (
         ("branch", tiny.onnx_model("llama")),
