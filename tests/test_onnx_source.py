@@ -235,6 +235,11 @@ def test_every_wrong_base_is_one_clear_message(adapter: Path, tmp_path: Path) ->
         ({"precision": "int4", "accuracy_level": 9}, "1, 2, 3, 4"),
         ({"builder_options": ["fuse_qkv"]}, "KEY=VALUE"),
         ({"builder_options": ["adapter_path=x"]}, "adapter_path"),
+        (
+            {"precision": "int4", "builder_options": ["int4_block_size=16"]},
+            "did you mean block_size",
+        ),
+        ({"builder_options": ["nonsense=1"]}, "--help"),
     ],
 )
 def test_options_that_the_builder_would_misread_are_refused(
@@ -243,6 +248,16 @@ def test_options_that_the_builder_would_misread_are_refused(
     with pytest.raises(UnsupportedError) as caught:
         quick(adapter, tiny.hf_model("llama"), tmp_path / "out", **options)
     assert words in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_builder_refuses_is_its_last_word(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError) as caught:
+        quick(
+            adapter, tiny.hf_model("llama"), tmp_path / "out", precision="int4",
+            builder_options=["algo_config=none"],
+        )  # fmt: skip
+    assert "got 'none'" in caught.value.problems[0].got.split(" | ")[-1]
     assert list(tmp_path.iterdir()) == []
 
 

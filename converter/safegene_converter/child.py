@@ -27,6 +27,7 @@ def run_child(
     *,
     what: str,
     error: type[SafeGeneError],
+    fix: str = "",
     stdin: bytes = b"",
     environment: Mapping[str, str] | None = None,
     grows: Path | None = None,
@@ -38,6 +39,7 @@ def run_child(
         command: program and arguments; no shell is involved.
         what: what the child does, for the message.
         error: raised when it fails, with the last lines it wrote.
+        fix: the next step then.
         stdin: what it reads.
         environment: its whole environment; ours by default.
         grows: a file it writes.
@@ -75,14 +77,17 @@ def run_child(
         out.seek(0)
         output = out.read().decode("utf-8", "replace")
         if child.returncode != 0:
-            lines = (log.read().decode("utf-8", "replace") + output).split("\n")
+            # what went wrong stands last on standard error, not behind what was said on the way
+            lines = (output + "\n" + log.read().decode("utf-8", "replace")).split("\n")
             last = [line.strip() for line in lines if line.strip()][-MESSAGE_LINES:]
             died = (
                 f"signal {-child.returncode}"
                 if child.returncode < 0
                 else (f"exit code {child.returncode}")
             )
-            raise error(Problem(what, "child process", "to succeed", " | ".join([died, *last])))
+            raise error(
+                Problem(what, "child process", "to succeed", " | ".join([died, *last]), fix)
+            )
         return output
 
 

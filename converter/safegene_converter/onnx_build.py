@@ -2,13 +2,16 @@
 
 The builder is a script that imports torch and prints a lot, so it runs as a child. It also asks a
 hub for a token unless it is told not to, and imports remote code only when asked; we ask for neither.
+An option that it does not know it ignores in silence, so the names of options are looked up in it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +44,8 @@ def check_build_options(
         BaseModelError: the builder is not installed.
     """
     problems = Problems()
+    builder = _find_builder()
+    known_options = _known_options(builder) if builder is not None and options else frozenset()
     packed = precision in ("int4", "int8")
     if precision not in PRECISIONS:
         problems.add("--precision", "precision", f"one of {', '.join(PRECISIONS)}", precision)
@@ -61,12 +66,14 @@ def check_build_options(
                 "--builder-option", key, "an option of the builder that is free", option,
                 "safegene sets it, or the result would be no decoder",
             )  # fmt: skip
+        elif builder is not None and key not in known_options:
+            near = difflib.get_close_matches(key, known_options, 1, 0.75)
+            problems.add(
+                "--builder-option", key, "an option that the builder knows: it ignores others",
+                option, f"did you mean {near[0]}?" if near else f"see python -m {BUILDER} --help",
+            )  # fmt: skip
     problems.raise_if_any(UnsupportedError)
-    try:
-        found = importlib.util.find_spec("onnxruntime_genai")
-    except (ImportError, ValueError):
-        found = None
-    if found is None:
+    if builder is None:
         raise BaseModelError(
             Problem(
                 "onnxruntime-genai",
@@ -76,6 +83,25 @@ def check_build_options(
                 "pip install 'safegene[onnx-build]', or pass an ONNX folder as --base",
             )
         )
+
+
+def _find_builder() -> Path | None:
+    """The folder of the builder's sources, where it is installed."""
+    try:
+        spec = importlib.util.find_spec("onnxruntime_genai")
+    except (ImportError, ValueError):
+        return None
+    folders = (spec.submodule_search_locations or ()) if spec is not None else ()
+    return next((Path(folder) / "models" for folder in folders), None)
+
+
+def _known_options(builder: Path) -> frozenset[str]:
+    """Every name that the builder's sources quote; no other can be an option that has an effect."""
+    return frozenset(
+        name
+        for path in builder.rglob("*.py")
+        for name in re.findall(r"""["']([a-z]\w*)["']""", path.read_text(encoding="utf-8"))
+    )
 
 
 def build_onnx(
@@ -118,6 +144,7 @@ def build_onnx(
             ],
             what=f"{BUILDER} {hf_dir}",
             error=BaseModelError,
+            fix=f"python -m {BUILDER} --help says what it can do",
             environment=python_environment({"TQDM_DISABLE": "1"}),
             grows=out / "model.onnx.data",
             progress=progress,
