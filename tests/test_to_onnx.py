@@ -30,10 +30,12 @@ from onnx_tools import (
     session,
     with_outputs,
 )
+from rich.console import Console
 from test_to_gguf import peft_delta
 
 from safegene_converter import onnx_source
 from safegene_converter.child import python_environment
+from safegene_converter.inspecting import describe_manifest, show
 from safegene_converter.onnx_build import build_onnx
 from safegene_converter.to_onnx import FORMS, convert_onnx
 from safegene_runtime.errors import (
@@ -316,6 +318,62 @@ def test_the_adapter_file_is_the_same_as_passing_its_tensors(
     assert np.abs(with_file - without).max() > 0.01
 
 
+# --- other linears ---------------------------------------------------------------------------------
+
+
+def as_gemm(model: onnx.ModelProto, transposed: bool, alpha: float) -> None:
+    """down_proj of layer 0 as exporters write a linear over rows: Gemm between two Reshapes."""
+    one = node(model, "layers.0/", "down_proj/MatMul")
+    x, weight, y = one.input[0], one.input[1], one.output[0]
+    if transposed:
+        tensor = next(t for t in model.graph.initializer if t.name == weight)
+        turned = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor).T)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(turned, weight))
+    for name, values in (("rows", [-1, 128]), ("start", [0]), ("stop", [2]), ("out", [64])):
+        model.graph.initializer.append(
+            onnx.numpy_helper.from_array(np.array(values, np.int64), f"gemm.{name}")
+        )
+    make, at = onnx.helper.make_node, list(model.graph.node).index(one)
+    nodes = [
+        make("Reshape", [x, "gemm.rows"], ["gemm.x"]),
+        make("Gemm", ["gemm.x", weight], ["gemm.y"], name=one.name.replace("MatMul", "Gemm"),
+             transB=int(transposed), alpha=alpha),
+        make("Shape", [x], ["gemm.shape"]),
+        make("Slice", ["gemm.shape", "gemm.start", "gemm.stop"], ["gemm.first"]),
+        make("Concat", ["gemm.first", "gemm.out"], ["gemm.whole"], axis=0),
+        make("Reshape", ["gemm.y", "gemm.whole"], [y]),
+    ]  # fmt: skip
+    kept = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*kept[:at], *nodes, *kept[at + 1 :]])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_gemm_carries_the_delta_as_a_matmul_does(
+    transposed: bool, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    source = edited(base, tmp_path / "base", lambda model: as_gemm(model, transposed, 1.0))
+    assert "Gemm" in {one.op_type for one in load(source).graph.node}
+    found = []
+    for name, given, form in (
+        ("expected", base, "merged"), ("a", source, "merged"), ("b", source, "branch"),
+    ):  # fmt: skip
+        manifest = quick(adapter, given, tmp_path / name, form=form)  # type: ignore[arg-type]
+        assert len(manifest.modules) == 14
+        running = session(tmp_path / name / "model.onnx")
+        found.append(running.run(["logits"], feeds(running, IDS))[0])
+    running = session(source / "model.onnx")
+    (plain,) = running.run(["logits"], feeds(running, IDS))
+    assert max(np.abs(found[0] - one).max() for one in found[1:]) <= 1e-4
+    assert np.abs(found[0] - plain).max() > 0.01
+
+
+def test_a_gemm_that_scales_is_refused(adapter: Path, base: Path, tmp_path: Path) -> None:
+    source = edited(base, tmp_path / "base", lambda model: as_gemm(model, False, 0.5))
+    with pytest.raises(BaseModelError, match=r"Gemm.*alpha"):
+        quick(adapter, source, tmp_path / "out")
+
+
 # --- what every form promises ----------------------------------------------------------------------
 
 
@@ -327,6 +385,12 @@ def test_the_manifest_is_true(made: tuple[Path, Manifest]) -> None:
     assert set(digests(out)) == listed
     assert {"genai_config.json", "tokenizer.json", "chat_template.jinja"} <= listed
     assert manifest.settings["self_check"]["beta"] == pytest.approx(1, abs=1e-3)
+    caution = manifest.settings.get("caution", "")
+    is_switchable = manifest.artifact["form"] == "adapter"
+    assert [words in caution for words in ("leave", "I/O binding", "async")] == [is_switchable] * 3
+    console = Console(record=True, width=400)
+    show(describe_manifest(manifest, out), console)
+    assert ("I/O binding" in console.export_text()) == is_switchable
     text = (out / "manifest.json").read_text()
     assert str(out.parent) not in text
     assert str(tiny.REPOSITORY) not in text
@@ -498,8 +562,8 @@ def test_an_export_whose_parts_are_swapped_is_refused_on_the_weights(
 def test_a_base_that_is_an_artifact_already_is_refused(
     adapter: Path, base: Path, tmp_path: Path
 ) -> None:
-    for form in ("branch", "adapter"):
-        quick(adapter, base, tmp_path / form, form=form)  # type: ignore[arg-type]
+    for form in FORMS:
+        quick(adapter, base, tmp_path / form, form=form)
         with pytest.raises(BaseModelError, match="plain base"):
             quick(adapter, tmp_path / form, tmp_path / "out")
     assert not (tmp_path / "out").exists()

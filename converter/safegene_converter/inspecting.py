@@ -102,6 +102,7 @@ def describe_manifest(manifest: Manifest, path: Path) -> dict[str, Any]:
         "files": [
             {"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in manifest.files
         ],
+        "caution": manifest.settings.get("caution"),
         "survival": survival_summary(manifest),
         "modules": [
             {
@@ -204,6 +205,8 @@ def _show_artifact(found: dict[str, Any], console: Console) -> None:
         moves[step] = moves.get(step, 0) + 1
     for step, count in sorted(moves.items()):
         console.print(f"    {count} x {step}", highlight=False)
+    if found["caution"]:
+        console.print(f"  caution: {found['caution']}", markup=False, highlight=False)
     verification = found["verification"]
     console.print(f"  verdict: {verification['verdict'] if verification else 'not verified yet'}")
 

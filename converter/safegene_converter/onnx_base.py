@@ -14,6 +14,7 @@ from safegene_runtime import strictjson
 from safegene_runtime.errors import BaseModelError, Problem
 from safegene_runtime.files import MANIFEST_NAME, sha256_file
 from safegene_runtime.onnx_file import OnnxFile, read_onnx
+from safegene_runtime.provenance import ADAPTER_KEY
 
 __all__ = ["OnnxBase", "open_onnx_base"]
 
@@ -143,12 +144,13 @@ def _model_file(folder: Path) -> Path:
 
 
 def _check_constants(model: OnnxFile) -> None:
-    """Refuses a graph whose weights a caller can replace, or that has a branch already."""
-    stacked = [name for name in model.initializers if SLOT_MARK in name]
-    if stacked:
+    """Refuses a graph whose weights a caller can replace, or that has an adapter already."""
+    marks = [name for name in (*model.metadata, *model.initializers)
+             if name == ADAPTER_KEY or SLOT_MARK in name]  # fmt: skip
+    if marks:
         raise BaseModelError(
             Problem(
-                str(model.path), stacked[0], "a plain base", "one with a SafeGene branch or slots",
+                str(model.path), marks[0], "a plain base", "one that holds a SafeGene adapter",
                 "start from the base that this was made from",
             )
         )  # fmt: skip

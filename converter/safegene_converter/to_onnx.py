@@ -58,6 +58,11 @@ __all__ = ["FORMS", "OnnxBase", "convert_onnx", "default_form", "open_onnx_base"
 
 ADAPTER_FILE = "adapter.onnx_adapter"
 METADATA_PREFIX = "safegene."
+CAUTION = (
+    f"any caller can leave {ADAPTER_FILE} out, and is served the base; ONNX Runtime itself ignores an "
+    "active adapter under I/O binding and in async runs"
+)
+"""What the manifest says of the adapter form; measured in tests/test_onnx_adapter_runs.py."""
 
 
 def convert_onnx(
@@ -129,6 +134,8 @@ def convert_onnx(
         job = Job(adapter, opened, hf, chosen, touched, bounds or Bounds(), promote)
         if chosen == "merged":
             settings["bounds"], settings["promote"] = vars(job.bounds), promote
+        if chosen == "adapter":
+            settings["caution"] = CAUTION
         files, modules, precision_class = write_job(job, folder, tell)
         if check:
             tell("checking what was written", 0, 1)
