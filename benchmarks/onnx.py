@@ -46,16 +46,12 @@ FORMS = ("merged", "branch", "adapter")
 PROMPT_TOKENS, NEW_TOKENS = 256, 48
 INT4 = (
     "",
-    "--accuracy-level 1",
-    "--block-size 16",
-    "--block-size 128",
     "--builder-option is_symmetric=false",
-    "--block-size 16 --builder-option is_symmetric=false",
-    "--builder-option algo_config=rtn_last",
     "--builder-option algo_config=k_quant",
     "--builder-option algo_config=k_quant_last",
     "--builder-option algo_config=k_quant_mixed",
-    "--block-size 16 --builder-option algo_config=k_quant_mixed",
+    "--block-size 16",
+    "--accuracy-level 1",
 )
 """What `safegene convert` may be told besides `--precision int4`; the first is the default."""
 
