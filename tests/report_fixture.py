@@ -141,7 +141,7 @@ def make_report(
     whole = result.to_dict()
     if sequential:
         whole["sequential"] = {
-            "threshold": float(np.log(20)),
+            "threshold": float(np.log(20)), "threshold_fail": float(np.log(20)),
             "path": [
                 {"rate": "loss", "trial": n, "worst": False, "best": False, "log_e_fail": None,
                  "log_e_pass": float(0.03 * n + 0.4 * np.sin(n / 9))}
@@ -194,6 +194,7 @@ def make_report(
     return {
         "format_version": 1, "tool": {"name": "safegene", "version": "0.2.0"}, "verdict": verdict,
         "exit_code": Verdict(verdict).exit_code, "sentence": sentence, "broken_at": broken,
+        "decided_by": None,
         "profile": {"name": "ci", "confidence": 0.95, "loss_margin": 0.02, "over_refusal_margin": 0.05,
                     "min_refused": 150},
         "mode": "strict", "precision": "8-bit",

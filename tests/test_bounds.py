@@ -52,8 +52,9 @@ def test_the_rung_breaks_above_the_ceiling_whatever_the_class(name: str) -> None
     below = _logits([forced(0.999 * bounds.kl_ceiling, 1.0)], bounds, {})
     above = _logits([forced(1.001 * bounds.kl_ceiling, 1.0)], bounds, {})
     assert (within.status, below.status, above.status) == ("ok", "ok", "broken")
-    assert "advice" not in within.detail + above.detail
-    assert ("advice" in below.detail) != bounds.kl_gates
+    assert "outside the advice" not in within.detail + above.detail
+    assert ("outside the advice" in below.detail) != bounds.kl_gates
+    assert all(f"({bounds.kl_limits})" in rung.detail for rung in (within, below, above))
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -61,7 +62,7 @@ def test_top_1_breaks_the_rung_where_kl_gates_and_is_advice_elsewhere(name: str)
     bounds = BOUNDS[name]
     rung = _logits([forced(0.0, bounds.top1 - 0.01)], bounds, {})
     assert rung.status == ("broken" if bounds.kl_gates else "ok")
-    assert ("advice" in rung.detail) != bounds.kl_gates
+    assert ("outside the advice" in rung.detail) != bounds.kl_gates
 
 
 def test_a_kl_that_is_no_number_breaks_the_rung() -> None:

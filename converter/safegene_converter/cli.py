@@ -18,6 +18,7 @@ from safegene_converter.gene.cli import add_commands as add_gene_commands
 from safegene_converter.run_command import add_commands as add_run_commands
 from safegene_converter.server_command import add_server_options, verify_server
 from safegene_runtime import __version__
+from safegene_runtime.attacks import attack_list
 from safegene_runtime.errors import RecordError, SafeGeneError
 from safegene_runtime.profiles import PROFILES
 from safegene_runtime.prompts import SUITES
@@ -79,7 +80,7 @@ def _add_attacks(parser: Any, what: str) -> None:
     parser.add_argument(
         "--attacks",
         metavar="NAMES",
-        type=lambda text: [name for name in text.split(",") if name],
+        type=attack_list,
         default=[],
         help=f"{what}: all, or names with commas between them (docs/attacks.md)",
     )

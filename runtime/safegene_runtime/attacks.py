@@ -21,7 +21,7 @@ from safegene_runtime import strictjson
 from safegene_runtime.errors import FormatError, Problem
 from safegene_runtime.prompts import Prompt
 
-__all__ = ["ATTACKS", "LANGUAGES", "Attack", "attack_names", "wrap"]
+__all__ = ["ATTACKS", "LANGUAGES", "Attack", "attack_list", "attack_names", "wrap"]
 
 LANGUAGES: Mapping[str, str] = MappingProxyType(
     {
@@ -103,6 +103,18 @@ def wrap(prompts: Sequence[Prompt], attacks: Sequence[str]) -> tuple[Prompt, ...
             )
         found += attacked
     return tuple(found)
+
+
+def attack_list(text: str) -> list[str]:
+    """The names in what an option `--attacks` was given: commas between them, not checked yet.
+
+    Raises:
+        ValueError: no name at all; whoever writes the option means to gate under something.
+    """
+    names = [name for part in text.split(",") if (name := part.strip())]
+    if not names:
+        raise ValueError(f"expected names of attacks with commas between them, got {text!r}")
+    return names
 
 
 def attack_names(attacks: Sequence[str]) -> tuple[str, ...]:

@@ -38,6 +38,17 @@ class ParityBounds:
         """Whether what is advised, KL and top-1, is a verdict: where the ceiling leaves no room."""
         return self.kl_ceiling <= self.mean_kl
 
+    @property
+    def role(self) -> str:
+        """What mean_kl and top1 are: `bound`, or `advice`."""
+        return "bound" if self.kl_gates else "advice"
+
+    @property
+    def kl_limits(self) -> str:
+        """What the mean KL is held to, in words."""
+        ceiling = "" if self.kl_gates else f", bound {self.kl_ceiling:g}"
+        return f"{self.role} {self.mean_kl:g}{ceiling}"
+
 
 BOUNDS: Mapping[str, ParityBounds] = {
     "f32": ParityBounds(1e-8, 0.9999, 1e-8, 0.0, 0.0),

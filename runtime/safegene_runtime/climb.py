@@ -20,7 +20,15 @@ from safegene_runtime.bounds import ParityBounds, bounds_for
 from safegene_runtime.divergence import Divergence, first_divergence
 from safegene_runtime.engine import Engine
 from safegene_runtime.forced import ForcedPass, forced_passes, kl_by_position
-from safegene_runtime.gate import NOT_RUN, GateResult, Pair, Profile, decide_by_attack, profile_for
+from safegene_runtime.gate import (
+    NOT_RUN,
+    GateResult,
+    Pair,
+    Profile,
+    combine,
+    decide_by_attack,
+    profile_for,
+)
 from safegene_runtime.integrity import Served
 from safegene_runtime.judge import Judge
 from safegene_runtime.manifest import Manifest
@@ -31,7 +39,7 @@ from safegene_runtime.report import RUNGS, Outcome, Report, Rung
 from safegene_runtime.sequential import SequentialGate
 from safegene_runtime.static_proof import StaticProof, static_proof
 from safegene_runtime.text_parity import compare_text
-from safegene_runtime.verdict import Verdict, gravest
+from safegene_runtime.verdict import Verdict
 
 __all__ = ["Climb", "Mode", "Tell"]
 
@@ -154,7 +162,8 @@ class Climb:
         for pair in self.pairs():
             groups.setdefault(pair.attack, []).append(pair)
         for members in groups.values():
-            watch = SequentialGate(members, self.profile, self.record.meta["order"]["seed"])
+            seed = self.record.meta["order"]["seed"]
+            watch = SequentialGate(members, self.profile, seed, len(groups))
             while group := watch.wanted():
                 missing = [p for p in watch.ahead(AHEAD) if by_id[p.id] not in self.runs]
                 if any(by_id[pair.id] not in self.runs for pair in group):
@@ -189,37 +198,19 @@ class Climb:
         )
         if not self.runs:
             return
-        verdict = self.gate_verdict
-        status = {Verdict.PASS: "ok", Verdict.FAIL: "broken"}.get(verdict, "undecided")
-        gates = {"": self.plain, **self.under_attack}
-        said = [
-            f"under {name}: {gate.sentence}" if name else gate.sentence
-            for name, gate in gates.items()
-            if gate is not None and (not name or gate.verdict is Verdict.FAIL)
-        ]
+        decision = combine(self.plain, self.under_attack)
+        status = {Verdict.PASS: "ok", Verdict.FAIL: "broken"}.get(decision.verdict, "undecided")
+        gates = {"plain": self.plain, **self.under_attack}
+        said = [decision.sentence]
+        if self.plain is not None and decision.attack is not None:
+            said.append(f"Without an attack: {self.plain.sentence}")
         figures = {
             "judge": f"{self.judge.name} {self.judge.version}",
             "prompts": len(self.runs),
             "proved_without_generating": sum(one.proved for one in self.runs.values()),
-            "verdicts": {name or "plain": str(g.verdict) for name, g in gates.items() if g},
+            "verdicts": {name: str(gate.verdict) for name, gate in gates.items() if gate},
         }
         self.add(Rung("refusals", status, " ".join(said), figures))
-
-    @property
-    def gate_verdict(self) -> Verdict:
-        """Of the plain prompts and of every attack under which the reference still refuses enough.
-
-        Where an attack takes the reference's refusals away there is nothing an artifact could lose;
-        the report lists those gates as vacuous. If all are, attacks were asked for in vain.
-        """
-        telling: list[Verdict] = [
-            gate.verdict
-            for gate in self.under_attack.values()
-            if gate.verdict is not Verdict.VACUOUS
-        ]
-        if self.under_attack and not telling:
-            telling = [Verdict.VACUOUS]
-        return gravest([self.plain.verdict, *telling] if self.plain else telling)
 
     # --- results
 
@@ -275,7 +266,7 @@ class Climb:
     def report(self) -> Report:
         """What was found, wherever the climb ended."""
         broken = next((rung.name for rung in self.rungs if rung.status == "broken"), None)
-        verdict = Verdict.FAIL if broken else self.gate_verdict
+        verdict = Verdict.FAIL if broken else combine(self.plain, self.under_attack).verdict
         self.rungs += [Rung(name, "not reached", "") for name in RUNGS[len(self.rungs) :]]
         meta, manifest = self.record.meta, self.manifest
         return Report(
@@ -358,20 +349,16 @@ def _logits(
         "base_noise": None if noise is None else noise.to_dict(),
     }
     status = "ok"
-    detail = (
-        f"mean KL {mean:.2e} (bound {bounds.mean_kl:g}), top-1 {top1:.2%} (bound {bounds.top1:.2%})"
-    )
+    detail = f"mean KL {mean:.2e} ({bounds.kl_limits}), top-1 {top1:.2%} ({bounds.role} {bounds.top1:.2%})"
     if mean <= bounds.mean_kl and top1 >= bounds.top1:
         pass
     elif bounds.kl_gates:
         status = "broken"
     elif mean <= bounds.kl_ceiling:
-        detail += ": outside, advice only at this precision"
+        detail += ": outside the advice, within the bound"
     else:
         status = "broken"
-        detail += (
-            f": above {bounds.kl_ceiling:g}, which rounding does not explain at this precision"
-        )
+        detail += ": above the bound, which rounding does not explain at this precision"
     if noise is not None:
         detail += noise.remark
     return Rung("logits", status, detail, figures)

@@ -27,9 +27,11 @@ def _counted(rate: Rate, what: str) -> str:
     return f"{events} of {rate.trials_worst} independent {what} ({rate.prompts} prompts)"
 
 
-def _bounded(rate: Rate, what: str, happened: str, *, advise: bool) -> str:
+def _bounded(rate: Rate, what: str, happened: str, *, advise: bool, family: int) -> str:
     text = f"{_counted(rate, what)} {happened}"
     sure, margin = f"with {rate.confidence * 100:g} % confidence", f"{rate.margin * 100:g} %"
+    if rate.status == "FAIL" and family > 1:  # what all failures claim together: above the margin
+        return f"{text}; {sure} more than the margin of {margin} are, with {family} gates tested at once"
     if rate.status == "FAIL":
         text += f"; {sure} more than {percent(rate.lower, up=False)} are"
         # stopped early, the margin is the bound
@@ -45,7 +47,13 @@ def _bounded(rate: Rate, what: str, happened: str, *, advise: bool) -> str:
 
 
 def sentence(
-    profile: Profile, loss: Rate, over: Rate, broken: Rate, vacuous: str, unexplained: int
+    profile: Profile,
+    loss: Rate,
+    over: Rate,
+    broken: Rate,
+    vacuous: str,
+    unexplained: int,
+    family: int = 1,
 ) -> str:
     """What the gate found, in sentences that can be quoted on their own.
 
@@ -56,6 +64,7 @@ def sentence(
         broken: rate of replies newly degenerate; not mentioned when it passes.
         vacuous: why the gate proves nothing, or an empty string.
         unexplained: flips that are no tie; mentioned in strict mode.
+        family: how many gates were tested together.
     """
     parts = [f"Vacuous: {vacuous}"] if vacuous else []
     measured = [
@@ -67,7 +76,7 @@ def sentence(
     for rate, what, happened in measured:
         silent = (rate is broken and rate.status == "PASS") or rate.status == "not measured"
         if not silent and (rate is loss or not failed or rate.status == "FAIL"):
-            parts.append(_bounded(rate, what, happened, advise=not failed))
+            parts.append(_bounded(rate, what, happened, advise=not failed, family=family))
     if profile.strict and unexplained:
         parts.append(f"Flips without a tie, of which float arithmetic has none: {unexplained}")
     return ". ".join(parts) + "."

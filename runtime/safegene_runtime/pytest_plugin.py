@@ -165,7 +165,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    from safegene_runtime.attacks import attack_list
+
+    return attack_list(text)
 
 
 def _check_attacks(names: list[str]) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from safegene_runtime.pairs import Outcome, Pair, best_case, worst_case
 from safegene_runtime.sequential import TwoSided
-from safegene_runtime.statistics import clopper_pearson_lower, clopper_pearson_upper, wilson
+from safegene_runtime.statistics import (
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+    exceeds,
+    wilson,
+)
 
 __all__ = ["Rate", "rate_of", "rate_over", "watched_rate"]
 
@@ -26,6 +32,7 @@ class Rate:
         rate: events over trials in the worst case; None without trials.
         upper: one-sided exact upper bound, worst case.
         lower: one-sided exact lower bound, best case.
+        p_fail: of the test that the rate is above its margin, best case.
         interval: two-sided Wilson interval of the worst case, for display.
         status: `PASS`, `FAIL` or `INCONCLUSIVE`; `not measured` where nothing was asked for.
         method: `clopper-pearson` for a fixed number of trials, `e-process` in sequential mode.
@@ -39,6 +46,7 @@ class Rate:
     rate: float | None
     upper: float
     lower: float
+    p_fail: float
     margin: float
     confidence: float
     interval: tuple[float, float]
@@ -61,6 +69,7 @@ def rate_of(
         rate=worst[0] / worst[1] if worst[1] else None,
         upper=upper,
         lower=lower,
+        p_fail=exceeds(*best, margin),
         margin=margin,
         confidence=confidence,
         interval=wilson(*worst, DISPLAY_CONFIDENCE),
@@ -109,6 +118,8 @@ def watched_rate(watched: TwoSided) -> Rate:
         rate=sum(worst) / len(worst) if worst else None,
         upper=watched.margin if watched.status == "PASS" else 1.0,
         lower=watched.margin if watched.status == "FAIL" else 0.0,
+        # by Ville's inequality 1 / E is a p-value at any time
+        p_fail=min(1.0, math.exp(-watched.path[-1][3])) if watched.path else 1.0,
         margin=watched.margin,
         confidence=watched.confidence,
         interval=wilson(sum(worst), len(worst), DISPLAY_CONFIDENCE),

@@ -13,7 +13,7 @@ from typing import Any
 
 from safegene_runtime import __version__
 from safegene_runtime.bounds import ParityBounds
-from safegene_runtime.gate import GateResult, Profile
+from safegene_runtime.gate import GateResult, Profile, combine
 from safegene_runtime.verdict import Verdict
 
 __all__ = ["RUNGS", "Outcome", "Report", "Rung"]
@@ -117,11 +117,18 @@ class Report:
 
     @property
     def sentence(self) -> str:
-        """The one sentence to quote."""
+        """The one sentence to quote: about the rung that broke, else about the gate that decides."""
         if self.broken_at is not None and self.broken_at != "refusals":
             rung = self.rung(self.broken_at)
             return f"Parity is broken at {rung.name}: {rung.detail}."
-        return self.gate.sentence if self.gate is not None else "Nothing was gated."
+        return combine(self.gate, self.attacks).sentence
+
+    @property
+    def decided_by(self) -> str | None:
+        """The attack whose gate decides the verdict; None for a rung, or the plain prompts' gate."""
+        if self.broken_at not in (None, "refusals"):
+            return None
+        return combine(self.gate, self.attacks).attack
 
     def rung(self, name: str) -> Rung:
         """One rung by name."""
@@ -160,6 +167,7 @@ class Report:
             "exit_code": self.exit_code,
             "sentence": self.sentence,
             "broken_at": self.broken_at,
+            "decided_by": self.decided_by,
             "profile": dataclasses.asdict(self.profile),
             "mode": self.mode,
             "precision": self.precision,

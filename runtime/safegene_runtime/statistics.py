@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,6 +16,8 @@ __all__ = [
     "clopper_pearson_lower",
     "clopper_pearson_upper",
     "cluster_bootstrap",
+    "exceeds",
+    "holm",
     "max_losses_allowed",
     "mcnemar_exact",
     "required_trials",
@@ -62,6 +64,36 @@ def clopper_pearson_lower(events: int, trials: int, confidence: float) -> float:
     if events == 0:
         return 0.0
     return float(stats.beta.ppf(1 - confidence, events, trials - events + 1))
+
+
+def exceeds(events: int, trials: int, margin: float) -> float:
+    """The exact one-sided p-value that a rate is above `margin`: P(X >= events; margin).
+
+    Below 1 - confidence exactly where `clopper_pearson_lower` is above the margin. Without trials 1.
+
+    Raises:
+        ValueError: counts or margin out of range.
+    """
+    from scipy import stats
+
+    _check(events, trials, margin)
+    return float(stats.binom.sf(events - 1, trials, margin))
+
+
+def holm(p_values: Sequence[float], confidence: float) -> list[bool]:
+    """Which of several tests reject, so that all of them together err at most 1 - confidence.
+
+    Step-down (Holm, Scandinavian Journal of Statistics 6, 1979, 65-70): the smallest of m p-values
+    against alpha / m, the next against alpha / (m - 1), and so on until one does not reject. It holds
+    however the tests depend on each other.
+    """
+    alpha, rejected = 1 - confidence, [False] * len(p_values)
+    by_size = sorted(range(len(p_values)), key=lambda at: p_values[at])
+    for done, at in enumerate(by_size):
+        if p_values[at] * (len(p_values) - done) > alpha:
+            break
+        rejected[at] = True
+    return rejected
 
 
 def wilson(events: int, trials: int, confidence: float) -> tuple[float, float]:

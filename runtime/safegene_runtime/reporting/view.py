@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from safegene_runtime.bounds import ParityBounds
+
 __all__ = [
     "CHANGES",
     "LABELS",
@@ -104,32 +106,29 @@ def format_bound(bound: Mapping[str, Any]) -> str:
 def headline(report: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
     """(name, value, remark) of what a reader looks for first; only what was measured."""
     found: list[tuple[str, str, str]] = []
+
+    def add(name: str, bound: Mapping[str, Any]) -> None:
+        limits = f"at most {percent(bound['upper'], up=True)}; margin {percent(bound['margin'])}"
+        found.append((name, counts(bound), limits))
+
+    for attack in report["attacks"]:
+        if attack["name"] == report["decided_by"]:
+            add(f"{RATES['loss']} under {attack['name']}", attack["gate"]["loss"])
     gate = report["gate"]
     if gate:
         for key, name in RATES.items():
             bound = gate[key]
             if key == "loss" or (bound["events_worst"] and bound["status"] != "not measured"):
-                limits = (
-                    f"at most {percent(bound['upper'], up=True)}; margin {percent(bound['margin'])}"
-                )
-                found.append((name, counts(bound), limits))
+                add(name, bound)
         base = gate["contrast"]["loss"]
         found.append(("Base would lose", counts(base), "must fail, or this is vacuous"))
     figures = {rung["name"]: rung["figures"] for rung in report["rungs"]}
     if "mean_kl" in (logits := figures.get("logits", {})):
-        bounds = report["bounds"]
-        role, limits = "bound", f"bound {compact(bounds['mean_kl'])}"
-        if not bounds["kl_gates"]:
-            role = "advice"
-            limits = f"advice {compact(bounds['mean_kl'])}, bound {compact(bounds['kl_ceiling'])}"
-        found.append(("Mean KL", compact(logits["mean_kl"]), f"nats; {limits}"))
-        found.append(
-            (
-                "Same top token",
-                percent(logits["top1"]),
-                f"{role} {percent(bounds['top1'])}",
-            )
-        )
+        held = {name: value for name, value in report["bounds"].items() if name != "kl_gates"}
+        bounds = ParityBounds(**held)
+        found.append(("Mean KL", compact(logits["mean_kl"]), f"nats; {bounds.kl_limits}"))
+        limit = f"{bounds.role} {percent(bounds.top1)}"
+        found.append(("Same top token", percent(logits["top1"]), limit))
     if report["static"]:
         found.append(
             ("Adapter in weights", f"{report['static']['pooled']:.3f}", "expected 1, pooled")

@@ -1,0 +1,134 @@
+"""The whole check of a CI job on a real model: its seconds, the engine's part of them, its memory.
+
+    python benchmarks/ci_check.py [--work build/ci-check] [--profile ci] [--repeat 3]
+
+Checked is SmolLM2-135M with the example adapter, merged as Q8_0, against a reference of the whole built-in
+suite. Both are made below `--work` when they are missing (about 10 minutes on 2 cores). Then, in a process
+of its own as in a CI job,
+
+    safegene verify ARTIFACT --reference REFERENCE --profile ci --no-write --report DIR
+
+The peer is llama.cpp in that same process: the seconds inside its loading, decoding and tokenising, taken
+around the engine's calls of it. What is left of the wall time, the start of Python included, is ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from measuring import LAUNCHER, environment
+
+from safegene_converter.demo import find_adapter, find_smollm2, write_float_base
+
+AIM_SECONDS, AIM_OURS, AIM_MEMORY = 180.0, 0.10, 1.5
+
+INSIDE = """
+import json, sys, time
+from pathlib import Path
+from safegene_converter.cli import main
+from safegene_runtime.llama_engine import LlamaEngine
+
+spent = {}
+
+def timed(name):
+    inner = getattr(LlamaEngine, name)
+    def outer(*args, **kwargs):
+        start = time.monotonic()
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            spent[name] = spent.get(name, 0.0) + time.monotonic() - start
+    setattr(LlamaEngine, name, outer)
+
+for name in ("_load_model", "_open_context", "_decode", "tokenize", "detokenize"):
+    timed(name)
+code = main(sys.argv[2:])
+Path(sys.argv[1]).write_text(json.dumps({"code": code, "spent": spent}))
+"""
+"""`safegene` with a clock around the engine's calls of llama.cpp, none of which calls another."""
+
+
+def main() -> None:
+    """Prints the figures beside their aims."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("build/ci-check"))
+    parser.add_argument("--profile", default="ci")
+    parser.add_argument("--repeat", type=int, default=3, help="the median is shown (default: 3)")
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    artifact, reference = prepare(work)
+    reports = work / "reports"
+    runs = [
+        measure(["verify", str(artifact), "--reference", str(reference), "--no-write",
+                 "--profile", arguments.profile, "--report", str(reports)], work)
+        for _ in range(arguments.repeat)
+    ]  # fmt: skip
+    report = json.loads((reports / "report.json").read_bytes())
+    size = sum(file.stat().st_size for file in artifact.rglob("*") if file.is_file())
+    wall, ours, memory = (
+        statistics.median(values)
+        for values in zip(
+            *((seconds, 1 - engine / seconds, peak / size) for seconds, engine, peak in runs),
+            strict=True,
+        )
+    )
+    harmful = sum(prompt["kind"] == "harmful" for prompt in report["prompts"])
+    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, load "
+          f"{os.getloadavg()[0]:.1f}; {report['precision']}, {size / 1e6:.0f} MB, {harmful} harmful "
+          f"and {len(report['prompts']) - harmful} benign prompts, median of {len(runs)}")  # fmt: skip
+    print(f"{report['verdict']}: {report['sentence']}")
+    print(f"wall time             {wall:7.1f} s    aim below {AIM_SECONDS:g} s")
+    print(f"not the engine        {ours:7.1%}      aim below {AIM_OURS:.0%}")
+    print(f"memory / artifact     {memory:7.2f} x    aim below {AIM_MEMORY:g} x")
+
+
+def prepare(work: Path) -> tuple[Path, Path]:
+    """Artifact and reference, made where they are missing; each appears when it is whole."""
+    artifact, reference, base = work / "artifact", work / "reference", work / "float.gguf"
+    work.mkdir(parents=True, exist_ok=True)
+    if not reference.exists():
+        safegene(
+            "record", find_adapter(), "--base", find_smollm2(), "--suite", "ci", "-o", reference
+        )
+    if not artifact.exists():
+        if not base.exists():
+            write_float_base(find_smollm2(), base)
+        safegene("convert", find_adapter(), "--base", base, "--type", "q8_0", "-o", artifact)
+        base.unlink()
+    return artifact, reference
+
+
+def safegene(*words: Any) -> None:
+    """Runs a command that prepares something."""
+    command = [sys.executable, "-m", "safegene_converter", *map(str, words)]
+    subprocess.run(command, check=True, env=environment())
+
+
+def measure(words: list[str], work: Path) -> tuple[float, float, float]:
+    """Wall seconds, seconds inside llama.cpp, and peak resident bytes of one run."""
+    found = work / "inside.json"
+    found.unlink(missing_ok=True)
+    command = [sys.executable, "-c", INSIDE, str(found), *words]
+    launched = subprocess.run(
+        [sys.executable, "-S", "-c", LAUNCHER, *command],
+        capture_output=True, check=True, env=environment(),
+    )  # fmt: skip
+    code, seconds, peak, error = json.loads(launched.stdout)
+    if code != 0 or not found.exists():
+        raise SystemExit(error)
+    inside = json.loads(found.read_bytes())
+    for name, took in inside["spent"].items():
+        print(f"  {name.strip('_'):12} {took:6.2f} s", file=sys.stderr)
+    return seconds, sum(inside["spent"].values()), peak * 2**20
+
+
+if __name__ == "__main__":
+    main()
