@@ -27,9 +27,9 @@ from safegene_runtime.profiles import Profile
 from safegene_runtime.reference import PromptRecord, Reference
 
 PROFILE = Profile("tiny", 0.95, 0.3, 0.4, 10)
-HARMFUL, BENIGN = 14, 8
+HARMFUL, BENIGN = 20, 8
 TOKENS = 4
-CLEAR = 0.1  # nats between the two best tokens
+CLEAR = 0.2  # nats between the two best tokens
 READY_S = 60
 LLAMA_SERVER = tiny.REPOSITORY / ".cache" / "bench" / "bin" / "llama-server"
 
@@ -49,7 +49,7 @@ class Listed:
 
 def record_of(folder: Path, base: Path, tuned: Path) -> tuple[Reference, Listed]:
     """What two GGUF files answer, as `safegene record` would write it, and a judge for it."""
-    texts = [f"Question {n}: what comes after {n * 7}?" for n in range(3 * (HARMFUL + BENIGN))]
+    texts = [f"Question {n}: what comes after {n * 7}?" for n in range(6 * (HARMFUL + BENIGN))]
     chats = [[{"role": "user", "content": text}] for text in texts]
     with open_engine(tuned, threads=1) as ref_engine, open_engine(base, threads=1) as base_engine:
         template = ref_engine.chat_template() or ""

@@ -11,17 +11,19 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import served
 import tiny
 
 from safegene_converter import cli
-from safegene_converter.command_line import Parser
-from safegene_converter.server_command import add_server_options, verify_server
 from safegene_converter.to_gguf import convert
-from safegene_runtime.errors import EngineError, RecordError
+from safegene_runtime import reporting
+from safegene_runtime.errors import EngineError, FormatError, RecordError
+from safegene_runtime.profiles import Profile
 from safegene_runtime.reference import Reference
-from safegene_runtime.server_check import ServerReport, check_server
+from safegene_runtime.report import Report
+from safegene_runtime.server_check import check_server
 from safegene_runtime.server_engine import MAX_BODY_BYTES, Server
 from safegene_runtime.verdict import Verdict
 
@@ -36,7 +38,7 @@ class World:
     record: Reference
     judge: served.Listed
 
-    def check(self, url: str, **settings: Any) -> ServerReport:
+    def check(self, url: str, **settings: Any) -> Report:
         settings = {"profile": served.PROFILE, "judge": self.judge, "timeout_s": 30.0, **settings}
         return check_server(url, self.record, **settings)
 
@@ -53,10 +55,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(base, merged, folder / "sidecar" / "adapter.gguf", record, judge)
 
 
-def status(report: ServerReport) -> dict[str, str]:
-    return {one.name: one.status for one in report.checks}
+def status(report: Report) -> dict[str, str]:
+    """Of every check but the gate's; the report is one that the schema allows, and can be rendered."""
+    found = report.to_dict()
+    CHECK.validate(json.loads(json.dumps(found)))
+    assert all(render(found) for _, render in reporting.FORMATS.values())
+    return {rung.name: rung.status for rung in report.rungs if rung.name != "refusals"}
 
 
+CHECK = jsonschema.Draft202012Validator(reporting.report_schema())
 GOOD = {"text": "ok", "repeat": "ok", "active": "ok", "switch": "ok"}
 
 
@@ -66,11 +73,11 @@ GOOD = {"text": "ok", "repeat": "ok", "active": "ok", "switch": "ok"}
 def test_llama_cpp_python_with_the_artifact_passes(world: World) -> None:
     with served.llama_cpp_python(world.merged) as url:
         report = world.check(url)
-        assert report.kind == "OpenAI-compatible"
-        assert status(report) == GOOD, report.checks
+        assert report.artifact["form"] == "OpenAI-compatible"
+        assert status(report) == GOOD, report.rungs
         assert report.verdict is Verdict.PASS, report.sentence
         assert "lost" in report.sentence
-        assert all(one["identical"] for one in report.outcomes)
+        assert all(one.identical for one in report.outcomes)
         assert json.loads(json.dumps(report.to_dict()))["verdict"] == "PASS"
 
 
@@ -80,7 +87,7 @@ def test_llama_cpp_python_with_the_base_fails(world: World) -> None:
     assert report.verdict is Verdict.FAIL
     assert report.gate.verdict is Verdict.FAIL
     assert status(report)["active"] == "not offered"
-    assert not any(one["identical"] for one in report.outcomes)
+    assert not any(one.identical for one in report.outcomes)
 
 
 @pytest.mark.slow
@@ -92,14 +99,21 @@ class TestLlamaServer:
         with served.llama_cpp(world.merged) as url:
             report = world.check(url)
         assert report.kind == "llama-server"
-        assert status(report) == GOOD, report.checks
+        assert status(report) == GOOD, report.rungs
         assert report.verdict is Verdict.PASS, report.sentence
+
+    def test_under_attack_and_in_order(self, attacked: World) -> None:
+        with served.llama_cpp(attacked.merged) as url:
+            report = attacked.check(url, profile=HALF, attacks=["rot13"], sequential=True)
+        assert status(report) == GOOD, report.rungs
+        assert report.verdict is Verdict.PASS, report.sentence
+        assert [gate.verdict for gate in report.attacks.values()] == [Verdict.PASS]
 
     def test_with_the_base_it_fails_and_does_not_move(self, world: World) -> None:
         with served.llama_cpp(world.base) as url:
             report = world.check(url)
         assert report.gate.verdict is Verdict.FAIL
-        active = next(one for one in report.checks if one.name == "active")
+        active = next(one for one in report.rungs if one.name == "active")
         assert active.status == "broken"
         assert abs(float(active.detail.split()[1])) < 0.05
 
@@ -241,7 +255,9 @@ def test_a_server_that_changes_its_mind_fails(world: World) -> None:
 
 def test_a_record_that_tells_nothing_is_vacuous(world: World) -> None:
     with served.scripted(faithful(world)) as url:
-        report = world.check(url, profile=dataclasses.replace(served.PROFILE, min_refused=17))
+        report = world.check(
+            url, profile=dataclasses.replace(served.PROFILE, min_refused=served.HARMFUL + 1)
+        )
     assert report.verdict is Verdict.VACUOUS
 
 
@@ -253,40 +269,49 @@ def test_another_judge_is_refused_before_anything_is_asked(world: World) -> None
 # --- the command -----------------------------------------------------------------------------------
 
 
-def verify_command(*arguments: object) -> int:
-    parser = Parser()
-    for name in ("--judge", "--base", "--json"):
-        parser.add_argument(name)
-    parser.add_argument("artifact", nargs="*")
-    parser.add_argument("--reference", type=Path)
-    parser.add_argument("--profile", default="smoke")
-    add_server_options(parser)
-    return verify_server(parser.parse_args([str(one) for one in arguments]))
+@pytest.fixture
+def verify_command(world: World, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    monkeypatch.setattr("safegene_runtime.judge_plugins.load_judge", lambda name: world.judge)
+    known = ("verify", "--reference", world.record.path, "--judge", "listed")
+    return lambda *arguments: cli.main([str(one) for one in (*known, *arguments)])
 
 
 def test_the_command_prints_every_check_and_exits_with_the_verdict(
-    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: World, verify_command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("safegene_runtime.judge_plugins.load_judge", lambda name: world.judge)
-    known = ("--reference", world.record.path, "--judge", "listed")
     with served.scripted(faithful(world)) as url:
-        assert verify_command("--server", url, *known) == 4, "smoke needs more than this record has"
+        assert verify_command("--server", url) == 4, "smoke needs more than this record has"
     shown = capsys.readouterr().out
-    assert all(name in shown for name in (*GOOD, "refusals", "VACUOUS"))
+    assert all(name in shown for name in (url, "tiny", *GOOD, "refusals", "VACUOUS"))
     with served.scripted(faithful(world, ask=lambda row, body: reply("x", 1))) as url:
-        assert verify_command("--server", url, *known, "--json", "-") == 1
+        assert verify_command("--server", url, "--json") == 1
         assert json.loads(capsys.readouterr().out)["verdict"] == "FAIL"
-        with pytest.raises(EngineError, match="by itself") as caught:
-            verify_command("OUT", "--server", url, "--base", "b", *known)
-    assert len(caught.value.problems) == 2
+
+
+def test_a_server_has_every_report_that_an_artifact_has(
+    world: World, verify_command: Callable[..., int], tmp_path: Path
+) -> None:
+    files = {
+        name: tmp_path / f"one.{name}" for name in ("html", "junit", "sarif", "markdown", "json")
+    }
+    options = [word for name, path in files.items() for word in (f"--{name}", path)]
+    with served.scripted(faithful(world)) as url:
+        assert verify_command("--server", url, "--report", tmp_path / "all", *options) == 4
+        assert verify_command("--server", url, "--report", tmp_path / "texts", "--show-text") == 4
+    for name, path in files.items():
+        assert path.stat().st_size > 500
+        assert (tmp_path / "all" / reporting.FORMATS[name][0]).stat().st_size > 500
+    hidden, shown = (
+        json.loads((tmp_path / name / "report.json").read_bytes()) for name in ("all", "texts")
+    )
+    assert not any("artifact_text" in one for one in hidden["prompts"])
+    texts = {one["id"]: one["artifact_text"] for one in shown["prompts"]}
+    assert texts == {one.id: one.ref_text for one in world.record.prompts}
 
 
 REFUSED: dict[str, tuple[str, ...]] = {
-    "OUT": ("OUT",), "--base": ("--base", "b"), "--sequential": ("--sequential",),
-    "--attacks": ("--attacks", "rot13"), "--mode": ("--mode", "as-shipped"),
-    "--threads": ("--threads", "0"), "--show-text": ("--show-text",), "--report": ("--report", "r"),
-    "--html": ("--html", "h"), "--junit": ("--junit", "j"), "--sarif": ("--sarif", "s"),
-    "--markdown": ("--markdown", "m"),
+    "OUT": ("OUT",), "--base": ("--base", "b"), "--mode": ("--mode", "as-shipped"),
+    "--threads": ("--threads", "0"), "--no-write": ("--no-write",),
 }  # fmt: skip
 
 
@@ -305,6 +330,82 @@ def test_what_a_server_has_no_use_for_is_refused_by_name_and_never_ignored(
         assert f"--server: {option}: expected nothing, got" in capsys.readouterr().err
     assert cli.main(known) == 5, "no reference"
     assert "--server" not in capsys.readouterr().err, "the defaults are no mistake"
+
+
+def test_a_report_that_cannot_be_written_is_said_before_anything_is_read_or_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    known = ["verify", "--reference", str(tmp_path / "nothing")]
+    taken = str(tmp_path / "r.html")
+    wrong = {
+        "a folder": ["--html", str(tmp_path)],
+        "Not a directory": ["--report", str(tmp_path / "file" / "below")],
+        "File name too long": ["--markdown", str(tmp_path / ("x" * 300))],
+        "expected a file of its own, got that of --html": ["--html", taken, "--json", taken],
+        "one inside": ["--sarif", str(tmp_path / "nothing" / "report.sarif")],
+    }
+    for got, words in wrong.items():
+        for what in (["--server", "http://127.0.0.1:9"], [str(tmp_path / "artifact")]):
+            assert cli.main([*known, *what, *words]) == 2
+            assert got in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+# --- attacks, and stopping early -------------------------------------------------------------------
+
+HALF = Profile("half", 0.95, 0.5, 0.5, 10)
+
+
+@pytest.fixture
+def attacked(world: World) -> World:
+    """Half of the harmful prompts are said to be under an attack."""
+    prompts = tuple(
+        dataclasses.replace(one, attack="rot13") if one.kind == "harmful" and number % 2 else one
+        for number, one in enumerate(world.record.prompts)
+    )
+    return dataclasses.replace(world, record=dataclasses.replace(world.record, prompts=prompts))
+
+
+def test_attacks_are_gated_and_asked_only_on_demand(attacked: World) -> None:
+    def ask(row: Any, body: Any) -> Any:
+        return reply(row.base_text if row.attack else row.ref_text)
+
+    with served.scripted(faithful(attacked, ask=ask)) as url:
+        plain = attacked.check(url, profile=HALF)
+        both = attacked.check(url, profile=HALF, attacks=["rot13"])
+        every = attacked.check(url, profile=HALF, attacks=["rot13"], sequential=True)
+        with pytest.raises(FormatError, match="rot14"):
+            attacked.check(url, profile=HALF, attacks=["rot14"])
+        with pytest.raises(RecordError, match="recorded under base64"):
+            attacked.check(url, profile=HALF, attacks=["base64"])
+    assert (plain.verdict, plain.attacks) == (Verdict.PASS, {}), plain.sentence
+    assert {one.attack for one in plain.outcomes} == {None}
+    for report in (both, every):
+        assert status(report)["repeat"] == "ok"
+        assert (report.verdict, report.broken_at, report.decided_by) == (
+            Verdict.FAIL, "refusals", "rot13",
+        )  # fmt: skip
+        assert report.gate is not None
+        assert report.gate.verdict is Verdict.PASS
+        assert report.sentence.startswith("Under rot13: ")
+    assert len(both.outcomes) == len(attacked.record.prompts)
+    assert len(every.outcomes) < len(attacked.record.prompts)
+
+
+def test_in_order_a_server_is_asked_no_more_than_it_takes(world: World) -> None:
+    with served.scripted(faithful(world)) as url:
+        report = world.check(url, profile=HALF, sequential=True)
+        vacuous = dataclasses.replace(HALF, min_refused=served.HARMFUL + 1)
+        nothing = world.check(url, profile=vacuous, sequential=True)
+    assert report.verdict is Verdict.PASS, report.sentence
+    assert report.gate is not None
+    assert report.gate.sequential is not None
+    order = report.gate.sequential["order"]
+    assert set(order) <= {one.id for one in report.outcomes}
+    assert len(order) <= len(report.outcomes) < len(world.record.prompts)
+    assert nothing.verdict is Verdict.VACUOUS
+    assert status(nothing) == status(report), "the other checks are made all the same"
 
 
 # --- hostile servers -------------------------------------------------------------------------------

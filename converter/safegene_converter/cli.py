@@ -15,6 +15,7 @@ from typing import Any
 
 from safegene_converter.command_line import Bars, Parser, add_command, add_json, console, put_json
 from safegene_converter.gene.cli import add_commands as add_gene_commands
+from safegene_converter.report_options import add_report_options, report_targets
 from safegene_converter.run_command import add_commands as add_run_commands
 from safegene_converter.server_command import add_server_options, verify_server
 from safegene_runtime import __version__
@@ -412,16 +413,7 @@ def _add_verify(commands: Any) -> None:
         help="do not put the verdict into the artifact's manifest",
     )
     add_server_options(parser)
-    reports = parser.add_argument_group("reports")
-    reports.add_argument("--report", type=Path, metavar="DIR", help="all of them, into a folder")
-    for name, what in (
-        ("html", "one page for people"),
-        ("junit", "JUnit XML, for CI"),
-        ("sarif", "SARIF, for code scanning"),
-        ("markdown", "a summary for a pull request"),
-    ):
-        reports.add_argument(f"--{name}", type=Path, metavar="FILE", help=what)
-    add_json(parser)
+    add_report_options(parser)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -436,10 +428,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.server is not None:
         return verify_server(arguments)
     _check_verify(arguments)
-    targets = _report_targets(arguments)
+    labels = _labels(arguments.artifact)
+    targets = report_targets(arguments, labels)
     record = read_reference(arguments.reference)
     judge = load_judge(arguments.judge) if arguments.judge else None
-    labels = _labels(arguments.artifact)
     found = []
     with Bars() as bars:
         for label, artifact in zip(labels, arguments.artifact, strict=True):
@@ -461,7 +453,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             found.append((label, report))
     data = [report.to_dict(texts=arguments.show_text) for _, report in found]
     for label, one in zip(labels, data, strict=True):
-        for target in targets(label):
+        for target in targets[label]:
             reporting.write_reports(one, target)
     comparison = compare_table.compare(record, found) if len(found) > 1 else None
     shown = data[0] if comparison is None else {"comparison": comparison, "reports": data}
@@ -493,35 +485,6 @@ def _labels(artifacts: Sequence[Path]) -> list[str]:
     """What each artifact is called in tables; the whole path where the names are not unique."""
     names = [artifact.resolve().name for artifact in artifacts]
     return names if len(set(names)) == len(names) else [str(artifact) for artifact in artifacts]
-
-
-def _report_targets(
-    arguments: argparse.Namespace,
-) -> Callable[[str], list[Path | dict[str, Path]]]:
-    """Where the reports of an artifact go."""
-    from safegene_runtime.errors import OutputError, Problem
-
-    names = ("html", "junit", "sarif", "markdown")
-    files = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
-    several = len(arguments.artifact) > 1
-    if several and files:
-        raise OutputError(
-            Problem(
-                "--" + next(iter(files)),
-                "artifacts",
-                "one, for a report in one file",
-                str(len(arguments.artifact)),
-                "use --report DIR, which makes a folder for each",
-            )
-        )
-
-    def targets(label: str) -> list[Path | dict[str, Path]]:
-        folder = arguments.report
-        if folder is not None and several:
-            folder = folder / label.replace("/", "-").strip("-.")
-        return [*([folder] if folder is not None else []), *([files] if files else [])]
-
-    return targets
 
 
 # --- demo ------------------------------------------------------------------------------------------

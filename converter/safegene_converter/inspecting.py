@@ -230,7 +230,9 @@ def show_report(report: Report, console: Console, texts: bool) -> None:
     """Prints the ladder, then the flips, then the verdict with the sentence to quote."""
     table = Table("rung", "", "why", "s")
     for number, rung in enumerate(report.rungs, start=1):
-        colour = {"ok": "green", "broken": "red", "undecided": "yellow"}.get(rung.status, "dim")
+        colour = {"ok": "green", "broken": "red", "undecided": "yellow", "allowed": "yellow"}.get(
+            rung.status, "dim"
+        )
         took = "" if rung.seconds is None else f"{rung.seconds:.1f}"
         table.add_row(
             f"{number} {rung.name}", f"[{colour}]{rung.status}[/]", escape(rung.detail), took
@@ -253,9 +255,10 @@ def show_report(report: Report, console: Console, texts: bool) -> None:
         console.print(under)
     colour = {"PASS": "green", "FAIL": "red"}.get(report.verdict, "yellow")
     at = f" at {report.broken_at}" if report.broken_at else ""
+    held_to = f", bounds for {report.precision} weights" if report.bounds else ""
     console.print(
-        f"[{colour}]{report.verdict}[/]{at}  (profile {report.profile.name}, bounds for "
-        f"{report.precision} weights, {report.seconds['total']:.1f} s)",
+        f"[{colour}]{report.verdict}[/]{at}  (profile {report.profile.name}{held_to}, "
+        f"{report.seconds['total']:.1f} s)",
         highlight=False,
     )
     console.print(escape(report.sentence), highlight=False)

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from safegene_converter.command_line import Bars, console, put_json
+from safegene_converter.report_options import report_targets
 from safegene_runtime.errors import EngineError, Problems
-
-if TYPE_CHECKING:  # what other commands need not import
-    from safegene_runtime.server_check import ServerReport
 
 __all__ = ["add_server_options", "verify_server"]
 
-OTHERS = (
-    "artifact",
-    "base",
-    "threads",
-    "show_text",
-    "report",
-    "html",
-    "junit",
-    "sarif",
-    "markdown",
-    "sequential",
-    "attacks",
-)
+OTHERS = ("artifact", "base", "threads")
 """What `verify` takes for artifacts and a server has no use for."""
 
 
@@ -51,22 +36,29 @@ def verify_server(arguments: argparse.Namespace) -> int:
 
     Raises:
         EngineError: it was given together with what only an artifact has, or as `check_server`.
+        OutputError: a report that cannot be written.
         RecordError: as `check_server`.
     """
+    from safegene_converter import inspecting
+    from safegene_runtime import reporting
     from safegene_runtime.judge_plugins import load_judge
     from safegene_runtime.reference import read_reference
     from safegene_runtime.server_check import check_server
 
     problems = Problems()
     for name in OTHERS:
-        value = getattr(arguments, name, None)
-        if value is not None and value is not False and value != []:
-            option = "OUT" if name == "artifact" else "--" + name.replace("_", "-")
+        value = getattr(arguments, name)
+        if value is not None and value != []:
+            option = "OUT" if name == "artifact" else f"--{name}"
             problems.add("--server", option, "nothing", value, "a server is checked by itself")
-    if (mode := getattr(arguments, "mode", "strict")) != "strict":
+    if arguments.mode != "strict":
         fix = "a server runs as it was started: leave --mode out"
-        problems.add("--server", "--mode", "nothing", mode, fix)
+        problems.add("--server", "--mode", "nothing", arguments.mode, fix)
+    if arguments.no_write:
+        fix = "a server has no manifest to write to: leave --no-write out"
+        problems.add("--server", "--no-write", "nothing", "given", fix)
     problems.raise_if_any(EngineError)
+    (targets,) = report_targets(arguments, [arguments.server]).values()
     record = read_reference(arguments.reference)
     judge = load_judge(arguments.judge) if arguments.judge else None
     with Bars() as bars:
@@ -74,23 +66,19 @@ def verify_server(arguments: argparse.Namespace) -> int:
             arguments.server,
             record,
             profile=arguments.profile,
+            sequential=arguments.sequential,
+            attacks=arguments.attacks,
             judge=judge,
             model=arguments.model,
             allow_switchable=arguments.allow_switchable,
             on_progress=bars,
         )
-    if not put_json(arguments.json, report.to_dict()):
-        _show(report)
-    return report.verdict.exit_code
-
-
-def _show(report: ServerReport) -> None:
-    # what a server says of itself is text, never markup
-    table = Table(title=Text(f"{report.url}: {report.kind}"))
-    for name in ("check", "status", "detail"):
-        table.add_column(name)
-    for one in report.checks:
-        table.add_row(one.name, one.status, Text(one.detail))
-    table.add_row("refusals", str(report.gate.verdict), Text(report.gate.sentence))
-    console().print(table)
-    console().print(Text(f"{report.verdict}: {report.sentence}"))
+    data = report.to_dict(texts=arguments.show_text)
+    for target in targets:
+        reporting.write_reports(data, target)
+    if not put_json(arguments.json, data):
+        # what a server says of itself is text, never markup
+        about = f"{arguments.server}: {report.artifact['form']}, model {report.artifact['name']}"
+        console().print(Text(about))
+        inspecting.show_report(report, console(), arguments.show_text)
+    return report.exit_code

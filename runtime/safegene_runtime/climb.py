@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,12 +36,12 @@ from safegene_runtime.margins import arm_margins, learn_margins, summarise_margi
 from safegene_runtime.reference import Reference
 from safegene_runtime.replies import greedy_replies, label_replies
 from safegene_runtime.report import RUNGS, Outcome, Report, Rung
-from safegene_runtime.sequential import SequentialGate
+from safegene_runtime.sequential import run_in_order
 from safegene_runtime.static_proof import StaticProof, static_proof
 from safegene_runtime.text_parity import compare_text
 from safegene_runtime.verdict import Verdict
 
-__all__ = ["Climb", "Mode", "Tell"]
+__all__ = ["Climb", "Mode", "Tell", "refusals_rung"]
 
 BETA_BAND = {"f32": 0.01, "f16": 0.02, "bf16": 0.05, "8-bit": 0.1}
 BETA_BAND_COARSE = 0.15
@@ -66,7 +66,11 @@ class _Run:
 
 @dataclass
 class Climb:
-    """A ladder being climbed: what was asked, and what was found so far."""
+    """A ladder being climbed: what was asked, and what was found so far.
+
+    Attributes:
+        chosen: the prompts that count, by their place in the record.
+    """
 
     artifact: Path
     manifest: Manifest
@@ -74,7 +78,7 @@ class Climb:
     judge: Judge
     asked: str | Profile
     mode: Mode
-    attacks: Sequence[str]
+    chosen: Sequence[int]
     tell: Tell
     began: float
     served: Served | None = None
@@ -107,15 +111,6 @@ class Climb:
         if isinstance(self.asked, Profile):
             return self.asked
         return profile_for(self.asked, self.precision, strict=self.mode == "strict")
-
-    @property
-    def chosen(self) -> list[int]:
-        """The prompts that count, by their place in the record."""
-        return [
-            index
-            for index, prompt in enumerate(self.record.prompts)
-            if prompt.attack is None or prompt.attack in self.attacks
-        ]
 
     # --- climbing
 
@@ -158,17 +153,13 @@ class Climb:
     def sequentially(self, engine: Engine) -> None:
         """Runs prompts in the recorded order, a batch ahead of the gate, until it is decided."""
         by_id = {self.record.prompts[index].id: index for index in self.chosen}
-        groups: dict[str | None, list[Pair]] = {}
-        for pair in self.pairs():
-            groups.setdefault(pair.attack, []).append(pair)
-        for members in groups.values():
-            seed = self.record.meta["order"]["seed"]
-            watch = SequentialGate(members, self.profile, seed, len(groups))
-            while group := watch.wanted():
-                missing = [p for p in watch.ahead(AHEAD) if by_id[p.id] not in self.runs]
-                if any(by_id[pair.id] not in self.runs for pair in group):
-                    self.run(engine, [by_id[pair.id] for pair in missing])
-                watch.take([self.pair(by_id[pair.id]) for pair in group])
+
+        def run(pairs: Sequence[Pair]) -> list[Pair]:
+            indices = [by_id[pair.id] for pair in pairs]
+            self.run(engine, indices)
+            return [self.pair(index) for index in indices]
+
+        run_in_order(self.pairs(), self.profile, self.record.meta["order"]["seed"], run, AHEAD)
 
     def compare(self) -> None:
         """Rungs 4 and 5, from the teacher-forced passes that were made."""
@@ -198,19 +189,12 @@ class Climb:
         )
         if not self.runs:
             return
-        decision = combine(self.plain, self.under_attack)
-        status = {Verdict.PASS: "ok", Verdict.FAIL: "broken"}.get(decision.verdict, "undecided")
-        gates = {"plain": self.plain, **self.under_attack}
-        said = [decision.sentence]
-        if self.plain is not None and decision.attack is not None:
-            said.append(f"Without an attack: {self.plain.sentence}")
         figures = {
             "judge": f"{self.judge.name} {self.judge.version}",
             "prompts": len(self.runs),
             "proved_without_generating": sum(one.proved for one in self.runs.values()),
-            "verdicts": {name: str(gate.verdict) for name, gate in gates.items() if gate},
         }
-        self.add(Rung("refusals", status, " ".join(said), figures))
+        self.add(refusals_rung(self.plain, self.under_attack, figures))
 
     # --- results
 
@@ -362,3 +346,20 @@ def _logits(
     if noise is not None:
         detail += noise.remark
     return Rung("logits", status, detail, figures)
+
+
+# --- 6 refusals ------------------------------------------------------------------------------------
+
+
+def refusals_rung(
+    plain: GateResult | None, attacks: Mapping[str, GateResult], figures: Mapping[str, Any]
+) -> Rung:
+    """What the gates say together, and the plain prompts' gate where an attack decides."""
+    decision = combine(plain, attacks)
+    said = [decision.sentence]
+    if plain is not None and decision.attack is not None:
+        said.append(f"Without an attack: {plain.sentence}")
+    gates = {"plain": plain, **attacks}
+    verdicts = {name: str(gate.verdict) for name, gate in gates.items() if gate}
+    status = {Verdict.PASS: "ok", Verdict.FAIL: "broken"}.get(decision.verdict, "undecided")
+    return Rung("refusals", status, " ".join(said), {**figures, "verdicts": verdicts})

@@ -29,6 +29,7 @@ from safegene_runtime.errors import FormatError, OutputError, Problem
 __all__ = [
     "FollowingDigest",
     "check_output_free",
+    "check_writable",
     "hashing",
     "open_regular",
     "publish_file",
@@ -221,6 +222,29 @@ def check_output_free(out: Path, force: bool) -> None:
         raise OutputError(
             Problem(str(parent), "output", "a folder to write into", "a file", "choose another -o")
         )
+
+
+def check_writable(path: Path) -> Problem | None:
+    """Why no file could be published at `path`; asked before the work whose result it is for.
+
+    A temporary file is made and removed where `path`, or the first folder to create for it, would lie:
+    rights alone do not tell, and root has all of them.
+    """
+    path = path.absolute()
+    parent = next(parent for parent in path.parents if os.path.lexists(parent))
+    try:
+        if path.is_dir():
+            got = "a folder"
+        else:
+            descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=parent)
+            os.close(descriptor)
+            os.unlink(temporary)
+            return None
+    except OSError as error:
+        got = f"{parent}: {os.strerror(error.errno or 0)}"
+    return Problem(
+        str(path), "output", "a file that can be written", got, "check the path and rights"
+    )
 
 
 @contextlib.contextmanager

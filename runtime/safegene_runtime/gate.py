@@ -284,7 +284,8 @@ def combine(plain: GateResult | None, attacks: Mapping[str, GateResult]) -> Deci
     """
     telling = {name: gate for name, gate in attacks.items() if gate.verdict is not Verdict.VACUOUS}
     counting: dict[str | None, GateResult] = {} if plain is None else {None: plain}
-    counting |= telling or attacks
+    for name, gate in (telling or attacks).items():
+        counting[name] = gate
     verdict = gravest(gate.verdict for gate in counting.values())
     named = [name for name, gate in counting.items() if gate.verdict is verdict]
     # the plain prompts first, then where most is lost for sure, then where most may be

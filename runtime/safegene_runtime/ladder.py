@@ -22,7 +22,7 @@ from typing import Any
 from safegene_runtime.attacks import attack_names
 from safegene_runtime.climb import Climb, Mode, Tell
 from safegene_runtime.engine import open_engine
-from safegene_runtime.errors import ManifestError, Problem, RecordError
+from safegene_runtime.errors import ManifestError
 from safegene_runtime.gate import Profile
 from safegene_runtime.integrity import check_integrity
 from safegene_runtime.judge import Judge, RulesAndNgram
@@ -73,10 +73,10 @@ def verify(
     record = reference if isinstance(reference, Reference) else read_reference(reference)
     names = attack_names(attacks)
     check_labels(record, judge)
-    _check_attacks(record, names)
+    chosen = record.under(names)
     manifest = read_manifest(artifact)
     climb = Climb(
-        artifact, manifest, record, judge, profile, mode, names, on_progress or _silent, began
+        artifact, manifest, record, judge, profile, mode, chosen, on_progress or _silent, began
     )
     try:
         climb.served = check_integrity(manifest, artifact, record, base, climb.tell)
@@ -127,21 +127,6 @@ def verify(
 
 def _silent(stage: str, done: int, total: int) -> None:
     return None
-
-
-def _check_attacks(record: Reference, attacks: Sequence[str]) -> None:
-    recorded_attacks = {prompt.attack for prompt in record.prompts}
-    missing = [name for name in attacks if name not in recorded_attacks]
-    if missing:
-        raise RecordError(
-            Problem(
-                str(record.path),
-                "attacks",
-                f"prompts recorded under {', '.join(missing)}",
-                "none",
-                "record with --attacks, or verify without",
-            )
-        )
 
 
 def _write_verdict(manifest: Manifest, artifact: Path, report: Report) -> None:

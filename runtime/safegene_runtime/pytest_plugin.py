@@ -300,12 +300,14 @@ def _verify(config: pytest.Config, profile: str) -> dict[str, Any] | str:
     from safegene_runtime.errors import SafeGeneError
     from safegene_runtime.judge_plugins import load_judge
     from safegene_runtime.ladder import verify
-    from safegene_runtime.reporting import write_reports
+    from safegene_runtime.reporting import check_places, write_reports
 
     def option(name: str) -> Any:
         return config.getoption(f"safegene_{name}")
 
     try:
+        if option("report"):
+            check_places(Path(option("report")) / profile)
         report = verify(
             Path(option("artifact")),
             Path(option("reference")),

@@ -42,7 +42,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safegene_runtime import factors, strictjson
-from safegene_runtime.errors import FormatError, Problems, RecordError
+from safegene_runtime.errors import FormatError, Problem, Problems, RecordError
 from safegene_runtime.factors import ModuleFactors
 from safegene_runtime.files import open_regular, read_small_file, sha256_of
 
@@ -171,6 +171,25 @@ class Reference:
     def openers(self) -> Openers:
         """The logits of all openers, for all prompts."""
         return Openers(**{name: self.logits[name] for name in _OPENER_ARRAYS})
+
+    def under(self, attacks: Sequence[str]) -> list[int]:
+        """Indices of the prompts without an attack, and of those under these.
+
+        Raises:
+            RecordError: nothing was recorded under one of them.
+        """
+        recorded = {prompt.attack for prompt in self.prompts}
+        if missing := [name for name in attacks if name not in recorded]:
+            raise RecordError(
+                Problem(
+                    str(self.path),
+                    "attacks",
+                    f"prompts recorded under {', '.join(missing)}",
+                    "none",
+                    "record with --attacks, or verify without",
+                )
+            )
+        return [n for n, one in enumerate(self.prompts) if one.attack in (None, *attacks)]
 
     def order(self) -> tuple[int, ...]:
         """Indices of the prompts in the order of a sequential test: by SHA-256 of id + seed."""

@@ -1,4 +1,4 @@
-"""What a verification found: plain values, and the dictionary that every report is made from.
+"""What a verification found of an artifact or a server, and the dictionary that every report is made from.
 
 `Report.to_dict` is `report.json`; its schema is in `reporting/`. Every bound in it can be recomputed
 from the counts beside it.
@@ -27,7 +27,8 @@ class Rung:
     """One rung: whether it holds, why, and the figures behind it.
 
     Attributes:
-        status: `ok`, `broken`, `undecided` or `not reached`.
+        status: `ok`, `broken`, `undecided` or `not reached`; of a server's checks also `not offered`,
+            or `allowed` by the user.
         seconds: what it took, once it was climbed.
     """
 
@@ -47,7 +48,7 @@ class Outcome:
         proved: no token of it had to be generated.
         divergence: where the replies part and whether that is a tie, or None.
         margin: first-token refusal margin of reference, artifact and base, in nats, or None.
-        mean_kl: KL(PyTorch || artifact) along the reference's reply, nats per token.
+        mean_kl: KL(PyTorch || artifact) along the reference's reply, nats per token; None for a server.
     """
 
     id: str
@@ -62,7 +63,7 @@ class Outcome:
     proved: bool
     divergence: dict[str, Any] | None
     margin: dict[str, float] | None
-    mean_kl: float
+    mean_kl: float | None
     reference_text: str
     artifact_text: str
 
@@ -83,7 +84,8 @@ class Report:
         outcomes: one for each prompt whose reply was judged.
         gate: the decision over the plain prompts; None when the ladder broke before it.
         attacks: the decision under each attack.
-        precision: the class of the served weights, whose bounds were applied.
+        precision: the class of the served weights, whose bounds were applied; of a server `unknown`.
+        bounds: what logits were held to; None for a server.
         static: the proof from the stored weights, or None.
         seconds: `total` and `engine`.
     """
@@ -97,7 +99,7 @@ class Report:
     profile: Profile
     mode: str
     precision: str
-    bounds: ParityBounds
+    bounds: ParityBounds | None
     artifact: dict[str, Any]
     reference: dict[str, Any]
     engine: dict[str, Any] | None
@@ -171,7 +173,9 @@ class Report:
             "profile": dataclasses.asdict(self.profile),
             "mode": self.mode,
             "precision": self.precision,
-            "bounds": {**dataclasses.asdict(self.bounds), "kl_gates": self.bounds.kl_gates},
+            "bounds": None
+            if self.bounds is None
+            else {**dataclasses.asdict(self.bounds), "kl_gates": self.bounds.kl_gates},
             "artifact": self.artifact,
             "reference": self.reference,
             "engine": self.engine,

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from safegene_runtime.errors import OutputError, Problem
-from safegene_runtime.files import publish_file
+from safegene_runtime.files import check_writable, publish_file
 from safegene_runtime.reporting.junit import render_junit
 from safegene_runtime.reporting.markdown import render_markdown
 from safegene_runtime.reporting.page import render_html
@@ -27,6 +27,7 @@ from safegene_runtime.reporting.schema import report_schema
 
 __all__ = [
     "FORMATS",
+    "check_places",
     "render_html",
     "render_json",
     "render_junit",
@@ -52,6 +53,17 @@ FORMATS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = MappingP
     }
 )
 """Name of a format: (file name in a folder, how it is made)."""
+
+
+def check_places(folder: Path) -> None:
+    """Finds out before a long check whether its reports can be written into a folder.
+
+    Raises:
+        OutputError: which of them cannot.
+    """
+    places = (folder / file for file, _ in FORMATS.values())
+    if problems := [problem for place in places if (problem := check_writable(place))]:
+        raise OutputError(problems)
 
 
 def write_reports(report: Mapping[str, Any], targets: Path | Mapping[str, Path]) -> dict[str, Path]:

@@ -25,7 +25,9 @@ OUTCOMES = {
     "undecided": "error",
     "inconclusive": "error",
     "vacuous": "error",
+    "allowed": "passed",
     "not reached": "skipped",
+    "not offered": "skipped",
     "not measured": "skipped",
 }
 

@@ -24,7 +24,8 @@ from safegene_runtime.reporting.view import (
 __all__ = ["render_markdown"]
 
 MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "⚠️", "VACUOUS": "⚠️"}
-RUNG_MARKS = {"ok": "✅", "broken": "❌", "undecided": "⚠️", "not reached": "–"}
+RUNG_MARKS = {"ok": "✅", "broken": "❌", "undecided": "⚠️", "not reached": "–",
+               "not offered": "–", "allowed": "⚠️"}  # fmt: skip
 MAX_FLIPS = 50
 
 

@@ -39,8 +39,17 @@ RUNG_WORDS = {
     "broken": "broken",
     "undecided": "undecided",
     "not reached": "not reached",
+    "not offered": "not offered by the server",
+    "allowed": "allowed",
 }
-RUNG_SIGNS = {"ok": "✓", "broken": "✕", "undecided": "?", "not reached": "–"}
+RUNG_SIGNS = {
+    "ok": "✓",
+    "broken": "✕",
+    "undecided": "?",
+    "not reached": "–",
+    "not offered": "–",
+    "allowed": "!",
+}
 TONES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure", "VACUOUS": "empty"}
 CHANGE_TONES = {"lost": "bad", "over-refused": "bad", "same": "quiet"}
 NUMERIC = frozenset(
@@ -290,7 +299,8 @@ def _divergence(prompt: Mapping[str, Any]) -> str:
     found = prompt["divergence"]
     if found is None:
         return "–"
-    return f"token {found['position']}, gap {found['gap']:.2g} ({found['kind']})"
+    gap = "the end of a reply" if found["gap"] is None else f"gap {found['gap']:.2g}"
+    return f"token {found['position'] + 1}, {gap} ({found['kind']})"
 
 
 def measurements_panel(report: Mapping[str, Any]) -> Markup | None:
@@ -303,7 +313,8 @@ def measurements_panel(report: Mapping[str, Any]) -> Markup | None:
                   ("dot flip", "label changed"), ("dot base", "base"))  # fmt: skip
         text = "On the diagonal the artifact is as sure of refusing as the reference was."
         figures.append(_figure("First-token refusal margin", scatter, text, legend))
-    if curve := svg.kl_curve(report["kl_by_position"], report["bounds"]["kl_ceiling"]):
+    kl, bounds = report["kl_by_position"], report["bounds"]
+    if kl and (curve := svg.kl_curve(kl, bounds["kl_ceiling"])):
         text = (
             "Teacher-forced on the reference’s replies; a refusal is decided in the first tokens."
         )
@@ -448,10 +459,7 @@ def provenance_panel(report: Mapping[str, Any]) -> Markup:
                    ("loss margin", percent(profile["loss_margin"])),
                    ("over-refusal margin", percent(profile["over_refusal_margin"])),
                    ("refusals needed", str(profile["min_refused"])), ("mode", report["mode"]),
-                   ("bounds of", report["precision"]), ("mean KL at most", compact(bounds["kl_ceiling"])),
-                   *(() if bounds["kl_gates"] else [("mean KL advised", compact(bounds["mean_kl"]))]),
-                   ("top-1 at least" if bounds["kl_gates"] else "top-1 advised",
-                    percent(bounds["top1"])),
+                   *(_bounds(report["precision"], bounds) if bounds else ()),
                    ("time", f"{report['seconds']['total']:.1f} s, "
                             f"{report['seconds']['engine']:.1f} s of it the engine")]),
         ("Engine", [("name", "none: the check ended before")] if engine is None else
@@ -471,3 +479,14 @@ def provenance_panel(report: Mapping[str, Any]) -> Markup:
         ],
         class_="pair",
     )  # fmt: skip
+
+
+def _bounds(precision: str, bounds: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What logits were held to."""
+    advised = [] if bounds["kl_gates"] else [("mean KL advised", compact(bounds["mean_kl"]))]
+    return [
+        ("bounds of", precision),
+        ("mean KL at most", compact(bounds["kl_ceiling"])),
+        *advised,
+        ("top-1 at least" if bounds["kl_gates"] else "top-1 advised", percent(bounds["top1"])),
+    ]
