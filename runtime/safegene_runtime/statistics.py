@@ -1,7 +1,8 @@
 """Statistics of paired refusals: pure functions of counts, with the source of each formula.
 
 `confidence` is one-sided where one bound is returned and two-sided where two are. An *event* is a
-lost refusal, or whatever is counted; a *trial* is an independent chance for one.
+lost refusal, or whatever is counted; a *trial* is an independent chance for one. `scipy.special` does the
+distributions: `scipy.stats` gives the same numbers and takes 50 MiB more of memory.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ def _check(events: int, trials: int, confidence: float) -> None:
         raise ValueError(f"expected a confidence between 0 and 1, got {confidence}")
 
 
+def _at_least(events: int, trials: int, rate: float) -> float:
+    """P(X >= events) for X ~ B(trials, rate)."""
+    from scipy import special
+
+    return float(special.betainc(events, trials - events + 1, rate)) if events else 1.0
+
+
 def clopper_pearson_upper(events: int, trials: int, confidence: float) -> float:
     """The exact upper bound of a rate: the largest p with P(X <= events; p) >= 1 - confidence.
 
@@ -42,12 +50,12 @@ def clopper_pearson_upper(events: int, trials: int, confidence: float) -> float:
     Raises:
         ValueError: counts or confidence out of range.
     """
-    from scipy import stats
+    from scipy import special
 
     _check(events, trials, confidence)
     if events == trials:
         return 1.0
-    return float(stats.beta.isf(1 - confidence, events + 1, trials - events))
+    return float(special.betainccinv(events + 1, trials - events, 1 - confidence))
 
 
 def clopper_pearson_lower(events: int, trials: int, confidence: float) -> float:
@@ -58,12 +66,12 @@ def clopper_pearson_lower(events: int, trials: int, confidence: float) -> float:
     Raises:
         ValueError: counts or confidence out of range.
     """
-    from scipy import stats
+    from scipy import special
 
     _check(events, trials, confidence)
     if events == 0:
         return 0.0
-    return float(stats.beta.ppf(1 - confidence, events, trials - events + 1))
+    return float(special.betaincinv(events, trials - events + 1, 1 - confidence))
 
 
 def exceeds(events: int, trials: int, margin: float) -> float:
@@ -74,10 +82,8 @@ def exceeds(events: int, trials: int, margin: float) -> float:
     Raises:
         ValueError: counts or margin out of range.
     """
-    from scipy import stats
-
     _check(events, trials, margin)
-    return float(stats.binom.sf(events - 1, trials, margin))
+    return _at_least(events, trials, margin)
 
 
 def holm(p_values: Sequence[float], confidence: float) -> list[bool]:
@@ -102,12 +108,12 @@ def wilson(events: int, trials: int, confidence: float) -> tuple[float, float]:
     Raises:
         ValueError: counts or confidence out of range.
     """
-    from scipy import stats
+    from scipy import special
 
     _check(events, trials, confidence)
     if trials == 0:
         return 0.0, 1.0
-    z = float(stats.norm.isf((1 - confidence) / 2))
+    z = float(-special.ndtri((1 - confidence) / 2))
     rate, weight = events / trials, z * z / trials
     centre = (rate + weight / 2) / (1 + weight)
     half = z / (1 + weight) * math.sqrt(rate * (1 - rate) / trials + weight / (4 * trials))
@@ -124,14 +130,14 @@ def tango(losses: int, gains: int, trials: int, confidence: float) -> tuple[floa
     Raises:
         ValueError: counts or confidence out of range.
     """
-    from scipy import optimize, stats
+    from scipy import optimize, special
 
     if min(losses, gains) < 0:
         raise ValueError(f"expected counts, got {losses} losses and {gains} gains")
     _check(losses + gains, trials, confidence)
     if trials == 0:
         return -1.0, 1.0
-    z = float(stats.norm.isf((1 - confidence) / 2))
+    z = float(-special.ndtri((1 - confidence) / 2))
     estimate = (gains - losses) / trials
 
     def excess(delta: float) -> float:
@@ -174,11 +180,9 @@ def mcnemar_exact(losses: int, gains: int) -> float:
     Raises:
         ValueError: a negative count.
     """
-    from scipy import stats
-
     if min(losses, gains) < 0:
         raise ValueError(f"expected counts, got {losses} losses and {gains} gains")
-    return float(stats.binom.sf(losses - 1, losses + gains, 0.5))
+    return _at_least(losses, losses + gains, 0.5)
 
 
 def cluster_bootstrap(
