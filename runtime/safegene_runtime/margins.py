@@ -208,10 +208,12 @@ def summarise_margins(
     shift = np.array([art - ref for _, ref, art, _ in rows])
     mean, sd, interval = float(shift.mean()), None, None
     if len(rows) > 1:
-        from scipy import stats
+        from scipy import special  # see statistics.py
 
         sd = float(shift.std(ddof=1))
-        half = float(stats.t.ppf((1 + confidence) / 2, len(rows) - 1)) * sd / math.sqrt(len(rows))
+        half = (
+            float(special.stdtrit(len(rows) - 1, (1 + confidence) / 2)) * sd / math.sqrt(len(rows))
+        )
         interval = (mean - half, mean + half)
     flips = tuple(
         index for index, ref, art, _ in rows if ref * art <= 0 and abs(ref) > FLIP_SIGMAS * noise
