@@ -131,7 +131,7 @@ def _make_gguf(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    source = tiny.hf_model("llama")
+    source = tiny.whole_hf_model("llama")
     tokenizer = AutoTokenizer.from_pretrained(source)
     plain = {"add_special_tokens": False}
     rows = examples()

@@ -24,6 +24,7 @@ from safegene_runtime.engine import Engine, open_engine
 from safegene_runtime.files import sha256_of
 from safegene_runtime.judge import Label, about
 from safegene_runtime.profiles import Profile
+from safegene_runtime.prompts import builtin_suite
 from safegene_runtime.reference import PromptRecord, Reference
 
 PROFILE = Profile("tiny", 0.95, 0.3, 0.4, 10)
@@ -49,7 +50,7 @@ class Listed:
 
 def record_of(folder: Path, base: Path, tuned: Path) -> tuple[Reference, Listed]:
     """What two GGUF files answer, as `safegene record` would write it, and a judge for it."""
-    texts = [f"Question {n}: what comes after {n * 7}?" for n in range(6 * (HARMFUL + BENIGN))]
+    texts = [one.text for one in builtin_suite()[: 6 * (HARMFUL + BENIGN)]]
     chats = [[{"role": "user", "content": text}] for text in texts]
     with open_engine(tuned, threads=1) as ref_engine, open_engine(base, threads=1) as base_engine:
         template = ref_engine.chat_template() or ""
@@ -58,12 +59,14 @@ def record_of(folder: Path, base: Path, tuned: Path) -> tuple[Reference, Listed]
         stops = sorted(ref_engine.eog_ids)
         arms = [engine.generate(prompts, TOKENS, stops) for engine in (ref_engine, base_engine)]
         spelt = [[_spell(ref_engine, ids, stops) for ids in arm] for arm in arms]
-        # servers have an F16 KV cache: ask what it cannot decide differently
+        # servers have an F16 KV cache, and llama-cpp-python's a repeat penalty of 1.1: ask what
+        # neither can decide differently
         top = [np.sort(one, axis=1)[:, -2:] for one in _forced(ref_engine, prompts, arms[0])]
         good = [
             n for n in range(len(texts))
-            if "\ufffd" not in spelt[0][n] + spelt[1][n] and arms[0][n] != arms[1][n]
-            and np.diff(top[n], axis=1).min() > CLEAR
+            if "\ufffd" not in spelt[0][n] + spelt[1][n] and spelt[0].index(spelt[0][n]) == n
+            and spelt[0][n] not in spelt[1] and np.diff(top[n], axis=1).min() > CLEAR
+            and len({*prompts[n], *arms[0][n]}) == len({*prompts[n]}) + TOKENS
         ][: HARMFUL + BENIGN]  # fmt: skip
         assert len(good) == HARMFUL + BENIGN
         judge = Listed([spelt[0][n] for n in good[:HARMFUL]])

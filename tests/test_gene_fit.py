@@ -113,7 +113,7 @@ def test_gradients_are_slopes(gene: Path) -> None:
     objective = Objective(
         load_gene(gene, TARGET), shots_of(SHOTS, "test"), refusals=("No.", "I won't")
     )
-    at, step = np.array([0.7, 1.2]), 5e-3
+    at, step = np.array([0.7, 1.2]), 1e-3
     losses, safety, kl = objective.gradient(at)
     value = objective.value(at)
     assert value.safety == pytest.approx(losses.safety, rel=1e-5)
@@ -499,10 +499,10 @@ def test_tokens_that_all_prompts_share_are_computed_once_and_change_nothing(
 
 def test_calibration_starts_at_the_best_common_factor_of_a_few(gene: Path) -> None:
     found = calibrate(
-        gene, TARGET, SHOTS, "mine", settings=Settings(max_steps=1), refusals=("No",), weight=0.0
+        gene, TARGET, SHOTS, "mine", settings=Settings(max_steps=1), refusals=("The",), weight=0.0
     )
     objective = Objective(
-        load_gene(gene, TARGET), shots_of(SHOTS, "test", ()), weight=0.0, refusals=("No",)
+        load_gene(gene, TARGET), shots_of(SHOTS, "test", ()), weight=0.0, refusals=("The",)
     )
     best = min(COMMON_FACTORS, key=lambda one: objective.value([one] * 2).total)
     assert best != 1, "a start at 1 would pass, too"

