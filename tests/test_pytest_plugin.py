@@ -44,6 +44,8 @@ def run(made: gated.Gated, pytester: pytest.Pytester, monkeypatch: pytest.Monkey
     """Runs pytest on a test file; `artifact` replaces the one that is whole."""
     paths = [made.site, tiny.REPOSITORY / "runtime", tiny.REPOSITORY / "converter"]
     monkeypatch.setenv("PYTHONPATH", ":".join(map(str, paths)))
+    # Hypothesis comes with a plug-in, too, which would take most of the time
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest")
 
     def go(code: str, *options: str, artifact: Path = made.artifact, profile: str = "smoke"):
         pytester.makepyfile(code)

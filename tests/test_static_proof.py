@@ -40,7 +40,12 @@ from safegene_runtime.row_order import transform_for
 from safegene_runtime.static_proof import StaticProof, static_proof
 
 LOOSE = Bounds(0, 99, 99, 99)
-SLOW_TYPES = ("IQ1_M", "IQ2_S", "IQ2_XS")  # ggml computes tables for seconds before the first row
+SLOW_TYPES = (
+    "IQ1_M",
+    "IQ1_S",
+    "IQ2_S",
+    "IQ2_XS",
+)  # ggml computes tables for seconds before the first row
 Edit = Callable[[str, np.ndarray, np.ndarray], np.ndarray]
 
 
