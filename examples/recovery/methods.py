@@ -385,12 +385,12 @@ def _verified(lab: Lab, target: str, kind: str) -> dict[str, Any]:
         )
     except RecordError as error:
         return {"verdict": f"could not be checked ({error.problems[0].got})"}
-    figures = checked.figures
-    return {
-        "verdict": str(checked.verdict),
-        "harmful_refused": figures["harmful_refused"]["artifact"],
-        **{name: figures[name] for name in ("losses", "gains", "mean_kl")},
-    }
+    figures = checked.figures  # of a rung that was not reached there are none
+    known = {name: figures[name] for name in ("losses", "gains", "mean_kl") if name in figures}
+    if "harmful_refused" in figures:
+        known["harmful_refused"] = figures["harmful_refused"]["artifact"]
+    broken = f" at {checked.broken_at}" if checked.broken_at else ""
+    return {"verdict": f"{checked.verdict}{broken}", **known}
 
 
 def deployed(lab: Lab) -> None:

@@ -84,7 +84,7 @@ def _artifacts(runs: list[dict[str, Any]]) -> list[str]:
         ]
     for key in keys:
         found = [run[key] for run in runs if key in run]
-        flips = ", ".join(f"{one.get('losses')}/{one.get('gains')}" for one in found)
+        flips = ", ".join(f"{one.get('losses', '-')}/{one.get('gains', '-')}" for one in found)
         distances = ", ".join(f"{one['mean_kl']:.1e}" for one in found if "mean_kl" in one)
         target, _, kind = key.partition(" artifact ")
         lines.append(
