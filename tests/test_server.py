@@ -200,6 +200,32 @@ def test_a_server_that_refuses_log_probabilities_is_asked_without(world: World) 
     assert asked.count(True) == 1, "once is enough to know"
 
 
+@pytest.mark.parametrize("refusal", [400, 422])
+def test_penalties_are_switched_off_where_a_server_lets_us(world: World, refusal: int) -> None:
+    """A server that refuses fields it does not know is asked as it is, and that is said."""
+    asked: list[Any] = []
+
+    def strict(row: Any, body: Any) -> Any:
+        asked.append(body)
+        unknown = {"repeat_penalty", "logprobs", "lora"} & set(body)
+        return (refusal, {"error": "unknown"}) if unknown else reply(row.ref_text)
+
+    with served.scripted(faithful(world, ask=strict)) as url:
+        report = world.check(url)
+    assert report.verdict is Verdict.PASS, report.sentence
+    assert "its own penalties" in next(r.detail for r in report.rungs if r.name == "repeat")
+    assert len(asked) < len(world.record.prompts) + 12, "what it refuses is not tried for ever"
+
+    def penalised(row: Any, body: Any) -> Any:
+        plain = body.get("repeat_penalty") == body.get("repetition_penalty") == 1.0
+        return reply(row.ref_text if plain else row.base_text)
+
+    with served.scripted(faithful(world, ask=penalised)) as url:
+        report = world.check(url)
+    assert report.verdict is Verdict.PASS, report.sentence
+    assert "penalties" not in next(r.detail for r in report.rungs if r.name == "repeat")
+
+
 def test_a_client_that_can_switch_by_request_or_by_model_fails(world: World) -> None:
     def ask(row: Any, body: Any) -> Any:
         return reply(row.base_text if "lora" in body else row.ref_text)

@@ -29,7 +29,7 @@ from safegene_converter.base_checks import (
 from safegene_converter.safetensors_reader import SafetensorsFile
 from safegene_runtime import strictjson
 from safegene_runtime.errors import BaseModelError, Problem, Problems, UnsupportedError
-from safegene_runtime.files import sha256_file
+from safegene_runtime.files import MANIFEST_NAME, sha256_file
 from safegene_runtime.gguf import GGUFModel, open_model, read_tensor_bytes
 
 __all__ = ["Base", "open_base"]
@@ -40,6 +40,11 @@ _EXPECTED = "a GGUF file or a Hugging Face model folder"
 
 _HF_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
 """The files of a Hugging Face folder that decide what the converted model is."""
+
+_MARK = "safegene."
+"""How the keys of our own artifacts begin: folding into one again would fold twice."""
+
+_PLAIN = "start from the base that this was made from"
 
 _UNFIT_TENSORS = (".scale", ".input_scale", ".attn_qkv.weight")
 """Tensors whose presence means that `blk.N.attn_q.weight` alone is not the weight of q."""
@@ -150,6 +155,10 @@ def _open_gguf(path: Path) -> Base:
         raise BaseModelError(
             Problem(where, "general.type", "model", str(kind), "pass the base model itself")
         )
+    if mark := next((key for key in metadata if key.startswith(_MARK)), None):
+        raise BaseModelError(
+            Problem(where, mark, "a plain base", "one that holds a SafeGene adapter", _PLAIN)
+        )
     architecture = names.check_architecture(metadata.get("general.architecture"), where)
     problems, refused = Problems(), Problems()
     n_layers = count(metadata.get(f"{architecture}.block_count"), where, "block_count", problems)
@@ -205,6 +214,8 @@ def _open_folder(path: Path) -> Base:
         fix = f"pass --base {path / found[0]}" if found else "check --base"
         if (path / "adapter_config.json").exists():
             got, fix = "a folder with adapter_config.json", "pass the base model, not the adapter"
+        elif (path / MANIFEST_NAME).exists():
+            got, fix = f"a folder with {MANIFEST_NAME}: an artifact", _PLAIN
         raise BaseModelError(
             Problem(str(path), "base", "a Hugging Face model folder with config.json", got, fix)
         )

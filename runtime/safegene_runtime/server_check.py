@@ -288,7 +288,8 @@ def _repeat(
         if server.ask(prompt.text, limit).text != reply.text:
             detail = f"prompt {prompt.id} got another reply the second time"
             return Rung("repeat", "broken", f"{detail}: not greedy, or not stateless")
-    return Rung("repeat", "ok", f"asked again, it answers the same ({cold})")
+    own = "" if server.takes_penalties else "; its own penalties on repetition are in force"
+    return Rung("repeat", "ok", f"asked again, it answers the same ({cold}{own})")
 
 
 def _active(

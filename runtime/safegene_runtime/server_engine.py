@@ -29,6 +29,14 @@ TIMEOUT_S = 120.0
 MAX_BODY_BYTES = 8 << 20
 MAX_SHOWN = 200
 TOP_LOGPROBS = 5
+
+NO_PENALTY = {"repeat_penalty": 1.0, "repetition_penalty": 1.0}
+"""1 switches off what temperature 0 does not: llama_cpp.server's penalty is 1.1 by default, and
+llama-server's and vLLM's is what they were started with. The second name is vLLM's."""
+
+UNKNOWN_FIELD = (400, 422)
+"""How servers refuse a field they do not know."""
+
 IS_IT = "is it an OpenAI-compatible server, such as llama-server?"
 
 
@@ -70,6 +78,7 @@ class Server:
         template: its chat template, where offered.
         adapters: (id, scale) of the adapters it can switch, where offered; else empty.
         offers_logprobs: whether it gave any; None before it was asked.
+        takes_penalties: whether it lets us switch penalties off; None before it was asked.
 
     Raises:
         EngineError: not a loopback address, no answer, or none of an OpenAI-compatible server.
@@ -106,6 +115,7 @@ class Server:
         self.template = template if isinstance(template, str) else None
         self.adapters = self._adapters()
         self.offers_logprobs: bool | None = None
+        self.takes_penalties: bool | None = None
 
     def _adapters(self) -> tuple[tuple[int, float], ...]:
         status, found = self.exchange("GET", "/lora-adapters", may_fail=True)
@@ -149,6 +159,9 @@ class Server:
     ) -> ServerReply:
         """The greedy reply to one message of a user, cold where the server can be told so.
 
+        Penalties on repetition are switched off, but for a server that refuses these fields, which
+        are not OpenAI's.
+
         Args:
             text: the message.
             max_tokens: of the reply.
@@ -169,15 +182,28 @@ class Server:
         }
         if self.kind == "llama-server":
             body["cache_prompt"] = False
-        path = "/v1/chat/completions"
         if logprobs and self.offers_logprobs is not False:
             more = {**body, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
-            status, found = self.exchange("POST", path, more, may_fail=True)
+            status, found = self._complete(more)
             if self.offers_logprobs is None:
                 self.offers_logprobs = status == 200
             if status == 200 or self.offers_logprobs:
                 return self._reply(status, found)
-        return self._reply(*self.exchange("POST", path, body, may_fail=True))
+        return self._reply(*self._complete(body))
+
+    def _complete(self, body: Mapping[str, Any]) -> tuple[int, Any]:
+        """Asks without penalties; as the server is where it refuses that, and nothing else."""
+        path = "/v1/chat/completions"
+        if self.takes_penalties is not False:
+            status, found = self.exchange("POST", path, {**body, **NO_PENALTY}, may_fail=True)
+            if self.takes_penalties is None and status == 200:
+                self.takes_penalties = True
+            if self.takes_penalties or status not in UNKNOWN_FIELD:
+                return status, found
+        status, found = self.exchange("POST", path, body, may_fail=True)
+        if status == 200:
+            self.takes_penalties = False
+        return status, found
 
     def _reply(self, status: int, found: Any) -> ServerReply:
         if status != 200:
