@@ -339,6 +339,26 @@ def test_another_base_is_refused(case: str, folder: Folder) -> None:
     assert words in str(caught.value)
 
 
+def test_a_base_of_another_model_is_one_problem(folder: Folder) -> None:
+    """Not one for each of its modules, which would hide it."""
+    adapter = read_adapter(folder.save())
+    with pytest.raises(AdapterError) as caught:
+        check_base_fits(adapter, {}, "llama", 1)
+    assert [problem.field for problem in caught.value.problems] == ["n_layers"]
+    with pytest.raises(AdapterError, match=f"and {len(adapter.modules) - 1} others") as caught:
+        check_base_fits(adapter, {}, "llama", 2)
+    assert len(caught.value.problems) == 1
+
+
+def test_what_is_passed_instead_of_an_adapter_is_named(tmp_path: Path) -> None:
+    for name, said in (("config.json", "a whole model"), ("reference.json", "a reference"),
+                       ("manifest.json", "an artifact")):  # fmt: skip
+        (tmp_path / name).touch()
+        with pytest.raises(AdapterError, match=said) as caught:
+            read_adapter(tmp_path)
+        assert len(caught.value.problems) == 1
+
+
 def test_a_targeted_module_of_the_base_without_tensors_is_refused(folder: Folder) -> None:
     """PEFT would initialise it at random, or warn at most."""
     for factor in "AB":

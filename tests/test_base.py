@@ -156,6 +156,7 @@ def test_head_counts_per_layer_may_be_equal(tmp_path: Path) -> None:
         ("architecture", "gemma3", "gemma3"),
         ("llama.expert_count", 8, "MoE"),
         ("general.type", "adapter", "general.type"),
+        ("safegene.version", "0.1.0", "one that holds a SafeGene adapter"),
         ("llama.block_count", 0, "block_count"),
         ("llama.block_count", 2, "7 missing"),
         ("llama.attention.head_count", "many", "head_count"),
@@ -257,6 +258,14 @@ def test_what_is_no_base_is_explained(tmp_path: Path) -> None:
         open_base(tmp_path / "missing")
     with pytest.raises(BaseModelError, match=r"config\.json"):
         open_base(tmp_path)
+    (tmp_path / "empty.gguf").touch()
+    with pytest.raises(BaseModelError, match="an empty file"):
+        open_base(tmp_path / "empty.gguf")
+    (tmp_path / "empty.gguf").unlink()
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(BaseModelError, match=r"an artifact\n.*the base that this was made"):
+        open_base(tmp_path)
+    (tmp_path / "manifest.json").unlink()
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(BaseModelError, match=r"--base .*model\.gguf"):
         open_base(tmp_path)

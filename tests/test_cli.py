@@ -109,6 +109,23 @@ WRONG = {
     "adapter as base": (["convert", "{adapter}", "--base", "{adapter}"], "not the adapter"),
     "adapter for another model": (["convert", "{example}", "--base", "{base}"], "30"),
     "existing output": (["convert", "{adapter}", "--base", "{base}", "-o", "{full}"], "--force"),
+    "output inside the adapter": (
+        ["convert", "{mine}", "--base", "{base}", "-o", "{mine}/out"],
+        "inside the input",
+    ),
+    "output over the adapter": (
+        ["convert", "{mine}", "--base", "{base}", "-o", "{mine}", "--force"],
+        "holds the input",
+    ),
+    "record over the adapter": (
+        ["record", "{mine}", "--base", "{base}", "-o", "{mine}", "--force"],
+        "holds the input",
+    ),
+    "adapter and base exchanged": (["convert", "{hf}", "--base", "{adapter}"], "this is a --base"),
+    "attacks without a name": (
+        ["record", "{adapter}", "--base", "{base}", "--attacks", ""],
+        "names of attacks",
+    ),
     "misspelt flag": (["convert", "{adapter}", "--bases", "{base}"], "--help"),
     "misspelt type": (["convert", "{adapter}", "--base", "{base}", "--type", "q4km"], "q4_k_m"),
     "misspelt form": (["convert", "{adapter}", "--base", "{base}", "--as", "merge"], "merged"),
@@ -138,11 +155,13 @@ def test_a_wrong_input_gets_one_message_and_leaves_nothing(
     case: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.txt").write_text("not a model")
+    shutil.copytree(adapter, tmp_path / "mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     names = {
         "t": tmp_path, "base": tiny.gguf_model("llama"), "adapter": adapter, "example": EXAMPLE,
-        "text": tmp_path / "text.txt", "full": tmp_path / "full",
+        "text": tmp_path / "text.txt", "full": tmp_path / "full", "mine": tmp_path / "mine",
+        "hf": tiny.hf_model("llama"),
     }  # fmt: skip
     arguments, hint = WRONG[case]
     arguments = [argument.format(**names) for argument in arguments]
@@ -211,6 +230,38 @@ def test_several_artifacts_are_shown_side_by_side(
     assert {path.name for path in (tmp_path / "reports").iterdir()} == {"sidecar", "merged"}
     assert run(*arguments, "--html", tmp_path / "one.html") == 2
     assert "--report" in capsys.readouterr().err
+    again, manifest = tmp_path / "again", (merged / "manifest.json").read_bytes()
+    for wrong, said in ((merged / ".", "each artifact once"), (tmp_path / "no", "nothing there")):
+        assert run("verify", merged, wrong, "--reference", reference, "--report", again) == 2
+        assert said in capsys.readouterr().err
+    assert not again.exists()
+    assert (merged / "manifest.json").read_bytes() == manifest
+    for command in ("convert", "record"):  # it would be folded in twice
+        model = merged / "model.gguf"
+        assert run(command, adapter, "--base", model, "-o", again) == 2
+        assert "one that holds a SafeGene adapter" in capsys.readouterr().err
+
+
+def test_a_path_that_is_no_artifact_or_no_reference_is_a_mistake_and_no_invalid_record(
+    sidecar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for name, got in (("file", "a file"), ("nothing", "nothing there")):
+        assert run("verify", sidecar, "--reference", tmp_path / name) == 2
+        assert f"by `safegene record`, got {got}" in capsys.readouterr().err
+        assert run("run", tmp_path / name, "--prompt", "x") == 2
+        assert f"by `safegene convert`, got {got}" in capsys.readouterr().err
+    assert run("verify", sidecar, "--reference", tmp_path) == 5
+    assert "a folder without reference.json" in capsys.readouterr().err
+
+
+def test_what_an_artifact_has_no_use_for_is_refused(
+    sidecar: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("inspect", sidecar, "--expression", "x", "--base", tiny.gguf_model("llama")) == 2
+    shown = capsys.readouterr().err
+    assert "leave --expression out" in shown
+    assert "leave --base out" in shown
 
 
 def _inspected(path: Path, capsys: pytest.CaptureFixture[str]) -> str:

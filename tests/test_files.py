@@ -371,6 +371,24 @@ def test_force_never_deletes_the_folder_one_works_in_or_lives_in(
     check_output_free(tmp_path / "link", force=True)  # only the link would go
 
 
+def test_an_output_is_apart_from_what_it_is_made_from(tmp_path: Path) -> None:
+    """With --force it would delete its own input; inside, it would become a part of it."""
+    inputs = [tmp_path / "in" / "adapter", tmp_path / "in" / "base.gguf"]
+    inputs[0].mkdir(parents=True)
+    inputs[1].touch()
+    (tmp_path / "link").symlink_to(inputs[0])
+    (tmp_path / "folder").symlink_to(tmp_path / "in")
+    wrong = {"in": "holds", "in/adapter": "holds", "in/base.gguf": "holds", "in/adapter/out": "inside",
+             "link/out": "inside", "folder/adapter": "holds", "in/x/../adapter": "holds"}  # fmt: skip
+    for name, how in wrong.items():
+        with pytest.raises(OutputError, match=f"one (that )?{how} the input"):
+            check_output_free(tmp_path / name, True, inputs)
+    with pytest.raises(OutputError, match="holds the input"):
+        check_output_free(tmp_path / "link", True, [tmp_path / "link"])
+    for name in ("in/out", "in/adapter-2", "link"):  # of a link only the link would go
+        check_output_free(tmp_path / name, True, inputs)
+
+
 @pytest.mark.parametrize("below", ["out", "a/out", "a/b/c/out"])
 @pytest.mark.parametrize("force", [False, True])
 def test_a_file_where_a_folder_is_needed_is_refused_before_any_work(

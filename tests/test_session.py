@@ -92,6 +92,8 @@ def test_only_pass_is_served(name: str | None, merged: Path) -> None:
     with pytest.raises(UnverifiedError, match=r"allow-unverified") as caught:
         safegene.open(merged)
     assert caught.value.problems[0].got == (name or "none")
+    fix = "do not serve it" if name else "run `safegene verify` first"
+    assert fix in caught.value.problems[0].fix
     with (
         pytest.warns(safegene.UnverifiedWarning, match=name or "none"),
         safegene.open(merged, allow_unverified=True, threads=1) as session,

@@ -35,7 +35,7 @@ from safegene_converter.peft_config import LoraSettings, parse_config
 from safegene_converter.safetensors_reader import SafetensorsFile, read_safetensors
 from safegene_runtime import strictjson
 from safegene_runtime.errors import AdapterError, FormatError, Problem, Problems, UnsupportedError
-from safegene_runtime.files import open_regular, sha256_of
+from safegene_runtime.files import MANIFEST_NAME, open_regular, sha256_of
 
 __all__ = ["Adapter", "Module", "check_base_fits", "read_adapter"]
 
@@ -46,6 +46,13 @@ FORMAT_VERSION = 1
 PLAIN_EXPRESSION = "default"
 MAX_CONFIG_BYTES = 16 << 20
 MAX_WEIGHTS_BYTES = 8 << 30
+
+_NO_ADAPTERS = (
+    (MANIFEST_NAME, "an artifact", "pass the adapter that it was made from"),
+    ("reference.json", "a reference", "pass the adapter that it was recorded with"),
+    ("config.json", "a whole model", "this is a --base: pass the adapter that PEFT saved"),
+)
+"""What else may be passed by mistake: a file that tells, what it is, what to do."""
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<factor>[AB])\.weight")
 _LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.")
@@ -205,10 +212,16 @@ def check_base_fits(
             if adapter.base_model[name] != got:
                 expected = f"{adapter.base_model[name]}, as {SAFEGENE_NAME} says"
                 problems.add(where, name, expected, f"a base with {got}", fix)
+        problems.raise_if_any(AdapterError)  # that modules differ, too, would only hide it
+    missing = [module.name for module in adapter.modules if module.name not in shapes]
+    if missing:
+        more = f", and {len(missing) - 1} others are missing, too" if len(missing) > 1 else ""
+        got = f"no such module in its {n_layers} layers{more}"
+        problems.add(where, missing[0], "a module of the base", got, fix)
     for module in adapter.modules:
-        if module.name not in shapes:
-            problems.add(where, module.name, "a module of the base", "no such module", fix)
-        elif shapes[module.name] != module.shape:
+        if module.name in missing:
+            continue
+        if shapes[module.name] != module.shape:
             expected = f"(out, in) = {shapes[module.name]}, as in the base"
             problems.add(where, module.name, expected, module.shape, fix)
     if not problems:
@@ -244,6 +257,10 @@ def _read_folder(path: Path) -> tuple[bytes, bytes, bytes | None]:
         problems.add(str(path), "adapter", "a folder with adapter_config.json", got,
                      "pass the folder that PEFT saved")  # fmt: skip
         problems.raise_if_any(AdapterError)
+    for name, kind, fix in _NO_ADAPTERS:
+        if (path / name).exists() and not (path / CONFIG_NAME).exists():
+            problems.add(str(path), "adapter", f"a folder with {CONFIG_NAME}", kind, fix)
+            problems.raise_if_any(AdapterError)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (path / name).exists():
             got, fix = "no such file", "pass the folder that PEFT saved"

@@ -159,7 +159,7 @@ def check_head(path: Path, magic: bytes, expected: str) -> None:
                 str(path),
                 "content",
                 expected,
-                f"a file that starts with {head[:8]!r}",
+                f"a file that starts with {head[:8]!r}" if head else "an empty file",
                 "check --base",
             )
         )

@@ -81,10 +81,17 @@ def _add_attacks(parser: Any, what: str) -> None:
     parser.add_argument(
         "--attacks",
         metavar="NAMES",
-        type=attack_list,
+        type=_attack_names,
         default=[],
         help=f"{what}: all, or names with commas between them (docs/attacks.md)",
     )
+
+
+def _attack_names(text: str) -> list[str]:
+    try:
+        return attack_list(text)
+    except ValueError as error:  # of which argparse would show the type only
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 # --- inspect ---------------------------------------------------------------------------------------
@@ -433,10 +440,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     record = read_reference(arguments.reference)
     judge = load_judge(arguments.judge) if arguments.judge else None
     found = []
+    # of several, only sidecars stand beside a base; of one, the ladder says what is wrong
+    forms = [read_manifest(artifact).artifact["form"] for artifact in arguments.artifact]
     with Bars() as bars:
-        for label, artifact in zip(labels, arguments.artifact, strict=True):
-            # of several, only sidecars stand beside a base; of one, the ladder says what is wrong
-            beside = len(labels) == 1 or read_manifest(artifact).artifact["form"] == "sidecar"
+        for label, artifact, form in zip(labels, arguments.artifact, forms, strict=True):
+            beside = len(labels) == 1 or form == "sidecar"
             report = verify(
                 artifact,
                 record,
@@ -468,12 +476,15 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _check_verify(arguments: argparse.Namespace) -> None:
-    """There is something to verify, and nothing that only a server understands."""
+    """There is something to verify, once, and nothing that only a server understands."""
     from safegene_runtime.errors import EngineError, Problems
 
     problems = Problems()
     if not arguments.artifact:
         problems.add("verify", "OUT", "an artifact, or --server URL", "neither", "name a folder")
+    places = [artifact.resolve() for artifact in arguments.artifact]
+    for place in dict.fromkeys(one for one in places if places.count(one) > 1):
+        problems.add("verify", str(place), "each artifact once", "it twice", "name it once")
     for name in ("model", "allow_switchable"):
         if getattr(arguments, name):
             flag = "--" + name.replace("_", "-")

@@ -13,7 +13,7 @@ from rich.table import Table
 from safegene_converter import formula
 from safegene_converter.adapter import Adapter, read_adapter
 from safegene_converter.base import open_base
-from safegene_runtime.errors import AdapterError, Problem
+from safegene_runtime.errors import AdapterError, Problem, Problems
 from safegene_runtime.files import MANIFEST_NAME
 from safegene_runtime.manifest import Manifest, check_files, read_manifest
 
@@ -38,6 +38,12 @@ def inspect(path: Path, expression: str | None = None, base: Path | None = None)
         SafeGeneError: it is neither, or it is broken.
     """
     if (path / MANIFEST_NAME).exists():
+        problems = Problems()
+        for option, value in (("--expression", expression), ("--base", base)):
+            if value is not None:
+                fix = f"an artifact has one expression and one base: leave {option} out"
+                problems.add(str(path), option, "an adapter", "an artifact", fix)
+        problems.raise_if_any(AdapterError)
         return inspect_artifact(path)
     if not (path / "adapter_config.json").exists():
         raise AdapterError(

@@ -104,7 +104,7 @@ def record(
             that applies to no prompt; AdapterError: PEFT ignored a part of it.
     """
     tell: Tell = on_progress or (lambda stage, done, total: None)
-    check_output_free(out, force)
+    check_output_free(out, force, [adapter_path, base_path])
     chosen = wrap(builtin_suite() if prompts is None else prompts, attacks)
     if not chosen or max_new_tokens < 1 or top_k < 2:
         raise RecordError(

@@ -55,7 +55,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read(MAX_PROMPT_CHARACTERS)
     if prompt is not None and not prompt.strip():
-        raise EngineError(Problem("--prompt", "prompt", "a text", "nothing"))
+        fix = "pass --prompt TEXT, or write to its standard input"
+        raise EngineError(Problem("--prompt", "prompt", "a text", "nothing", fix))
     with Bars() as bars, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         session = open_session(

@@ -80,7 +80,7 @@ def convert(
         SafeGeneError: one of its kinds; nothing is left under the name `out`.
     """
     tell: Progress = progress or (lambda stage, done, total: None)
-    check_output_free(out, force)
+    check_output_free(out, force, [adapter_path, base_path])
     adapter = read_adapter(adapter_path, expression)
     base = given = open_base(base_path)
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)

@@ -105,7 +105,7 @@ def convert_onnx(
         SafeGeneError: one of its kinds; nothing is left under the name `out`.
     """
     tell: Progress = progress or (lambda stage, done, total: None)
-    check_output_free(out, force)
+    check_output_free(out, force, [adapter_path, base_path])
     if form is not None and form not in FORMS:
         raise UnsupportedError(
             Problem("--as", "form of --to onnx", " or ".join(FORMS), form, "choose one of these")

@@ -19,7 +19,7 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -66,11 +66,11 @@ def open_regular(path: Path, *, follow_symlinks: bool = False) -> BinaryIO:
         raise FormatError(
             Problem(str(path), "file", "a readable regular file", got, "check the path")
         ) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise FormatError(
-            Problem(str(path), "file", "a regular file", "something else", "check the path")
-        )
+        got = "a folder" if stat.S_ISDIR(mode) else "something else"
+        raise FormatError(Problem(str(path), "file", "a regular file", got, "check the path"))
     return os.fdopen(descriptor, "rb")
 
 
@@ -188,13 +188,27 @@ class FollowingDigest:
         return digest.hexdigest()
 
 
-def check_output_free(out: Path, force: bool) -> None:
+def check_output_free(out: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
     """Refuses an output that exists, before any work is done for it.
+
+    Args:
+        out: what is to be made.
+        force: whether what has that name may be replaced.
+        inputs: files and folders that it is made from: it may neither hold one nor lie in one.
 
     Raises:
         OutputError: `out` exists and `force` is not given, or it is a folder that nobody means to
-            replace; or a folder above it is a file.
+            replace; or a folder above it is a file; or it is not apart from the inputs.
     """
+    target = _place(out)
+    for one in inputs:
+        for place in {one.resolve(), _place(one)}:
+            if place.is_relative_to(target) or target.is_relative_to(place):
+                how = "one that holds" if place.is_relative_to(target) else "one inside"
+                got = f"{how} the input {one}"
+                raise OutputError(
+                    Problem(str(out), "output", "a folder of its own", got, "choose another -o")
+                )
     if os.path.lexists(out) and not force:
         raise OutputError(
             Problem(
@@ -222,6 +236,11 @@ def check_output_free(out: Path, force: bool) -> None:
         raise OutputError(
             Problem(str(parent), "output", "a folder to write into", "a file", "choose another -o")
         )
+
+
+def _place(path: Path) -> Path:
+    """Where a path lies; a link is itself, not what it leads to."""
+    return path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
 
 
 def check_writable(path: Path) -> Problem | None:

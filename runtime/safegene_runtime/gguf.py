@@ -527,7 +527,7 @@ def _place(
     if not raw:
         smallest = cursor.at
     if not smallest <= cursor.size <= largest:
-        wanted = f"{smallest} to {largest} bytes"
+        wanted = f"{smallest} bytes" if smallest == largest else f"{smallest} to {largest} bytes"
         raise cursor.fail("file size", wanted, f"{cursor.size} bytes")
     return found
 

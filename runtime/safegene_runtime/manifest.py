@@ -138,8 +138,8 @@ def read_manifest(folder: Path) -> Manifest:
             str(folder),
             "artifact",
             "a folder made by `safegene convert`",
-            "no folder",
-            "check the path",
+            "a file" if folder.exists() else "nothing there",
+            "pass the folder" if folder.exists() else "check the path",
         )
     elif not path.exists():
         problems.add(

@@ -272,19 +272,18 @@ def read_reference(path: Path) -> Reference:
     """Reads and checks a reference.
 
     Raises:
+        FormatError: no folder at all, which is a wrong path and no record.
         RecordError: missing files, edited files, or contents that contradict each other.
     """
     path = Path(path)
     problems = Problems()
     if not (path / INDEX).exists():
-        problems.add(
-            str(path),
-            INDEX,
-            "a folder made by `safegene record`",
-            "nothing there",
-            "check the path, or record a reference first",
-        )
-        problems.raise_if_any(RecordError)
+        got = f"a folder without {INDEX}"
+        if not path.is_dir():
+            got = "a file" if path.exists() else "nothing there"
+        fix = "check the path, or record a reference first"
+        problems.add(str(path), "reference", "a folder made by `safegene record`", got, fix)
+        problems.raise_if_any(RecordError if path.is_dir() else FormatError)
     try:
         raw = read_small_file(path / INDEX, MAX_JSON_BYTES)
         meta = strictjson.loads(raw, str(path / INDEX))

@@ -89,13 +89,13 @@ def _unverified(manifest: Manifest, folder: Path) -> Problem | None:
     verdict = manifest.verification["verdict"] if manifest.verification else None
     if verdict == Verdict.PASS:
         return None
+    fix = "its report says why: do not serve it" if verdict else "run `safegene verify` first"
     return Problem(
         str(folder),
         "verdict",
         "PASS",
         verdict or "none",
-        "run `safegene verify` first, or serve it all the same with --allow-unverified "
-        "(allow_unverified=True)",
+        f"{fix}, or serve it all the same with --allow-unverified (allow_unverified=True)",
     )
 
 
