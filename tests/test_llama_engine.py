@@ -15,7 +15,7 @@ import tiny
 
 from safegene_runtime.engine import Engine, open_engine
 from safegene_runtime.errors import EngineError, FormatError
-from safegene_runtime.gguf import ValueType, read_gguf
+from safegene_runtime.gguf import ValueType, open_model, read_gguf
 from safegene_runtime.llama_engine import LlamaEngine
 
 LAYERS, EMBED, HEADS, KV_HEADS, FEED = 2, 64, 4, 2, 128
@@ -201,7 +201,10 @@ def test_few_outputs_at_a_time_change_nothing(
     rows = sequences(5, 6)
     keep = [len(ids) for ids in rows]
     expected = together(engine, rows, keep)
-    monkeypatch.setattr("safegene_runtime.llama_engine.MAX_OUTPUT_BYTES", 7 * 4 * engine.n_vocab)
+    size = sum(tensor.nbytes for tensor in open_model(model).tensors.values())
+    monkeypatch.setattr(
+        "safegene_runtime.llama_engine.OUTPUT_SHARE", size / (7 * 4 * engine.n_vocab)
+    )
     with LlamaEngine(model, threads=1, n_batch=64, n_seq_max=4) as narrow:
         for got, want in zip(together(narrow, rows, keep), expected, strict=True):
             assert relative(got, want) < 1e-5

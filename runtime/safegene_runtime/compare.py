@@ -14,7 +14,7 @@ __all__ = ["change", "kl_topk", "logsumexp"]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
-ROWS = 64
+ROWS = 8
 
 
 def logsumexp(logits: F32) -> F64:

@@ -131,7 +131,8 @@ def _one_pass(
     moved = compare.change(position.ref_logits[first], position.base_logits[first])
     ours = compare.change(at_ids[first], position.base_logits[first])
     argmax = logits.argmax(axis=1)
-    top2 = np.partition(logits, -2, axis=1)[:, -2:]
+    # row by row: a copy of all of them would be as large as what the engine holds
+    top2 = np.array([np.partition(row, -2)[-2:] for row in logits])
     return ForcedPass(
         kl=kl,
         beta_dot=float((ours * moved).sum()),

@@ -41,7 +41,8 @@ __all__ = ["LlamaEngine"]
 CELL_PAD = 256
 MIN_GROUP = 128
 MAX_THREADS = 32
-MAX_OUTPUT_BYTES = 128 << 20
+OUTPUT_SHARE = 8
+"""The logits of one call of llama.cpp take at most this part of the model; it holds them twice."""
 KV_TYPES = {"f32": 0, "f16": 1}
 LOAD_MODE_NONE = 0
 FLASH_ATTENTION_DISABLED = 0
@@ -103,6 +104,7 @@ class LlamaEngine:
         self._threads, self._kv_type = threads, kv_type
         self._n_seq_max, self._n_batch = n_seq_max, n_batch
         header = check_model_header(model_path)
+        self._model_bytes = sum(tensor.nbytes for tensor in header.tensors.values())
         adapter_header = (
             check_adapter_header(adapter_path, header) if adapter_path is not None else None
         )
@@ -244,7 +246,7 @@ class LlamaEngine:
 
     def _output_limit(self) -> int:
         """Positions of one batch that may output logits: bounded, as vocabularies are large."""
-        outputs = max(MAX_OUTPUT_BYTES // (4 * self.n_vocab), self._n_seq_max + 1)
+        outputs = max(self._model_bytes // OUTPUT_SHARE // (4 * self.n_vocab), self._n_seq_max + 1)
         return int(min(outputs, max(self._n_batch, self._n_seq_max + 1)))
 
     def logits(
@@ -278,24 +280,26 @@ class LlamaEngine:
             return
         self._check_current(call)
         shared = shared_length(rows, keep)
-        groups = self._pack([len(ids) - shared for ids in rows], keep, shared)
+        groups = self._pack([len(ids) - shared for ids in rows], shared)
         tails = max(sum(len(rows[i]) - shared for i in group) for group in groups)
         self._open_context(shared + tails)
         self._feed_shared(rows[0][:shared])
         for group in groups:
             for sequence in range(1, len(group) + 1):
                 self._share(sequence)
-            if len(group) == 1:
-                yield group[0], self._long_logits(rows[group[0]], shared, keep[group[0]])
-                self._check_current(call)
-            else:
+            for part in self._parts(group, keep):
+                if len(part) == 1:
+                    ((sequence, i),) = part
+                    yield i, self._long_logits(rows[i], shared, keep[i], sequence)
+                    self._check_current(call)
+                    continue
                 self._batch.clear()
                 firsts = [
                     self._batch.add(rows[i][shared:], shared, sequence, keep[i])
-                    for sequence, i in enumerate(group, start=1)
+                    for sequence, i in part
                 ]
                 self._decode()
-                for i, first in zip(group, firsts, strict=True):
+                for (_, i), first in zip(part, firsts, strict=True):
                     yield i, self._read(first, keep[i])
                     self._check_current(call)
             for sequence in range(1, len(group) + 1):
@@ -303,40 +307,53 @@ class LlamaEngine:
             if on_progress:
                 on_progress(len(group))
 
-    def _pack(self, tails: list[int], keep: list[int], shared: int) -> list[list[int]]:
+    def _pack(self, tails: list[int], shared: int) -> list[list[int]]:
         """Groups sequences so that each group is one batch; what is too long stands alone."""
         groups: list[list[int]] = []
         # Fill the padded cells exactly: one more would make every token pay for CELL_PAD more.
         padded = -(-(shared + MIN_GROUP) // CELL_PAD) * CELL_PAD
-        limit, outputs = min(self._n_batch, padded - shared), self._output_limit()
-        tokens = rows = 0
+        limit = min(self._n_batch, padded - shared)
+        tokens = 0
         for i in sorted(range(len(tails)), key=lambda i: -tails[i]):
-            fits = groups and tokens + tails[i] <= limit and rows + keep[i] <= outputs
-            if not fits or len(groups[-1]) >= self._n_seq_max:
+            if not groups or tokens + tails[i] > limit or len(groups[-1]) >= self._n_seq_max:
                 groups.append([])
-                tokens = rows = 0
+                tokens = 0
             groups[-1].append(i)
-            tokens, rows = tokens + tails[i], rows + keep[i]
+            tokens += tails[i]
         return groups
 
-    def _long_logits(self, ids: np.ndarray, shared: int, keep: int) -> np.ndarray:
+    def _parts(self, group: list[int], keep: list[int]) -> list[list[tuple[int, int]]]:
+        """A group as (sequence, index), cut where the logits of one call would be too many."""
+        parts: list[list[tuple[int, int]]] = []
+        outputs = 0
+        for sequence, i in enumerate(group, start=1):
+            if not parts or outputs + keep[i] > self._max_outputs:
+                parts.append([])
+                outputs = 0
+            parts[-1].append((sequence, i))
+            outputs += keep[i]
+        return parts
+
+    def _long_logits(self, ids: np.ndarray, shared: int, keep: int, sequence: int) -> np.ndarray:
         """The last `keep` rows of one sequence, in as many batches as it takes."""
         start, first = shared, len(ids) - keep
-        pieces = []
+        found: np.ndarray | None = None
         while start < len(ids):
             end = min(start + self._n_batch, len(ids))
             if end > first:
                 end = min(end, max(start, first) + self._max_outputs)
             count = max(0, end - max(start, first))
             self._batch.clear()
-            row = self._batch.add(ids[start:end], start, 1, count)
+            row = self._batch.add(ids[start:end], start, sequence, count)
             self._decode()
+            if count == keep:
+                return self._read(row, count)
             if count:
-                pieces.append(self._read(row, count))
-                if end < len(ids):
-                    pieces[-1] = pieces[-1].copy()
+                found = np.empty((keep, self.n_vocab), np.float32) if found is None else found
+                found[end - count - first : end - first] = self._read(row, count)
             start = end
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        assert found is not None
+        return found
 
     def generate(
         self,
