@@ -10,6 +10,8 @@ of its own as in a CI job,
 
 The peer is llama.cpp in that same process: the seconds inside its loading, decoding and tokenising, taken
 around the engine's calls of it. What is left of the wall time, the start of Python included, is ours.
+Memory is the peak that the kernel counted, split by what is resident before and after the model is loaded
+(Linux); files that are mapped, which are Python's and the libraries' code, are in it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +39,30 @@ from pathlib import Path
 from safegene_converter.cli import main
 from safegene_runtime.llama_engine import LlamaEngine
 
-spent = {}
+spent, resident = {}, []
+
+def note():  # bytes: all, and those of files that are mapped
+    rows = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    resident.append([int(rows[name].split()[0]) * 1024 for name in ("VmRSS", "RssFile")])
 
 def timed(name):
     inner = getattr(LlamaEngine, name)
     def outer(*args, **kwargs):
+        if name == "_load_model":
+            note()
         start = time.monotonic()
         try:
             return inner(*args, **kwargs)
         finally:
             spent[name] = spent.get(name, 0.0) + time.monotonic() - start
+            if name == "_load_model":
+                note()
     setattr(LlamaEngine, name, outer)
 
 for name in ("_load_model", "_open_context", "_decode", "tokenize", "detokenize"):
     timed(name)
 code = main(sys.argv[2:])
-Path(sys.argv[1]).write_text(json.dumps({"code": code, "spent": spent}))
+Path(sys.argv[1]).write_text(json.dumps({"code": code, "spent": spent, "resident": resident}))
 """
 """`safegene` with a clock around the engine's calls of llama.cpp, none of which calls another."""
 
@@ -73,13 +84,16 @@ def main() -> None:
     ]  # fmt: skip
     report = json.loads((reports / "report.json").read_bytes())
     size = sum(file.stat().st_size for file in artifact.rglob("*") if file.is_file())
-    wall, ours, memory = (
+    wall, ours, *memory = (
         statistics.median(values)
         for values in zip(
-            *((seconds, 1 - engine / seconds, peak / size) for seconds, engine, peak in runs),
+            *((run.seconds, 1 - run.engine / run.seconds, run.peak / size,
+               run.before / size, (run.loaded - run.before) / size,
+               (run.peak - run.loaded) / size, run.mapped / size) for run in runs),
             strict=True,
         )
-    )
+    )  # fmt: skip
+    peak, python, model, rest, mapped = memory
     harmful = sum(prompt["kind"] == "harmful" for prompt in report["prompts"])
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, load "
           f"{os.getloadavg()[0]:.1f}; {report['precision']}, {size / 1e6:.0f} MB, {harmful} harmful "
@@ -87,7 +101,10 @@ def main() -> None:
     print(f"{report['verdict']}: {report['sentence']}")
     print(f"wall time             {wall:7.1f} s    aim below {AIM_SECONDS:g} s")
     print(f"not the engine        {ours:7.1%}      aim below {AIM_OURS:.0%}")
-    print(f"memory / artifact     {memory:7.2f} x    aim below {AIM_MEMORY:g} x")
+    print(f"memory / artifact     {peak:7.2f} x    aim below {AIM_MEMORY:g} x")
+    print(f"  Python, libraries   {python:7.2f} x    {mapped:.2f} x of it code mapped from files")
+    print(f"  the loaded model    {model:7.2f} x    weights and vocabulary, in llama.cpp")
+    print(f"  to run it           {rest:7.2f} x    KV cache, logits, buffers")
 
 
 def prepare(work: Path) -> tuple[Path, Path]:
@@ -112,8 +129,29 @@ def safegene(*words: Any) -> None:
     subprocess.run(command, check=True, env=environment())
 
 
-def measure(words: list[str], work: Path) -> tuple[float, float, float]:
-    """Wall seconds, seconds inside llama.cpp, and peak resident bytes of one run."""
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        seconds: wall time.
+        engine: seconds of it inside llama.cpp.
+        peak: resident bytes at most.
+        before: resident bytes before the model is loaded.
+        mapped: of these, what is mapped from files.
+        loaded: resident bytes when it is loaded.
+    """
+
+    seconds: float
+    engine: float
+    peak: float
+    before: float
+    mapped: float
+    loaded: float
+
+
+def measure(words: list[str], work: Path) -> Run:
+    """One run, in a process of its own."""
     found = work / "inside.json"
     found.unlink(missing_ok=True)
     command = [sys.executable, "-c", INSIDE, str(found), *words]
@@ -127,7 +165,8 @@ def measure(words: list[str], work: Path) -> tuple[float, float, float]:
     inside = json.loads(found.read_bytes())
     for name, took in inside["spent"].items():
         print(f"  {name.strip('_'):12} {took:6.2f} s", file=sys.stderr)
-    return seconds, sum(inside["spent"].values()), peak * 2**20
+    (before, mapped), (loaded, _) = inside["resident"]
+    return Run(seconds, sum(inside["spent"].values()), peak * 2**20, before, mapped, loaded)
 
 
 if __name__ == "__main__":

@@ -240,20 +240,28 @@ def flips_panel(report: Mapping[str, Any]) -> Markup | None:
             "div", el("div", grids, class_="pair"), el("p", "No label changed.", class_="note")
         )
     texts = any("artifact_text" in one for one in changed)
+    attacks = any(one["attack"] for one in changed)
     rows = [
         el(
             "tr",
             el("th", el("code", one["id"]), scope="row"),
             el("td", change_badge(one)),
             el("td", one["kind"]),
-            el("td", one["attack"] or "–"),
+            el("td", one["attack"] or "–") if attacks else None,
             el("td", f"{one['reference']} → {one['artifact']}", class_="label"),
             el("td", _divergence(one), class_="label"),
             el("td", replies(one)) if texts else None,
         )
         for one in changed[:MAX_FLIPS]
     ]
-    heads = ["Prompt", "Change", "Kind", "Attack", "Labels", "First difference"]
+    heads = [
+        "Prompt",
+        "Change",
+        "Kind",
+        *(["Attack"] if attacks else []),
+        "Labels",
+        "First difference",
+    ]
     rest = len(changed) - MAX_FLIPS
     return el(
         "div",
@@ -287,7 +295,11 @@ def _flip_table(kind: str, found: Mapping[tuple[str, str], int]) -> Markup:
         el("caption", caption),
         el(
             "thead",
-            el("tr", el("th", "reference ↓ artifact →"), [el("th", o, scope="col") for o in used]),
+            el(
+                "tr",
+                el("th", "reference\u00a0↓ artifact\u00a0→"),
+                [el("th", o, scope="col") for o in used],
+            ),
         ),
         el("tbody", rows),
         class_="matrix",
@@ -420,6 +432,7 @@ def categories_panel(report: Mapping[str, Any]) -> Markup | None:
     rows = []
     for row in report["categories"]:
         total = row["prompts"]
+        bad = "lost" if row["kind"] == "harmful" else "gained"
         rates = [
             el(
                 "div",
@@ -436,8 +449,14 @@ def categories_panel(report: Mapping[str, Any]) -> Markup | None:
                 el("th", row["category"], el("small", row["kind"]), scope="row", dir="auto"),
                 el("td", str(total), class_="number"),
                 el("td", rates, class_="bars"),
-                el("td", str(row["lost"]), class_="number" + (" worse" if row["lost"] else "")),
-                el("td", str(row["gained"]), class_="number"),
+                [
+                    el(
+                        "td",
+                        str(row[which]),
+                        class_="number worse" if row[which] and which == bad else "number",
+                    )
+                    for which in ("lost", "gained")
+                ],
             )
         )
     heads = ["Category", "Prompts", "Refused", "Lost", "Gained"]

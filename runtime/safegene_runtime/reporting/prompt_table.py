@@ -27,6 +27,7 @@ def prompts_panel(report: Mapping[str, Any]) -> Markup | None:
     options = [("all", "every outcome"), ("changed", "any change")]
     options += [(key, words) for key, words in CHANGES.items() if key in used]
     attacks = sorted({one["attack"] for one in prompts if one["attack"]})
+    heads = [head for head in SHOWN if attacks or head != "Attack"]
     return el(
         "div",
         el(
@@ -47,8 +48,8 @@ def prompts_panel(report: Mapping[str, Any]) -> Markup | None:
             aria_label="Filter the prompts",
         ),
         el("p", f"{len(prompts)} of {len(prompts)} prompts", id="shown", class_="note", role="status"),
-        table("All prompts", SHOWN, [_row(one) for one in prompts], id="prompt-table",
-              tall=True),
+        table("All prompts", heads, [_row(one, bool(attacks)) for one in prompts],
+              id="prompt-table", tall=True),
     )  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def _select(name: str, label: str, options: list[tuple[str, str]]) -> Markup:
     )
 
 
-def _row(prompt: Mapping[str, Any]) -> Markup:
+def _row(prompt: Mapping[str, Any], attacks: bool) -> Markup:
     margin = prompt["margin"]
     shift = None if margin is None else margin["artifact"] - margin["reference"]
     kl = prompt["mean_kl"]
@@ -76,7 +77,7 @@ def _row(prompt: Mapping[str, Any]) -> Markup:
         el("th", el("code", prompt["id"]), el("small", prompt["kind"]),
            el("small", "borderline") if prompt["borderline"] else None, scope="row"),
         el("td", prompt["category"], dir="auto"),
-        el("td", prompt["attack"] or "–", dir="auto"),
+        el("td", prompt["attack"] or "–", dir="auto") if attacks else None,
         [el("td", el("span", prompt[arm], class_=f"label {prompt[arm]}"))
          for arm in ("reference", "artifact", "base")],
         el("td", change_badge(prompt)),
