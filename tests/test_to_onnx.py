@@ -589,6 +589,24 @@ def test_a_form_of_another_target_is_refused(adapter: Path, base: Path, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_does_not_take_the_commit_of_the_users_repository_for_the_builders(
+    base: Path,
+) -> None:
+    import onnx
+    import onnxruntime_genai
+
+    made_by = onnx.load(base / "model.onnx", load_external_data=False).producer_version
+    assert made_by.startswith(onnxruntime_genai.__version__)
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=tiny.REPOSITORY,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert head[:7] not in made_by
+
+
 def test_a_folder_that_says_null_of_its_quantisation_is_built_as_one_that_says_nothing(
     base: Path, tmp_path: Path
 ) -> None:

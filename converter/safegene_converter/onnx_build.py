@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import importlib.util
 import json
+import os
 import re
 import sys
 import tempfile
@@ -145,7 +146,9 @@ def build_onnx(
             what=f"{BUILDER} {hf_dir}",
             error=BaseModelError,
             fix=f"python -m {BUILDER} --help says what it can do",
-            environment=python_environment({"TQDM_DISABLE": "1"}),
+            # the builder asks git for the commit of the repository that a .venv lies in, and
+            # writes it down as its own: without git it takes that of its package
+            environment=python_environment({"TQDM_DISABLE": "1", "GIT_DIR": os.devnull}),
             grows=out / "model.onnx.data",
             progress=progress,
         )  # fmt: skip
