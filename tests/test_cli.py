@@ -138,6 +138,10 @@ WRONG = {
         "gain_min",
     ),
     "missing prompts": (["record", "{adapter}", "--base", "{base}", "--prompts", "{t}/p"], "p:"),
+    "replies of no token": (
+        ["record", "{adapter}", "--base", "{base}", "--max-new-tokens", "0"],
+        "max_new_tokens >= 1",
+    ),
     "a suite of no size": (["record", "{adapter}", "--base", "{base}", "--suite", "x"], "smoke"),
     "a suite and prompts": (
         ["record", "{adapter}", "--base", "{base}", "--suite", "ci", "--prompts", "{text}"],
@@ -198,8 +202,12 @@ def test_a_sidecar_without_its_base_could_not_be_checked(
         "--max-new-tokens", 4, "-o", tmp_path / "reference",
     )  # fmt: skip
     assert code == 0
-    assert run("verify", sidecar, "--reference", tmp_path / "reference") == 2
-    assert "pass --base" in capsys.readouterr().err
+    wrong = {"nothing": (), "a folder": ("--base", tmp_path), "no file": ("--base", tmp_path / "x")}
+    for got, option in wrong.items():
+        assert run("verify", sidecar, "--reference", tmp_path / "reference", *option) == 2
+        shown = capsys.readouterr().err
+        assert "that this sidecar belongs to, got " in shown
+        assert f"{got}\n    -> pass --base" in shown
     base = tiny.gguf_model("llama")
     report = tmp_path / "report"
     arguments = ("verify", sidecar, "--reference", tmp_path / "reference", "--base", base)

@@ -40,6 +40,7 @@ from safegene_runtime.compare import logsumexp
 from safegene_runtime.errors import (
     AdapterError,
     BaseModelError,
+    FormatError,
     Problem,
     Problems,
     RecordError,
@@ -101,13 +102,14 @@ def record(
     Raises:
         SafeGeneError: nothing is left under the name `out`. RecordError: the adapter has no effect
             in PyTorch, or an attack adds control tokens; FormatError: an unknown attack, or one
-            that applies to no prompt; AdapterError: PEFT ignored a part of it.
+            that applies to no prompt, no prompts or no tokens asked for; AdapterError: PEFT ignored
+            a part of it.
     """
     tell: Tell = on_progress or (lambda stage, done, total: None)
     check_output_free(out, force, [adapter_path, base_path])
     chosen = wrap(builtin_suite() if prompts is None else prompts, attacks)
     if not chosen or max_new_tokens < 1 or top_k < 2:
-        raise RecordError(
+        raise FormatError(
             Problem(
                 "record",
                 "request",

@@ -54,8 +54,8 @@ def check_integrity(
         problems.add(
             str(folder),
             "adapter",
-            "the adapter that the reference was recorded with",
-            "another adapter",
+            f"{adapter['name']!r}, the adapter that the reference was recorded with",
+            f"another adapter, named {manifest.adapter['name']!r}",
             "record a reference with this adapter: safegene record",
         )
     elif adapter["expression"] != manifest.adapter["expression"]:
@@ -96,13 +96,14 @@ def check_integrity(
         _check_touched(manifest, header, str(paths["model"]), problems)
         problems.raise_if_any(ManifestError)
         return Served(paths["model"], None, _precision(header))
-    if base is None:
+    if base is None or not base.is_file():
+        got = "nothing" if base is None else f"{base}: {'a folder' if base.is_dir() else 'no file'}"
         raise EngineError(
             Problem(
                 "--base",
                 "base",
                 f"the GGUF {manifest.base['name']!r} that this sidecar belongs to",
-                "nothing",
+                got,
                 "pass --base FILE.gguf",
             )
         )

@@ -350,4 +350,4 @@ def _meaning(beta: float) -> str:
     ):
         if abs(beta - value) < 0.15:
             return text
-    return "the delta has another strength: alpha, rank, coefficient, or a type too coarse"
+    return "the delta has another strength: alpha, rank, coefficient, a type too coarse, or another base"
