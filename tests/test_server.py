@@ -98,7 +98,7 @@ class TestLlamaServer:
     def test_with_the_artifact_it_passes(self, world: World) -> None:
         with served.llama_cpp(world.merged) as url:
             report = world.check(url)
-        assert report.kind == "llama-server"
+        assert report.engine["name"] == "llama-server"
         assert status(report) == GOOD, report.rungs
         assert report.verdict is Verdict.PASS, report.sentence
 
