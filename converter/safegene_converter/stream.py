@@ -89,7 +89,8 @@ class OutputStream:
                 self._following.reached(self._file.tell())
             self._file.close()
             if error is None:
-                if self._syncing is not None:
+                # one that had not begun was called off: it only brings forward what a sync does later
+                if self._syncing is not None and not self._syncing.cancelled():
                     self._syncing.result()
                 self._digest = self._following.result()
         except BaseException as caught:
