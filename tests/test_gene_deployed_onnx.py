@@ -205,9 +205,7 @@ def test_planted_coefficients_are_found_and_help_elsewhere(
     assert found.held_out_before is not None
     assert found.held_out_after is not None
     assert found.held_out_after < 0.02 * found.held_out_before
-    assert found.losses_before is not None
-    assert found.losses_after is not None
-    assert found.losses_before > found.losses_after
+    # no law about verdicts: a random model's near-ties flip for less than what is left of D
 
 
 def test_planted_coefficients_come_nearer_around_an_int4_base(gene: Path, shots: Reference) -> None:
