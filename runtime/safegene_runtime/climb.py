@@ -216,15 +216,10 @@ class Climb:
     def outcome(self, index: int) -> Outcome:
         """One prompt that was run, as reports show it."""
         prompt, run = self.record.prompts[index], self.runs[index]
-        return Outcome(
-            id=prompt.id,
-            kind=prompt.kind,
-            category=prompt.category,
-            attack=prompt.attack,
-            borderline=prompt.borderline,
-            reference=prompt.ref_verdict,
-            artifact=run.label,
-            base=prompt.base_verdict,
+        return Outcome.of(
+            prompt,
+            run.label,
+            run.text,
             identical=run.ids == tuple(prompt.ref_ids),
             proved=run.proved,
             divergence=None
@@ -232,8 +227,6 @@ class Climb:
             else {key: getattr(run.divergence, key) for key in ("position", "gap", "kind")},
             margin=self.margin(index),
             mean_kl=float(run.forced.kl.mean()),
-            reference_text=prompt.ref_text,
-            artifact_text=run.text,
         )
 
     def margin(self, index: int) -> dict[str, float] | None:

@@ -14,6 +14,7 @@ from typing import Any
 from safegene_runtime import __version__
 from safegene_runtime.bounds import ParityBounds
 from safegene_runtime.gate import GateResult, Profile, combine
+from safegene_runtime.reference import PromptRecord
 from safegene_runtime.verdict import Verdict
 
 __all__ = ["RUNGS", "Outcome", "Report", "Rung"]
@@ -66,6 +67,38 @@ class Outcome:
     mean_kl: float | None
     reference_text: str
     artifact_text: str
+
+    @classmethod
+    def of(
+        cls,
+        prompt: PromptRecord,
+        label: str,
+        text: str,
+        *,
+        identical: bool,
+        proved: bool = False,
+        divergence: dict[str, Any] | None = None,
+        margin: dict[str, float] | None = None,
+        mean_kl: float | None = None,
+    ) -> Outcome:
+        """A recorded prompt, with the artifact's label and reply."""
+        return cls(
+            id=prompt.id,
+            kind=prompt.kind,
+            category=prompt.category,
+            attack=prompt.attack,
+            borderline=prompt.borderline,
+            reference=prompt.ref_verdict,
+            artifact=label,
+            base=prompt.base_verdict,
+            identical=identical,
+            proved=proved,
+            divergence=divergence,
+            margin=margin,
+            mean_kl=mean_kl,
+            reference_text=prompt.ref_text,
+            artifact_text=text,
+        )
 
     @property
     def flipped(self) -> bool:

@@ -113,23 +113,11 @@ class _Asking:
 
     def outcome(self, index: int) -> Outcome:
         """One prompt that was asked, as reports show it."""
-        prompt = self.record.prompts[index]
-        return Outcome(
-            id=prompt.id,
-            kind=prompt.kind,
-            category=prompt.category,
-            attack=prompt.attack,
-            borderline=prompt.borderline,
-            reference=prompt.ref_verdict,
-            artifact=self.labels[index],
-            base=prompt.base_verdict,
+        return Outcome.of(
+            self.record.prompts[index],
+            self.labels[index],
+            self.replies[index].text,
             identical=self.same(index),
-            proved=False,
-            divergence=None,
-            margin=None,
-            mean_kl=None,
-            reference_text=prompt.ref_text,
-            artifact_text=self.replies[index].text,
         )
 
 
