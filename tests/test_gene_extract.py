@@ -220,6 +220,18 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path: Path) -> None:
         extract(tmp_path / "nowhere", [tmp_path / "nowhere"], tmp_path / "gene")
 
 
+@pytest.mark.parametrize("place", ["aligned", "degraded", "base"])
+def test_an_output_never_replaces_what_it_is_made_from(place: str, tmp_path: Path) -> None:
+    models = {name: tmp_path / name for name in ("aligned", "degraded", "base")}
+    for path in models.values():
+        path.mkdir()
+    with pytest.raises(OutputError, match="the input"):
+        extract(
+            models["aligned"], [models["degraded"]], models[place], base=models["base"], force=True
+        )
+    assert all(path.is_dir() for path in models.values())
+
+
 # --- expressions and layers ------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ from safegene_converter.gene.optimise import Settings, minimise, search
 from safegene_converter.gene.select import ablation, choose, first_order, rank_correlation, select
 from safegene_converter.gene.shots import Shots, check_disjoint, read_task, shots_of
 from safegene_converter.recorder import load_model
-from safegene_runtime.errors import AdapterError, FormatError, GeneError
+from safegene_runtime.errors import AdapterError, FormatError, GeneError, OutputError
 from safegene_runtime.prompts import Prompt
 
 TARGET = tiny.hf_model("llama")
@@ -495,6 +495,16 @@ def test_tokens_that_all_prompts_share_are_computed_once_and_change_nothing(
     for left, right in zip(*found, strict=True):
         assert torch.allclose(left, right, rtol=1e-5, atol=1e-4)
         assert right.abs().max() > 0.1
+
+
+def test_a_selection_never_replaces_the_model_that_it_was_made_on(
+    gene: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    with pytest.raises(OutputError, match="the input"):
+        select(gene, model, SHOTS, out=model, force=True)
+    assert model.is_dir()
 
 
 def test_calibration_starts_at_the_best_common_factor_of_a_few(gene: Path) -> None:

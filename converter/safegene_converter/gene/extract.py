@@ -97,17 +97,18 @@ def extract(
         GeneError: models that do not fit together, or no discrepancy at all; nothing is written.
     """
     tell: Progress = progress or (lambda stage, done, total: None)
-    check_output_free(out, force)
+    goods = [Path(aligned)] if isinstance(aligned, str | Path) else [Path(one) for one in aligned]
+    bads = [Path(path) for path in degraded]
+    inputs = [*goods, *bads, *([base] if base else [])]
+    check_output_free(out, force, inputs)
     if estimator not in ESTIMATORS:
         raise GeneError(
             Problem("extract", "estimator", f"one of {', '.join(ESTIMATORS)}", repr(estimator))
         )
     truncate((np.eye(1), np.ones(1), np.eye(1)), rank, energy)  # refuses bad options before work
-    goods = [Path(aligned)] if isinstance(aligned, str | Path) else [Path(one) for one in aligned]
-    bads = [Path(path) for path in degraded]
     pairs, low_rank = open_sources(goods, bads, base)
     request = {
-        "inputs": [identity(path) for path in (*goods, *bads, *([base] if base else []))],
+        "inputs": [identity(path) for path in inputs],
         "rank": rank,
         "energy": energy,
         "estimator": estimator,

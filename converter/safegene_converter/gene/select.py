@@ -190,7 +190,7 @@ def select(
     """
     tell: Progress = progress or (lambda stage, done, total: None)
     if out is not None:
-        check_output_free(out, force)
+        check_output_free(out, force, [model])
     if not budget > 0:
         raise GeneError(
             Problem("select", "budget", "a share or a number of parameters", str(budget))
