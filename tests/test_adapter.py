@@ -106,6 +106,28 @@ def test_the_default_expression_is_taken_and_others_by_name(folder: Folder) -> N
         read_adapter(path, "oter")
 
 
+def test_one_more_expression_leaves_the_others_digests_as_they_are(folder: Folder) -> None:
+    before = {name: read_adapter(folder.save(), name).digests for name in ("default", "other")}
+    folder.safegene["expressions"]["third"] = {"coefficients": {"0": 3, "1": 4}}
+    folder.safegene["default_expression"] = "third"
+    path = folder.save()
+    assert {name: read_adapter(path, name).digests for name in before} == before
+    assert read_adapter(path).digests not in before.values()
+
+
+@pytest.mark.parametrize("what", ["coefficient", "base"])
+def test_what_an_expression_does_is_in_its_digest(what: str, folder: Folder) -> None:
+    before = read_adapter(folder.save()).digests
+    if what == "coefficient":
+        folder.safegene["expressions"]["default"]["coefficients"]["1"] = 1.5 + 2**-52
+    else:
+        folder.safegene["base_model"]["n_layers"] = 3
+    after = read_adapter(folder.save()).digests
+    changed = {name for name in before if before[name] != after[name]}
+    assert before.keys() == after.keys()
+    assert changed == {"safegene.json#default"}
+
+
 def test_modules_are_in_the_order_of_layers(folder: Folder) -> None:
     names = [module.name for module in read_adapter(folder.save()).modules]
     assert names == sorted(names, key=lambda name: (int(name.split(".")[2]), name))

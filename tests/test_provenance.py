@@ -6,8 +6,10 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -17,6 +19,7 @@ import tiny
 from onnx_tools import agree, quick
 from safetensors.numpy import save_file
 
+from safegene_converter.adapter import read_adapter
 from safegene_converter.to_gguf import convert
 from safegene_runtime.errors import ManifestError
 from safegene_runtime.integrity import check_integrity
@@ -39,10 +42,10 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {form: folder / form for form in FORMS}
 
 
-def written_adapter(out: Path) -> Path:
+def written_adapter(out: Path, seed: int = 0) -> Path:
     """An adapter for the tiny llama, without PEFT: what is asked here is no matter of arithmetic."""
     out.mkdir()
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     name = "base_model.model.model.layers.{}.self_attn.o_proj.lora_{}.weight"
     save_file(
         {
@@ -160,3 +163,69 @@ def test_the_base_under_the_artifacts_name_says_nothing_and_is_refused(
     agree(out)
     with pytest.raises(ManifestError, match=f"{KEY}: expected [0-9a-f]{{64}}, got nothing"):
         check(form, out)
+
+
+def expressions(adapter: Path, **coefficients: float) -> None:
+    """Writes safegene.json with one expression per argument, the same number for each layer."""
+    (adapter / "safegene.json").write_text(
+        json.dumps(
+            {
+                "format_version": 1,
+                "base_model": {"name": "tiny", "architecture": "llama", "n_layers": tiny.N_LAYERS},
+                "selected_layers": list(range(tiny.N_LAYERS)),
+                "default_expression": next(iter(coefficients)),
+                "expressions": {
+                    name: {"coefficients": {str(n): value for n in range(tiny.N_LAYERS)}}
+                    for name, value in coefficients.items()
+                },
+            }
+        )
+    )
+
+
+def recorded(path: Path, expression: str | None = None) -> Any:
+    """As much of a reference as integrity looks at: which adapter it was recorded with."""
+    adapter = read_adapter(path, expression)
+    about = {
+        "name": path.name, "files": dict(adapter.digests), "expression": adapter.expression,
+    }  # fmt: skip
+    return types.SimpleNamespace(meta={"adapter": about})
+
+
+def test_one_gene_many_targets_a_new_expression_leaves_earlier_records_valid(
+    tmp_path: Path,
+) -> None:
+    adapter = written_adapter(tmp_path / "gene")
+    expressions(adapter, first=0.5)
+    before = recorded(adapter)
+    expressions(adapter, first=0.5, second=2.0)
+    out = tmp_path / "out"
+    base = tiny.gguf_model("llama")
+    convert(adapter, base, out, form="merged", expression="first", check=False)
+    check_integrity(read_manifest(out), out, before, None, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (lambda gene: expressions(gene, first=0.5, second=2.0), "expression.*expected second"),
+        (lambda gene: expressions(gene, first=0.75), "other coefficients under the same name"),
+        (lambda gene: (gene / "safegene.json").unlink(), "expression.*expected default"),
+        (lambda gene: shutil.rmtree(gene) or written_adapter(gene, seed=1), "another adapter"),
+    ],
+    ids=["another expression", "recalibrated", "none", "other vectors"],
+)
+def test_a_reference_of_another_expression_or_other_vectors_is_refused(
+    other: Callable[[Path], None], says: str, tmp_path: Path
+) -> None:
+    adapter = written_adapter(tmp_path / "gene")
+    expressions(adapter, first=0.5)
+    out = tmp_path / "out"
+    convert(adapter, tiny.gguf_model("llama"), out, form="merged", check=False)
+    other(adapter)
+    second = "expected second" in says
+    with pytest.raises(ManifestError, match=f"(?s){says}"):
+        check_integrity(
+            read_manifest(out), out, recorded(adapter, "second" if second else None), None,
+            lambda *_: None,
+        )  # fmt: skip

@@ -19,6 +19,7 @@ tensors and configuration must match one to one, or nothing is read.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -106,7 +107,9 @@ class Adapter:
         expression: the chosen one; `expressions` are all there are.
         target: which fine-tune the expression was calibrated on, if it says.
         base_model: name, architecture and n_layers of safegene.json, or None.
-        digests: SHA-256 of each file that was read, by file name.
+        digests: what was read, by SHA-256: the two files as PEFT writes them by name, and under
+            `safegene.json#<expression>` what the chosen expression says. One more expression in
+            safegene.json changes none of them, so that what was recorded with this one still fits.
     """
 
     path: Path
@@ -175,8 +178,8 @@ def read_adapter(path: Path, expression: str | None = None) -> Adapter:
         _check_layers(str(path / SAFEGENE_NAME), safegene, pairs.keys(), problems)
     problems.raise_if_any(AdapterError)
     digests = {CONFIG_NAME: sha256_of(config_bytes), WEIGHTS_NAME: sha256_of(weights_bytes)}
-    if safegene_bytes is not None:
-        digests[SAFEGENE_NAME] = sha256_of(safegene_bytes)
+    if safegene is not None:
+        digests[f"{SAFEGENE_NAME}#{chosen}"] = _digest_expression(safegene, chosen)
     return Adapter(
         path=path,
         settings=settings,
@@ -423,6 +426,15 @@ def _choose_expression(
                     "pass one of them, or leave --expression out")
         )  # fmt: skip
     return chosen, safegene.coefficients[chosen] if safegene else None
+
+
+def _digest_expression(safegene: _Safegene, name: str) -> str:
+    """SHA-256 of what one expression does: its base and its coefficients by layer, as compact JSON."""
+    meaning = {
+        "base_model": dict(safegene.base_model),
+        "coefficients": {str(n): c for n, c in sorted(safegene.coefficients[name].items())},
+    }
+    return sha256_of(json.dumps(meaning, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _check_layers(where: str, safegene: _Safegene, modules: Any, problems: Problems) -> None:

@@ -47,25 +47,8 @@ def check_integrity(
 
     check_files(manifest, folder, step)
     problems = Problems()
-    adapter = record.meta["adapter"] if record is not None else None
-    if adapter is None:
-        pass  # serving, not verifying: what it was verified against is in the manifest
-    elif adapter["files"] != manifest.adapter["files"]:
-        problems.add(
-            str(folder),
-            "adapter",
-            f"{adapter['name']!r}, the adapter that the reference was recorded with",
-            f"another adapter, named {manifest.adapter['name']!r}",
-            "record a reference with this adapter: safegene record",
-        )
-    elif adapter["expression"] != manifest.adapter["expression"]:
-        problems.add(
-            str(folder),
-            "expression",
-            adapter["expression"],
-            manifest.adapter["expression"],
-            "record a reference with this expression",
-        )
+    if record is not None:  # serving, not verifying: what it was verified against is in the manifest
+        _check_same_adapter(manifest, folder, record, problems)
     needed = {"sidecar": ("adapter",), "adapter": ("model", "adapter")}.get(
         manifest.artifact["form"], ("model",)
     )
@@ -124,6 +107,40 @@ def check_integrity(
         )
     problems.raise_if_any(ManifestError)
     return Served(base, paths["adapter"], _precision(header))
+
+
+def _check_same_adapter(
+    manifest: Manifest, folder: Path, record: Reference, problems: Problems
+) -> None:
+    """Adds a problem unless artifact and reference are of the same vectors in the same expression."""
+    recorded, made = record.meta["adapter"], manifest.adapter
+    files, expression = recorded["files"], recorded["expression"]
+    differing = {name for name in files.keys() | made["files"].keys()
+                 if files.get(name) != made["files"].get(name)}  # fmt: skip
+    if any("#" not in name for name in differing):
+        problems.add(
+            str(folder),
+            "adapter",
+            f"{recorded['name']!r}, the adapter that the reference was recorded with",
+            f"another adapter, named {made['name']!r}",
+            "record a reference with this adapter: safegene record",
+        )
+    elif expression != made["expression"]:
+        problems.add(
+            str(folder),
+            "expression",
+            expression,
+            made["expression"],
+            "record a reference with this expression",
+        )
+    elif differing:
+        problems.add(
+            str(folder),
+            "expression",
+            f"{expression!r} with the coefficients that the reference was recorded with",
+            "other coefficients under the same name",
+            "convert and record with the same safegene.json",
+        )
 
 
 def _check_touched(manifest: Manifest, header: GGUFModel, where: str, problems: Problems) -> None:

@@ -11,7 +11,8 @@ manifest does not list is refused as well: something a loader might pick up.
                       "form": "merged" | "branch" | "adapter", "architecture", "name",
                       "precision": bounds class, see `bounds.py`}
     base             {"kind": "gguf" | "hf" | "onnx", "name", "files": {file name: sha256}}
-    adapter          {"name", "files": {file name: sha256}, "expression", "n_parameters"}
+    adapter          {"name", "files": {file name, or "safegene.json#<expression>": sha256},
+                      "expression", "n_parameters"}
     tokenizer        {"chat_template_sha256": sha256 or null}
     settings         how it was made: requested type, gate bounds, llama.cpp version, imatrix digest
     files            [{"path", "role": "model" | "adapter" | "data" | "config", "size_bytes", "sha256"}]

@@ -20,10 +20,10 @@ ADAPTER_KEY = "safegene.adapter.sha256"
 
 
 def adapter_digest(files: Mapping[str, str]) -> str:
-    """SHA-256 of an adapter as a whole: of a line `name digest` for each file, by name.
+    """SHA-256 of an adapter as a whole: of a line `name digest` for each entry, by name.
 
     Args:
-        files: SHA-256 of each file of the adapter, by file name.
+        files: the manifest's `adapter.files`: SHA-256 of each file, and of the expression.
     """
     return sha256_of(
         "".join(f"{name} {digest}\n" for name, digest in sorted(files.items())).encode()
