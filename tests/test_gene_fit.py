@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safegene_converter.gene.calibrate import calibrate
 from safegene_converter.gene.evaluate import evaluate, task_loss
 from safegene_converter.gene.extract import extract
 from safegene_converter.gene.folder import Expression, add_expression
+from safegene_converter.gene.level import WEIGHTS, reach
 from safegene_converter.gene.model import Example, GeneModel, batches_of, load_gene
 from safegene_converter.gene.objective import (
     COMMON_FACTORS,
@@ -52,8 +55,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def gene(source: Path, tmp_path: Path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(source, tmp_path / "gene"))
 
 
@@ -257,7 +258,7 @@ class Quadratic:
     def value(self, at: np.ndarray) -> Losses:
         at = np.asarray(at, dtype=np.float64)
         safety = 10 - self.gain @ at + at @ self.hessian @ at / 2
-        return Losses(float(safety), float(self.cost @ at**2), 1.0)
+        return Losses(float(safety), float(self.cost @ at**2), 1.0, math.exp(-safety))
 
     def gradient(self, at: np.ndarray) -> tuple[Losses, np.ndarray, np.ndarray]:
         return self.value(at), self.hessian @ at - self.gain, 2 * self.cost * at
@@ -289,6 +290,56 @@ def test_a_gene_too_long_as_extracted_is_scored_where_it_is_of_use() -> None:
     gained = objective.value(np.zeros(3)).total - objective.value(alone).total
     safety, kl = first_order(objective, 3, factor)
     assert np.isclose((safety - kl)[0], gained)
+
+
+@pytest.mark.parametrize("weight", [8.0, 2.5, 0.6, 0.1])
+def test_the_least_change_that_reaches_a_level_is_found(weight: float) -> None:
+    gain, cost = np.asarray([2.0, 1.0, 1.0]), np.asarray([4.0, 8.0, 2.0])
+    objective = Quadratic(gain, cost)
+    planted = gain / (2 * weight * cost)  # where J with this weight is least
+    asked = []
+
+    def minimum(tried: float, last: np.ndarray | None) -> np.ndarray:
+        asked.append(tried)
+        return gain / (2 * tried * cost)
+
+    level = objective.value(planted).refused
+    found = reach(objective, minimum, level, np.full(3, 1e-6))
+    assert objective.value(found).refused >= level
+    assert np.allclose(found, planted, rtol=0.05)
+    assert asked == [tried for tried in WEIGHTS if tried * 4 > weight or tried == WEIGHTS[0]]
+
+
+def test_a_level_out_of_reach_ends_where_only_refusals_count() -> None:
+    gain, cost = np.ones(2), np.ones(2)
+    found = reach(
+        Quadratic(gain, cost), lambda weight, _: np.full(2, 1 - weight / 5), 0.99, np.zeros(2)
+    )
+    assert np.array_equal(found, np.ones(2))
+
+
+def test_calibrating_to_an_aligned_model_goes_no_further_than_its_level(tmp_path: Path) -> None:
+    """The aligned model is the target with the gene on it, so the level can be reached."""
+    gene = tmp_path / "gene"
+    tuned = tiny.peft_adapter("llama", tmp_path / "tuned", scale=0.08)
+    extract(TARGET, [tuned], gene, base=TARGET, rank=4)
+    aligned = Path(shutil.copytree(TARGET, gene.parent / "aligned"))
+    merged_by_hand(gene, "default").save_pretrained(aligned)
+    loaded, shots = load_gene(gene, TARGET), shots_of(SHOTS, "test")
+    # "refusals" are what the aligned model says: so it is surer of them than the target
+    said = tuple({loaded.decode(ids) for ids in loaded.replies(shots.harmful, 1)})
+    found = calibrate(
+        gene, TARGET, SHOTS, "level", aligned=aligned, refusals=said,
+        settings=Settings(max_steps=8, rate=0.3),
+    )  # fmt: skip
+    objective = Objective(loaded, shots, refusals=said)
+    stored = objective.value([found.coefficients[layer] for layer in loaded.layers])
+    assert found.level == pytest.approx(objective.value([1.0, 1.0]).refused, rel=1e-3)
+    assert stored.refused == pytest.approx(found.after.refused, rel=1e-5)
+    assert found.before.refused < found.level <= found.after.refused < 1.1 * found.level
+    assert not list(gene.parent.glob(".gene*"))
+    with pytest.raises(GeneError, match="either a weight or an aligned model"):
+        calibrate(gene, TARGET, SHOTS, "both", aligned=aligned, weight=1.0)
 
 
 def test_selection_finds_planted_layers() -> None:

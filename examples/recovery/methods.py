@@ -41,8 +41,8 @@ from safegene_runtime.reference import read_reference
 
 BUDGET = 0.01
 GENES = {
-    "gene": "gene-all", "gene, KL / 4": "gene-all", "uniform": "gene-all",
-    "random layers": "gene-all", "all layers": "gene-thin", "direct": "direct-all",
+    "gene": "gene-all", "gene, as aligned": "gene-all", "uniform": "gene-all", "random layers": "gene-all",
+    "all layers": "gene-thin", "all layers, as aligned": "gene-thin", "direct": "direct-all",
 }  # fmt: skip
 """What each method's layers are chosen from."""
 RANK = 8
@@ -277,19 +277,23 @@ def _own(lab: Lab, target: str) -> list[Scored]:
 
 
 def _with_gene(
-    folder_name: str, calibrated: bool, weight: float = 1.0
+    folder_name: str, calibrated: bool, as_aligned: bool = False
 ) -> Callable[[Lab, str], dict[str, Any]]:
+    """Measures a gene: as it is, calibrated with weight 1, or as far as the aligned model refuses."""
+
     def measured(lab: Lab, target: str) -> dict[str, Any]:
         folder, found = lab.work / folder_name, {}
-        expression = target if weight == 1 else f"{target}-{weight:g}"
+        expression = f"{target}-as-aligned" if as_aligned else target
         if calibrated:
             fitted = calibrate(
-                folder, lab.work / target, lab.few("shots", target), expression, weight=weight,
+                folder, lab.work / target, lab.few("shots", target), expression,
+                aligned=lab.work / "aligned" if as_aligned else None,
                 settings=Settings(rate=0.25, max_steps=lab.plan.calibration_steps),
                 refusals=REFUSALS, evaluation=lab.splits.test, force=True, progress=lab.tell,
             )  # fmt: skip
             found = {
-                "seconds": fitted.seconds, "steps": fitted.steps,
+                "seconds": fitted.seconds, "steps": fitted.steps, "level": fitted.level,
+                "shots": [fitted.before.refused, fitted.after.refused],
                 "coefficients": fitted.to_dict()["coefficients"],
             }  # fmt: skip
         measured = evaluate(
@@ -350,7 +354,8 @@ METHODS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
     "safe lora": _safe_lora,
     "all layers": _with_gene("gene-thin", True),
     "random layers": _random_layers,
-    "gene, KL / 4": _with_gene("gene", True, 0.25),
+    "gene, as aligned": _with_gene("gene", True, as_aligned=True),
+    "all layers, as aligned": _with_gene("gene-thin", True, as_aligned=True),
     "direct": _with_gene("direct", True),
 }
 """What is held against one another, by the name it has in the table."""

@@ -13,11 +13,13 @@ import numpy.typing as npt
 
 from safegene_converter.gene.checkpoint import Checkpoint, identity
 from safegene_converter.gene.folder import Expression, add_expression, check_name_free
+from safegene_converter.gene.level import level_of, reach
 from safegene_converter.gene.model import load_gene
 from safegene_converter.gene.objective import REFUSALS, Losses, Objective, common_factor
-from safegene_converter.gene.optimise import Settings, minimise
+from safegene_converter.gene.optimise import Minimum, Settings, minimise
 from safegene_converter.gene.shots import shots_of
 from safegene_converter.progress import Progress
+from safegene_runtime.errors import GeneError, Problem
 from safegene_runtime.files import sha256_file
 from safegene_runtime.prompts import Prompt, builtin_suite
 
@@ -33,6 +35,7 @@ class Calibrated:
         before: losses of the un-adapted target (its KL is 0).
         at_one: losses with every coefficient 1.
         after: losses with the coefficients found.
+        level: how surely the model refuses that this one is to equal, or None.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Calibrated:
     steps: int
     converged: bool
     seconds: float
+    level: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -58,7 +62,8 @@ def calibrate(
     shots: Sequence[Prompt],
     name: str,
     *,
-    weight: float = 1.0,
+    weight: float | None = None,
+    aligned: Path | None = None,
     settings: Settings | None = None,
     refusals: Sequence[str] = REFUSALS,
     evaluation: Sequence[Prompt] | None = None,
@@ -73,7 +78,8 @@ def calibrate(
         model: the target fine-tune, which stays as it is.
         shots: a few harmful and benign prompts.
         name: of the expression.
-        weight: of the KL to the un-adapted target against the safety loss.
+        weight: of the KL to the un-adapted target against the safety loss (default: 1).
+        aligned: instead of a weight: a model whose refusals are to be reached, with the least KL.
         settings: bounds and early stopping.
         refusals: openings of a refusal.
         evaluation: prompts that will be tested on (default: the built-in suite): none may be shots.
@@ -89,33 +95,58 @@ def calibrate(
     started = time.monotonic()
     settings = settings or Settings()
     check_name_free(gene, name, force)
+    if weight is not None and aligned is not None:
+        raise GeneError(
+            Problem("calibrate", "weight", "either a weight or an aligned model", "both",
+                    "leave one out: reaching the model's level sets the weight")
+        )  # fmt: skip
     chosen = shots_of(shots, "calibrate", builtin_suite() if evaluation is None else evaluation)
+    level = None
+    if aligned is not None:
+        tell("asking the aligned model", 0, 1)
+        level = level_of(gene, aligned, chosen.harmful, tuple(refusals))
+        tell("asking the aligned model", 1, 1)
     loaded = load_gene(gene, model)
-    objective = Objective(loaded, chosen, weight=weight, refusals=refusals, progress=tell)
+    fixed = 1.0 if weight is None else weight
+    objective = Objective(loaded, chosen, weight=fixed, refusals=refusals, progress=tell)
     request = {
         "vectors": sha256_file((gene / "adapter_model.safetensors").resolve()),
         "model": identity(model),
         "shots": [list(chosen.harmful), list(chosen.benign)],
-        "weight": weight,
+        "weight": fixed,
+        "level": level,
         "refusals": list(refusals),
         "settings": asdict(settings),
     }
+    count = len(loaded.layers)
+    minima: list[Minimum] = []
     checkpoint = Checkpoint(gene.absolute().with_name(f".{gene.name}.calibrate-{name}"), request)
 
-    def gradient(point: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
-        losses, safety, kl = objective.gradient(point)
-        return losses.total, safety + weight * kl
+    def minimum(kl_weight: float, last: npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:
+        """Where J with this weight is least, from the best common factor or the last minimum."""
+        objective.weight = kl_weight
+        start = np.full(count, common_factor(objective, count, settings.bounds))
+        if last is not None:
+            start = min(start, last, key=lambda at: objective.value(at).total)
 
-    count = len(loaded.layers)
-    found = minimise(
-        gradient,
-        np.full(count, common_factor(objective, count, settings.bounds)),
-        settings,
-        checkpoint,
-        lambda step: tell("calibrating", step, settings.max_steps),
-    )
-    tell("calibrating", settings.max_steps, settings.max_steps)
-    coefficients = dict(zip(loaded.layers, found.coefficients.tolist(), strict=True))
+        def gradient(point: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+            losses, safety, kl = objective.gradient(point)
+            return losses.total, safety + kl_weight * kl
+
+        stage = f"calibrating, KL x {kl_weight:g}"
+        found = minimise(
+            gradient, start, settings, checkpoint,
+            lambda step: tell(stage, step, settings.max_steps), stage=stage,
+        )  # fmt: skip
+        minima.append(found)
+        tell(stage, settings.max_steps, settings.max_steps)
+        return found.coefficients
+
+    if level is None:
+        best = minimum(fixed, None)
+    else:
+        best = reach(objective, minimum, level, np.full(count, settings.bounds[0]))
+    coefficients = dict(zip(loaded.layers, best.tolist(), strict=True))
     target = model.resolve().name
     adapter = add_expression(
         gene, name, Expression(coefficients, target, chosen.count), force=force, default=default
@@ -131,7 +162,8 @@ def calibrate(
         before=before,
         at_one=objective.value(np.ones(count)),
         after=objective.value([stored[layer] for layer in loaded.layers]),
-        steps=len(found.history),
-        converged=found.converged,
+        steps=sum(len(found.history) for found in minima),
+        converged=all(found.converged for found in minima),
         seconds=time.monotonic() - started,
+        level=level,
     )

@@ -190,6 +190,13 @@ def _add_calibrate(commands: Any) -> None:
         "--shots", type=Path, required=True, help="JSONL or CSV: harmful and benign prompts"
     )
     parser.add_argument("--name", required=True, help="of the new expression")
+    parser.add_argument(
+        "--aligned",
+        type=Path,
+        metavar="MODEL",
+        help="calibrate until the shots are refused as surely as by this model, at the least change, "
+        "instead of by --weight",
+    )
     parser.add_argument("--max-steps", type=int, help="gradients at most (default: 40)")
     parser.add_argument(
         "--bounds",
@@ -229,6 +236,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
                 arguments.model,
                 shots,
                 arguments.name,
+                aligned=arguments.aligned,
                 settings=settings,
                 default=arguments.default,
                 force=arguments.force,
@@ -248,7 +256,11 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         else:
             for label in ("before", "at_one", "after"):
                 one = getattr(found, label)
-                screen.print(f"{label:<7} safety {one.safety:.3f}, KL {one.kl:.3f} nats per reply")
+                screen.print(f"{label:<7} safety {one.safety:.3f}, KL {one.kl:.3f} nats per reply, "
+                             f"P(refusal) {one.refused:.1%}")  # fmt: skip
+            if found.level is not None:
+                missed = "" if found.after.refused >= found.level else ": not reached"
+                screen.print(f"aligned P(refusal) {found.level:.1%}{missed}")
     return OK
 
 

@@ -42,11 +42,12 @@ F64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Losses:
-    """Nats per reply; `total` is J."""
+    """Nats per reply; `total` is J. `refused` is the mean P(refusal), which saturates at both ends."""
 
     safety: float
     kl: float
     weight: float
+    refused: float
 
     @property
     def total(self) -> float:
@@ -116,9 +117,9 @@ class Objective:
         """
         with torch.no_grad():
             self.model.set([float(one) for one in coefficients])
-            safety = sum(float(self._safety(batch)) for batch in self._harmful)
+            refused = [self._log_refused(batch) for batch in self._harmful]
             kl = sum(float(self._kl(batch, reference)) for batch, reference in self._benign)
-        return self._losses(safety, kl)
+        return self._losses(refused, kl)
 
     def gradient(self, coefficients: Sequence[float] | F64) -> tuple[Losses, F64, F64]:
         """J, d safety / dc (L,) and d kl / dc (L,) at coefficients (L,): one backward pass.
@@ -126,7 +127,7 @@ class Objective:
         Raises:
             GeneError: NaN or Inf.
         """
-        totals = [0.0, 0.0]
+        kl, refused = 0.0, []
         slopes = np.zeros((2, len(self.model.layers)))
         parts = [(0, batch, None) for batch in self._harmful]
         terms: list[tuple[int, Batch, torch.Tensor | None]] = [*parts]
@@ -134,32 +135,38 @@ class Objective:
         for kind, batch, reference in terms:
             leaf = torch.tensor([float(one) for one in coefficients], requires_grad=True)
             self.model.set(leaf)
-            loss = self._safety(batch) if reference is None else self._kl(batch, reference)
+            if reference is None:
+                refused.append(self._log_refused(batch))
+                loss = -refused[-1].sum() / self._n_harmful
+            else:
+                loss = self._kl(batch, reference)
+                kl += float(loss.detach())
             loss.backward()
-            totals[kind] += float(loss.detach())
             slopes[kind] += leaf.grad.double().numpy()
         self.model.set([float(one) for one in coefficients])
         if not np.isfinite(slopes).all():
             raise _not_finite("gradient")
-        return self._losses(*totals), slopes[0], slopes[1]
+        return self._losses(refused, kl), slopes[0], slopes[1]
 
-    def _safety(self, batch: Batch) -> torch.Tensor:
-        """The sum over a batch's prompts of -log P(refusal), divided by all prompts."""
+    def _log_refused(self, batch: Batch) -> torch.Tensor:
+        """The log of P(refusal) of each of a batch's prompts."""
         scored = log_probabilities(self.model.logits(batch))
         chosen = scored.gather(1, batch.labels[:, None])[:, 0]
         count = len(batch.indices)
         of_example = torch.zeros(count).index_add(0, batch.owner, chosen)
         rank = torch.tensor(batch.indices).argsort()  # back to prompts with their openings
-        refused = torch.logsumexp(of_example[rank].reshape(-1, self._openings), dim=1)
-        return -refused.sum() / self._n_harmful
+        return torch.logsumexp(of_example[rank].reshape(-1, self._openings), dim=1)
 
     def _kl(self, batch: Batch, reference: torch.Tensor) -> torch.Tensor:
         return kl_along(reference, self.model.logits(batch)).sum() / self._n_benign
 
-    def _losses(self, safety: float, kl: float) -> Losses:
+    def _losses(self, refused: Sequence[torch.Tensor], kl: float) -> Losses:
+        every = torch.cat([torch.zeros(0), *(one.detach() for one in refused)])
+        count = max(1, self._n_harmful)
+        safety = -float(every.sum()) / count
         if not (math.isfinite(safety) and math.isfinite(kl)):
             raise _not_finite(f"safety {safety}, KL {kl}")
-        return Losses(safety, kl, self.weight)
+        return Losses(safety, kl, self.weight, float(every.exp().sum()) / count)
 
 
 class Valued(Protocol):

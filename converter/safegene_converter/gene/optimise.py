@@ -80,6 +80,7 @@ def minimise(
     settings: Settings,
     checkpoint: Checkpoint | None = None,
     tell: Callable[[int], None] | None = None,
+    stage: str = "step",
 ) -> Minimum:
     """Minimises with gradients.
 
@@ -89,6 +90,7 @@ def minimise(
         settings: bounds and limits.
         checkpoint: steps that were done before are taken from it.
         tell: told how many steps are done.
+        stage: the steps' name in the checkpoint, which may hold those of several minima.
 
     Raises:
         GeneError: a value or slope that is not finite.
@@ -98,14 +100,14 @@ def minimise(
     best, best_value, since = point, math.inf, 0
     history: list[float] = []
     for step in range(1, settings.max_steps + 1):
-        kept = checkpoint.load(f"step {step}") if checkpoint else None
+        kept = checkpoint.load(f"{stage} {step}") if checkpoint else None
         if kept is None:
             value, slope = gradient(point)
         else:
             value, slope = float(kept["value"]), kept["slope"]
         _check_finite(value, slope)
         if checkpoint and kept is None:
-            checkpoint.save(f"step {step}", value=value, slope=slope)
+            checkpoint.save(f"{stage} {step}", value=value, slope=slope)
         history.append(value)
         if tell:
             tell(step)
