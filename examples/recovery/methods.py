@@ -41,8 +41,8 @@ from safegene_runtime.reference import read_reference
 
 BUDGET = 0.01
 GENES = {
-    "gene": "gene-all", "gene, as aligned": "gene-all", "uniform": "gene-all", "random layers": "gene-all",
-    "all layers": "gene-thin", "all layers, as aligned": "gene-thin", "direct": "direct-all",
+    "gene": "gene-all", "gene as aligned": "gene-all", "uniform": "gene-all", "random layers": "gene-all",
+    "all layers": "gene-thin", "all layers as aligned": "gene-thin", "direct": "direct-all",
 }  # fmt: skip
 """What each method's layers are chosen from."""
 RANK = 8
@@ -354,8 +354,8 @@ METHODS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
     "safe lora": _safe_lora,
     "all layers": _with_gene("gene-thin", True),
     "random layers": _random_layers,
-    "gene, as aligned": _with_gene("gene", True, as_aligned=True),
-    "all layers, as aligned": _with_gene("gene-thin", True, as_aligned=True),
+    "gene as aligned": _with_gene("gene", True, as_aligned=True),
+    "all layers as aligned": _with_gene("gene-thin", True, as_aligned=True),
     "direct": _with_gene("direct", True),
 }
 """What is held against one another, by the name it has in the table."""
