@@ -1,9 +1,10 @@
 """What the survival bounds are worth: gain and error of the delta against refusals, on the real model.
 
-Merges the example adapter into the Q4_1 base, all touched tensors in one type, bounds switched off,
-and verifies each against one PyTorch reference. Prints the table of docs/survival.md.
+Merges the example adapter into the Q4_1 base, all touched tensors in one type, and into the same weights
+in float, quantised once with a preset; bounds switched off, nothing promoted; and verifies each against one
+PyTorch reference. Prints both tables of docs/survival.md.
 
-    python benchmarks/bounds.py [--suite smoke | --reference DIR] [--types q4_1 q8_0 ...]
+    python benchmarks/bounds.py [--suite smoke | --reference DIR] [--types q4_1 ...] [--presets q4_k_m ...]
 """
 
 from __future__ import annotations
@@ -12,36 +13,35 @@ import argparse
 import platform
 import tempfile
 from pathlib import Path
+from statistics import fmean
 
-from safegene_converter.demo import find_adapter, find_smollm2
-from safegene_converter.inspecting import survival_summary
+from safegene_converter.demo import find_adapter, find_smollm2, write_float_base
 from safegene_converter.recorder import record
 from safegene_converter.survival import Bounds
 from safegene_converter.to_gguf import convert
 from safegene_runtime.errors import SurvivalError
 from safegene_runtime.ladder import verify
 from safegene_runtime.prompts import SUITES, builtin_suite
-from safegene_runtime.reference import read_reference
+from safegene_runtime.reference import Reference, read_reference
 
 TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "auto")
+PRESETS = ("q8_0", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 NO_BOUNDS = Bounds(0.0, 1e6, 1e6, 1e6)
 
 
 def main() -> None:
-    """Prints one row per type."""
+    """Prints one row per type, and one per preset."""
     parser = argparse.ArgumentParser(description=__doc__)
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--suite", choices=SUITES, default="ci", help="what to ask (default: ci)")
     asked.add_argument("--reference", type=Path, help="made by `safegene record` or the demo")
-    parser.add_argument("--types", nargs="+", default=TYPES)
+    parser.add_argument("--types", nargs="*", default=TYPES, help="on the grid of the Q4_1 base")
+    parser.add_argument("--presets", nargs="*", default=PRESETS, help="from float, quantised once")
     arguments = parser.parse_args()
     base, adapter = find_smollm2(), find_adapter()
     print(
         f"{platform.machine()}, {platform.system()}; {base.name} ({base.stat().st_size / 1e6:.1f} MB)"
     )
-    print("| touched tensors | gain, mean [min, max] | relative error | default bounds | MB "
-          "| harmful refused | refusals lost | benign newly refused | mean KL |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         reference = (
@@ -49,33 +49,53 @@ def main() -> None:
             if arguments.reference
             else record(adapter, base, root / "reference", prompts=builtin_suite(arguments.suite))
         )
-        for name in arguments.types:
-            bounds = None if name == "auto" else NO_BOUNDS
-            manifest = convert(
-                adapter, base, root / name, form="merged", type_name=name, bounds=bounds,
-                promote=name == "auto", check=False,
-            )  # fmt: skip
-            try:
-                convert(adapter, base, root / "gate", form="merged", type_name=name,
-                        promote=name == "auto", check=False, force=True)  # fmt: skip
-                gate = "pass"
-            except SurvivalError as error:
-                gate = f"refused, {len(error.problems)} of {len(manifest.modules)} tensors"
-            found = survival_summary(manifest)
-            figures = verify(root / name, reference).figures
-            size = sum(file.size_bytes for file in manifest.files) / 1e6
-            print(
-                f"| {name} | {found['gain_mean']:.3f} [{found['gain_min']:.2f}, "
-                f"{found['gain_max']:.2f}] | {found['relative_error_mean']:.2f} | {gate} | {size:.1f} | "
-                f"{figures['harmful_refused']['artifact']:.1%} | "
-                f"{figures['losses']} of {figures['reference_refused']} | "
-                f"{figures['over_refusals']} of {figures['reference_answered_benign']} | "
-                f"{figures['mean_kl']:.1e} |",
-                flush=True,
-            )
-        rates = figures["harmful_refused"]
-        print(f"| *PyTorch + adapter* | 1 | 0 | | | {rates['reference']:.1%} | | | |")
-        print(f"| *base without adapter* | 0 | 1 | | | {rates['base']:.1%} | | | |")
+        write_float_base(base, root / "float.gguf")
+        rates: dict[str, float] = {}
+        for names, source, error in (
+            (arguments.types, base, "relative_error"),
+            (arguments.presets, root / "float.gguf", "base_error_ratio"),
+        ):
+            what = "relative error" if source == base else "error / the base's own"
+            print(f"| touched tensors | gain, mean [min, max] | {what} | default bounds | MB "
+                  "| harmful refused | refusals lost | benign newly refused | mean KL |")  # fmt: skip
+            print("|---|---|---|---|---|---|---|---|---|")
+            for name in names:
+                rates = row(name, adapter, source, error, reference, root)
+        if rates:
+            print(f"| *PyTorch + adapter* | 1 | 0 | | | {rates['reference']:.1%} | | | |")
+            print(f"| *base without adapter* | 0 | 1 | | | {rates['base']:.1%} | | | |")
+
+
+def row(
+    name: str, adapter: Path, base: Path, error: str, reference: Reference, root: Path
+) -> dict[str, float]:
+    """Prints what one type gives; returns the shares of harmful prompts refused."""
+    promote = name == "auto"
+    manifest = convert(
+        adapter, base, root / "out", form="merged", type_name=name, promote=promote, check=False,
+        bounds=None if promote else NO_BOUNDS, force=True,
+    )  # fmt: skip
+    try:
+        convert(adapter, base, root / "gate", form="merged", type_name=name, promote=promote,
+                check=False, force=True)  # fmt: skip
+        gate = "pass"
+    except SurvivalError as refused:
+        gate = f"refused, {len(refused.problems)} of {len(manifest.modules)} tensors"
+    survived = [module.survival for module in manifest.modules if module.survival]
+    gains = [one["gain"] for one in survived]
+    figures = verify(root / "out", reference).figures
+    size = sum(file.size_bytes for file in manifest.files) / 1e6
+    print(
+        f"| {name} | {fmean(gains):.3f} [{min(gains):.2f}, {max(gains):.2f}] | "
+        f"{fmean(one[error] for one in survived):.2f} | {gate} | {size:.1f} | "
+        f"{figures['harmful_refused']['artifact']:.1%} | "
+        f"{figures['losses']} of {figures['reference_refused']} | "
+        f"{figures['over_refusals']} of {figures['reference_answered_benign']} | "
+        f"{figures['mean_kl']:.1e} |",
+        flush=True,
+    )
+    rates: dict[str, float] = figures["harmful_refused"]
+    return rates
 
 
 if __name__ == "__main__":
