@@ -41,7 +41,8 @@ from safegene_runtime.reference import read_reference
 
 BUDGET = 0.01
 GENES = {
-    "gene": "gene-all", "gene as aligned": "gene-all", "uniform": "gene-all", "random layers": "gene-all",
+    "gene": "gene-all", "gene at KL / 4": "gene-all", "gene as aligned": "gene-all",
+    "uniform": "gene-all", "random layers": "gene-all",
     "all layers": "gene-thin", "all layers as aligned": "gene-thin", "direct": "direct-all",
 }  # fmt: skip
 """What each method's layers are chosen from."""
@@ -277,16 +278,21 @@ def _own(lab: Lab, target: str) -> list[Scored]:
 
 
 def _with_gene(
-    folder_name: str, calibrated: bool, as_aligned: bool = False
+    folder_name: str,
+    calibrated: bool,
+    weight: float | None = None,
+    as_aligned: bool = False,
 ) -> Callable[[Lab, str], dict[str, Any]]:
-    """Measures a gene: as it is, calibrated with weight 1, or as far as the aligned model refuses."""
+    """Measures a gene: as it is, calibrated with a weight, or as far as the aligned model refuses."""
 
     def measured(lab: Lab, target: str) -> dict[str, Any]:
         folder, found = lab.work / folder_name, {}
         expression = f"{target}-as-aligned" if as_aligned else target
+        if weight is not None:
+            expression = f"{target}-{weight:g}"
         if calibrated:
             fitted = calibrate(
-                folder, lab.work / target, lab.few("shots", target), expression,
+                folder, lab.work / target, lab.few("shots", target), expression, weight=weight,
                 aligned=lab.work / "aligned" if as_aligned else None,
                 settings=Settings(rate=0.25, max_steps=lab.plan.calibration_steps),
                 refusals=REFUSALS, evaluation=lab.splits.test, force=True, progress=lab.tell,
@@ -354,6 +360,7 @@ METHODS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
     "safe lora": _safe_lora,
     "all layers": _with_gene("gene-thin", True),
     "random layers": _random_layers,
+    "gene at KL / 4": _with_gene("gene", True, weight=0.25),
     "gene as aligned": _with_gene("gene", True, as_aligned=True),
     "all layers as aligned": _with_gene("gene-thin", True, as_aligned=True),
     "direct": _with_gene("direct", True),

@@ -10,8 +10,8 @@ from typing import Any
 
 COLOURS = {
     "gene": "#0b6e4f", "uniform": "#8a8a8a", "re-aligned": "#7a3e9d", "safe lora": "#b3261e",
-    "all layers": "#2f6fbb", "random layers": "#c98a00", "gene, KL / 4": "#5fd3a6",
-    "direct": "#5c4033",
+    "all layers": "#2f6fbb", "random layers": "#c98a00", "gene at KL / 4": "#5fd3a6",
+    "gene as aligned": "#1b9e9e", "all layers as aligned": "#8fb8de", "direct": "#5c4033",
 }  # fmt: skip
 WIDTH, HEIGHT, EDGE, LEGEND = 720, 420, 60, 125
 
