@@ -1,8 +1,8 @@
 """The whole check of a CI job on a real model: its seconds, the engine's part of them, its memory.
 
-    python benchmarks/ci_check.py [--work build/ci-check] [--profile ci] [--repeat 3]
+    python benchmarks/ci_check.py [--type q8_0] [--work build/ci-check] [--profile ci] [--repeat 3]
 
-Checked is SmolLM2-135M with the example adapter, merged as Q8_0, against a reference of the whole built-in
+Checked is SmolLM2-135M with the example adapter, merged as --type, against a reference of the whole built-in
 suite. Both are made below `--work` when they are missing (about 10 minutes on 2 cores). Then, in a process
 of its own as in a CI job,
 
@@ -71,11 +71,12 @@ def main() -> None:
     """Prints the figures beside their aims."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("build/ci-check"))
+    parser.add_argument("--type", default="q8_0", help="of the artifact (default: q8_0)")
     parser.add_argument("--profile", default="ci")
     parser.add_argument("--repeat", type=int, default=3, help="the median is shown (default: 3)")
     arguments = parser.parse_args()
     work: Path = arguments.work
-    artifact, reference = prepare(work)
+    artifact, reference = prepare(work, arguments.type)
     reports = work / "reports"
     runs = [
         measure(["verify", str(artifact), "--reference", str(reference), "--no-write",
@@ -107,9 +108,9 @@ def main() -> None:
     print(f"  to run it           {rest:7.2f} x    KV cache, logits, buffers")
 
 
-def prepare(work: Path) -> tuple[Path, Path]:
+def prepare(work: Path, type_name: str) -> tuple[Path, Path]:
     """Artifact and reference, made where they are missing; each appears when it is whole."""
-    artifact, reference, base = work / "artifact", work / "reference", work / "float.gguf"
+    artifact, reference, base = work / type_name, work / "reference", work / "float.gguf"
     work.mkdir(parents=True, exist_ok=True)
     if not reference.exists():
         safegene(
@@ -118,7 +119,7 @@ def prepare(work: Path) -> tuple[Path, Path]:
     if not artifact.exists():
         if not base.exists():
             write_float_base(find_smollm2(), base)
-        safegene("convert", find_adapter(), "--base", base, "--type", "q8_0", "-o", artifact)
+        safegene("convert", find_adapter(), "--base", base, "--type", type_name, "-o", artifact)
         base.unlink()
     return artifact, reference
 

@@ -13,7 +13,7 @@ COLOURS = {
     "all layers": "#2f6fbb", "random layers": "#c98a00", "gene at KL / 4": "#5fd3a6",
     "gene as aligned": "#1b9e9e", "all layers as aligned": "#8fb8de", "direct": "#5c4033",
 }  # fmt: skip
-WIDTH, HEIGHT, EDGE, LEGEND = 720, 420, 60, 125
+WIDTH, HEIGHT, EDGE, LEGEND = 720, 420, 60, 150
 
 
 def write(folder: Path, work: Path, results: dict[str, Any]) -> None:
