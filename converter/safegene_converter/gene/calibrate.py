@@ -79,7 +79,7 @@ def calibrate(
         shots: a few harmful and benign prompts.
         name: of the expression.
         weight: of the KL to the un-adapted target against the safety loss (default: 1).
-        aligned: instead of a weight: a model whose refusals are to be reached, with the least KL.
+        aligned: a model whose refusals are to be reached, with smaller weights where 1 does not do.
         settings: bounds and early stopping.
         refusals: openings of a refusal.
         evaluation: prompts that will be tested on (default: the built-in suite): none may be shots.
@@ -142,10 +142,7 @@ def calibrate(
         tell(stage, settings.max_steps, settings.max_steps)
         return found.coefficients
 
-    if level is None:
-        best = minimum(fixed, None)
-    else:
-        best = reach(objective, minimum, level, np.full(count, settings.bounds[0]))
+    best = minimum(fixed, None) if level is None else reach(objective, minimum, level)
     coefficients = dict(zip(loaded.layers, best.tolist(), strict=True))
     target = model.resolve().name
     adapter = add_expression(

@@ -194,8 +194,7 @@ def _add_calibrate(commands: Any) -> None:
         "--aligned",
         type=Path,
         metavar="MODEL",
-        help="calibrate until the shots are refused as surely as by this model, at the least change, "
-        "instead of by --weight",
+        help="go on with smaller weights until the shots are refused as surely as by this model",
     )
     parser.add_argument("--max-steps", type=int, help="gradients at most (default: 40)")
     parser.add_argument(

@@ -1,10 +1,10 @@
-"""As safe as a given model, and no further: the least change that makes a target refuse as that one does.
+"""At least as safe as a given model: how far calibration goes where weight 1 does not get there.
 
-    least kl(c) such that refused(c) >= level,     refused(c) = mean P_c(refusal | x) over harmful shots
+    refused(c) >= level,         refused(c) = mean P_c(refusal | x) over harmful shots
 
 J with a fixed weight decides beforehand what a refusal may cost; how much that buys differs by fine-tune.
-Here the weight falls until the level is reached. Each minimum of J is the best there is for its weight;
-between the last two, on the straight line, is the point that just reaches the level.
+Here the weight is 1, and falls where the level is not reached. Each minimum of J is the best there is for
+its weight; between the last two, on the straight line, is the point that just reaches the level.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safegene_converter.gene.shots import Shots
 
 __all__ = ["WEIGHTS", "level_of", "reach"]
 
-WEIGHTS = (4.0, 1.0, 0.25, 0.0625, 0.0)
+WEIGHTS = (1.0, 0.25, 0.0625, 0.0)
 """The last one asks for refusals only."""
 BISECTIONS = 6
 
@@ -42,25 +42,21 @@ def level_of(
         return objective.value(np.ones(len(loaded.layers))).refused
 
 
-def reach(
-    objective: Valued, minimum: Callable[[float, F64 | None], F64], level: float, low: F64
-) -> F64:
-    """Coefficients (L,) that just reach a level; those of the smallest weight where none does.
+def reach(objective: Valued, minimum: Callable[[float, F64 | None], F64], level: float) -> F64:
+    """Coefficients (L,) that reach a level; those of the smallest weight where none does.
 
     Args:
         objective: of the target.
         minimum: (weight, (L,) the last minimum or None) -> (L,), where J with this weight is least.
         level: of `refused`, in [0, 1].
-        low: (L,) the lower bounds.
     """
-    below, found = low, None
-    for weight in WEIGHTS:
-        found = minimum(weight, found)
+    below, found = None, minimum(WEIGHTS[0], None)
+    for weight in WEIGHTS[1:]:
         if objective.value(found).refused >= level:
             break
-        below = found
-    else:
-        return below
+        below, found = found, minimum(weight, found)
+    if below is None or objective.value(found).refused < level:
+        return found
     for _ in range(BISECTIONS):
         middle = (below + found) / 2
         if objective.value(middle).refused >= level:
