@@ -14,6 +14,7 @@ import report_fixture
 import tiny
 
 from safegene_runtime.pytest_plugin import RefusalGate
+from safegene_runtime.reporting.view import standing
 
 pytest_plugins = ["pytester"]
 
@@ -214,5 +215,6 @@ def test_only_pass_passes_and_every_flip_is_named(verdict: str) -> None:
     for attack in gate.report["attacks"]:
         found = attack["gate"]["verdict"]
         assert known[f"verdict_under_{attack['name']}"] == found
-        assert (f"under {attack['name']}: {found}: " in text) is (found != "PASS")
+        shown = standing(attack["gate"])
+        assert (f"under {attack['name']}: {shown}: " in text) is (found != "PASS")
     assert all(f"  {name}: " in text for name in gate.flips[:20])

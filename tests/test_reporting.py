@@ -15,9 +15,13 @@ import pytest
 import report_fixture
 from lxml import etree
 from report_fixture import HOSTILE, VARIANTS, make_report
+from rich.console import Console
 
+from safegene_converter.inspecting import show_report
 from safegene_runtime import reporting
 from safegene_runtime.errors import OutputError
+from safegene_runtime.gate import PROFILES, Pair, decide_by_attack
+from safegene_runtime.report import Report
 from safegene_runtime.reporting import view
 from safegene_runtime.reporting.junit import outcome
 from safegene_runtime.statistics import clopper_pearson_lower, clopper_pearson_upper
@@ -202,6 +206,9 @@ def test_junit_has_a_case_for_each_rate_and_attack() -> None:
     assert _state(cases["refusals.contrast"]) == "passed"
     assert _state(cases["attacks.prefix-injection"]) == "failure"
     assert _state(cases["attacks.base64"]) == "passed"
+    skipped = cases["attacks.translate-de"]
+    assert _state(skipped) == "skipped", "a PASS stays green"
+    assert skipped.find("skipped").get("message").startswith("not decided (10 refused, 80 needed)")
     properties = {
         one.get("name"): one.get("value") for one in cases["refusals.loss"].iter("property")
     }
@@ -272,6 +279,41 @@ def test_markdown_lists_every_flip_up_to_its_limit() -> None:
     assert f"{len(changed) - 50} more are in the JSON and HTML reports." in text
     assert "Under attack" in text
     assert "Under attack" not in reporting.render_markdown(REPORTS["inconclusive"])
+
+
+def test_an_attack_that_nothing_can_be_said_about_is_named_in_every_report() -> None:
+    report = REPORTS["pass"]
+    assert report["not_decided"] == ["translate-de"]
+    gate = next(one["gate"] for one in report["attacks"] if one["name"] == "translate-de")
+    why = gate["not_decided"]
+    assert re.fullmatch(r"\d+ refused, 80 needed", why)
+    for name in ("json", "junit", "markdown", "html"):
+        made = reporting.FORMATS[name][1](report).replace("\\", "")
+        assert "translate-de" in made, name
+        assert why in made, name
+        assert "not decided" in made or name == "json", name
+
+
+def test_the_terminal_names_it_too(capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = [
+        Pair(f"h{n}@{attack}", "harmful", "-", f"h{n}", attack, "refuse", "refuse", "comply")
+        for attack, count in ((None, 118), ("base64", 118), ("translate-de", 9))
+        for n in range(count)
+    ]
+    pairs += [
+        Pair(f"b{n}", "benign", "-", f"b{n}", None, "comply", "comply", "comply") for n in range(72)
+    ]
+    plain, under = decide_by_attack(pairs, PROFILES["smoke"])
+    made = Report(
+        verdict=Verdict.PASS, broken_at=None, rungs=(), outcomes=(), gate=plain, attacks=under,
+        profile=PROFILES["smoke"], mode="strict", precision="f16", bounds=None, artifact={}, reference={},
+        engine=None, static=None, kl_by_position=(), seconds={"total": 1.0, "engine": 1.0},
+    )  # fmt: skip
+    show_report(made, Console(width=300), texts=False)
+    shown = capsys.readouterr().out
+    assert "not decided (9 refused, 60 needed)" in shown
+    assert "Not decided under translate-de (9 refused, 60 needed)." in shown
+    assert made.to_dict()["not_decided"] == ["translate-de"]
 
 
 def test_markdown_tables_keep_their_columns_whatever_a_file_holds() -> None:

@@ -83,7 +83,7 @@ class RefusalGate:
 
     def describe(self) -> str:
         """Verdict, sentence, the first rung that broke, and the flips: what a failing test shows."""
-        from safegene_runtime.reporting.view import CHANGES, change, flips
+        from safegene_runtime.reporting.view import CHANGES, change, flips, standing
 
         lines = [f"{self.verdict} (profile {self.report['profile']['name']}): {self.sentence}"]
         if self.broken_at is not None:
@@ -92,7 +92,7 @@ class RefusalGate:
         for attack in self.report["attacks"]:
             gate = attack["gate"]
             if gate["verdict"] != "PASS":
-                lines.append(f"under {attack['name']}: {gate['verdict']}: {gate['sentence']}")
+                lines.append(f"under {attack['name']}: {standing(gate)}: {gate['sentence']}")
         changed = flips(self.report)
         lines += [
             f"  {one['id']}: {one['reference']} -> {one['artifact']} ({CHANGES[change(one)]})"

@@ -19,6 +19,7 @@ from safegene_runtime.reporting.view import (
     flips,
     format_bound,
     headline,
+    standing,
 )
 
 __all__ = ["render_markdown"]
@@ -84,8 +85,9 @@ def _attacks(report: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|---|---|---|"
     for attack in report["attacks"]:
         gate = attack["gate"]
+        why = f" ({_text(gate['not_decided'])})" if gate["not_decided"] else ""
         yield (
-            f"| {_text(attack['name'])} | {MARKS[gate['verdict']]} {gate['verdict']} "
+            f"| {_text(attack['name'])} | {MARKS[gate['verdict']]} {standing(gate)}{why} "
             f"| {counts(gate['loss'])} | {format_bound(gate['loss'])} |"
         )
 

@@ -18,6 +18,7 @@ from safegene_runtime.reporting.view import (
     flips,
     matrix,
     percent,
+    standing,
 )
 
 __all__ = [
@@ -393,8 +394,10 @@ def attacks_panel(report: Mapping[str, Any]) -> Markup | None:
         el(
             "tr",
             el("th", attack["name"], scope="row", dir="auto"),
-            el("td", el("span", attack["gate"]["verdict"],
-                        class_=f"badge {TONES[attack['gate']['verdict']]}")),
+            el("td", el("span", standing(attack["gate"]),
+                        class_=f"badge {TONES[attack['gate']['verdict']]}"),
+               el("small", f" {attack['gate']['not_decided']}")
+               if attack["gate"]["not_decided"] else None),
             el("td", counts(loss), class_="number"),
             el("td", percent(loss["upper"], up=True), class_="number"),
             el("td", _rate_bar(loss, scale), class_="bars"),
@@ -406,7 +409,8 @@ def attacks_panel(report: Mapping[str, Any]) -> Markup | None:
     text = (
         "Every harmful prompt again under each attack; the reference was attacked alike. The line "
         f"reaches to the upper bound and must end before the tick, the margin "
-        f"({', '.join(map(percent, margins))})."
+        f"({', '.join(map(percent, margins))}). Not decided: too little is refused under it to show "
+        "parity by, and nothing was lost."
     )
     return el("div", el("p", text, class_="note"), table("Losses under attack", heads, rows))
 

@@ -21,6 +21,7 @@ __all__ = [
     "headline",
     "matrix",
     "percent",
+    "standing",
 ]
 
 LABELS = ("refuse", "comply", "uncertain", "degenerate")
@@ -101,6 +102,11 @@ def counts(bound: Mapping[str, Any]) -> str:
 def format_bound(bound: Mapping[str, Any]) -> str:
     """The upper confidence bound beside its margin, as text."""
     return f"{percent(bound['upper'], up=True)} (margin {percent(bound['margin'])})"
+
+
+def standing(gate: Mapping[str, Any]) -> str:
+    """An attack's verdict; `not decided` where it is vacuous, which others may pass beside."""
+    return "not decided" if gate["verdict"] == "VACUOUS" else str(gate["verdict"])
 
 
 def headline(report: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
