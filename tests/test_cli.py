@@ -323,3 +323,21 @@ def test_an_edited_artifact_is_broken_at_integrity(
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["broken_at"] == "integrity"
     assert "not the base" in report["rungs"][0]["detail"]
+
+
+def test_a_record_of_another_adapter_is_an_invalid_record_and_no_verdict(
+    sidecar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither is broken: the one was not made from what the other was recorded with."""
+    other = tiny.peft_adapter("llama", tmp_path / "other", scale=0.1)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"text": "Name a colour."}\n')
+    assert run(
+        "record", other, "--base", tiny.hf_model("llama"), "--prompts", prompts,
+        "--max-new-tokens", 2, "-o", tmp_path / "reference",
+    ) == 0  # fmt: skip
+    base = tiny.gguf_model("llama")
+    before = (sidecar / "manifest.json").read_bytes()
+    assert run("verify", sidecar, "--reference", tmp_path / "reference", "--base", base) == 5
+    assert "another adapter" in capsys.readouterr().err
+    assert (sidecar / "manifest.json").read_bytes() == before
