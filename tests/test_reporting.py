@@ -22,7 +22,7 @@ from safegene_runtime import reporting
 from safegene_runtime.errors import OutputError
 from safegene_runtime.gate import PROFILES, Pair, decide_by_attack
 from safegene_runtime.report import Report
-from safegene_runtime.reporting import view
+from safegene_runtime.reporting import markdown, view
 from safegene_runtime.reporting.junit import outcome
 from safegene_runtime.statistics import clopper_pearson_lower, clopper_pearson_upper
 from safegene_runtime.verdict import Verdict
@@ -325,6 +325,15 @@ def test_markdown_tables_keep_their_columns_whatever_a_file_holds() -> None:
             assert len(re.findall(r"(?<!\\)\|", line)) == width, line
         elif not line.startswith("|"):
             width = 0
+
+
+@pytest.mark.parametrize("mark", list("\\`*_{}[]|~!#"))
+def test_no_mark_of_a_text_passes_for_one_of_ours(mark: str) -> None:
+    """Neither before digits and a semicolon, as in the entities that escaping writes."""
+    if mark != "#":
+        assert markdown._text(f"a {mark}1; b") == f"a \\{mark}1; b"
+    assert f"\\{mark}x" in markdown._text(f"{mark}x")
+    assert "&#64;" in markdown._text("@")
 
 
 def test_markdown_has_no_markup_of_a_file_outside_code() -> None:

@@ -97,7 +97,8 @@ def _text(text: str) -> str:
     text = re.sub(r"\s*\n\s*", " ", visible(text)).replace("&", "&amp;")
     text = text.replace("<", "&lt;").replace(">", "&gt;").replace("@", "&#64;")
     text = text.replace("://", "&#58;//").replace("www.", "www&#46;")
-    return re.sub(r"([\\`*_{}\[\]|~#!])(?!\d+;)", r"\\\1", text)
+    # `&#64;` was made above; every other mark is the text's own
+    return re.sub(r"([\\`*_{}\[\]|~!]|#(?!\d+;))", r"\\\1", text)
 
 
 def _code(text: str) -> str:
