@@ -183,6 +183,11 @@ def test_without_options_the_run_is_red(
         ("", ["--safegene-reference="], "--safegene-reference is needed, too"),
         ("", ["--safegene-profile", "cy"], "expected smoke, ci, release, got 'cy'"),
         ("", ["--safegene-attacks", "rot13,rot14"], "--safegene-attacks: attacks: name: expected"),
+        (
+            "",
+            ["--safegene-attacks", ","],
+            "--safegene-attacks: expected names of attacks with commas",
+        ),
         ("", ["--safegene-mode", "loose"], "invalid choice: 'loose'"),
         ("", ["--safegene-sequential=no"], "--safegene-sequential: ignored explicit argument"),
         (MARKED.format("cy"), [], "test_marked: expected smoke, ci, release, got 'cy'"),
