@@ -45,6 +45,7 @@ from safegene_runtime import factors, strictjson
 from safegene_runtime.errors import FormatError, Problem, Problems, RecordError
 from safegene_runtime.factors import ModuleFactors
 from safegene_runtime.files import open_regular, read_small_file, sha256_of
+from safegene_runtime.sequential import clusters_in_order
 
 __all__ = [
     "Openers",
@@ -235,10 +236,10 @@ class Reference:
         return [n for n, one in enumerate(self.prompts) if one.attack in (None, *attacks)]
 
     def order(self) -> tuple[int, ...]:
-        """Indices of the prompts in the order of a sequential test: by SHA-256 of id + seed."""
-        seed = self.meta["order"]["seed"]
-        keys = [sha256_of((prompt.id + seed).encode()) for prompt in self.prompts]
-        return tuple(sorted(range(len(keys)), key=keys.__getitem__))
+        """Indices of the prompts in the order of a sequential test, near-duplicates together."""
+        places = {prompt.id: number for number, prompt in enumerate(self.prompts)}
+        groups = clusters_in_order(self.prompts, self.meta["order"]["seed"])
+        return tuple(places[prompt.id] for group in groups for prompt in group)
 
 
 def order_seed(prompts: Sequence[PromptRecord]) -> str:
