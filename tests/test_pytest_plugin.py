@@ -112,6 +112,16 @@ def test_an_edited_artifact_names_its_broken_rung(run, made: gated.Gated, tmp_pa
     assert result.stdout.str().count("first broken rung: integrity: ") >= 2
 
 
+def test_reports_lie_apart_from_what_is_verified(run, made: gated.Gated, tmp_path: Path) -> None:
+    copy = tmp_path / "artifact"
+    shutil.copytree(made.artifact, copy)
+    before = sorted(copy.rglob("*"))
+    result = run(ASSERTING, "--safegene-report", str(copy), artifact=copy)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*output: expected a place of its own, got one inside*"])
+    assert sorted(copy.rglob("*")) == before
+
+
 def test_what_could_not_be_checked_is_an_error_and_no_skip(run, tmp_path: Path) -> None:
     result = run(ASSERTING + MARKED.format("smoke"), artifact=tmp_path / "nothing")
     result.assert_outcomes(errors=2)

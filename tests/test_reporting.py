@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
@@ -18,6 +19,7 @@ from report_fixture import HOSTILE, VARIANTS, make_report
 from rich.console import Console
 
 from safegene_converter.inspecting import show_report
+from safegene_converter.report_options import report_targets
 from safegene_runtime import reporting
 from safegene_runtime.errors import OutputError
 from safegene_runtime.gate import PROFILES, Pair, decide_by_attack
@@ -292,6 +294,49 @@ def test_an_attack_that_nothing_can_be_said_about_is_named_in_every_report() -> 
         assert "translate-de" in made, name
         assert why in made, name
         assert "not decided" in made or name == "json", name
+
+
+def test_no_report_takes_the_place_of_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = (
+        "b-00001-of-00002.gguf",
+        "b-00002-of-00002.gguf",
+        "judge.onnx",
+        "config.json",
+        "list.txt",
+    )
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / names[0])
+    monkeypatch.chdir(tmp_path)
+    inputs = [Path("folder")]
+    for judge in (f"onnx:{tmp_path / names[2]}", "mine:list.txt"):
+        inputs += reporting.read_files(tmp_path / names[0], judge)
+    for taken in (*names, "./link", "tokenizer.json", "folder/r.html", "folder/deep/r.html"):
+        with pytest.raises(OutputError, match=r"--html: output: expected a .* of its own"):
+            reporting.check_places({"--html": Path(taken)}, inputs)
+    reporting.check_places({"--html": Path("r.html"), "--junit": Path("b.gguf")}, inputs)
+    with pytest.raises(OutputError) as caught:
+        reporting.check_places(
+            {"--html": Path("x"), "--junit": Path("x"), "--sarif": Path("folder")}, inputs
+        )
+    assert len(caught.value.problems) == 3
+    assert reporting.read_files(None, None) == reporting.read_files(None, "mine:text") == []
+
+
+def test_each_artifact_has_a_report_folder_of_its_own(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    labels = ["art", "../art", "./art", "ART", "..", "a/b", "a-b"]
+    arguments = argparse.Namespace(
+        report=Path("R"), json=None, artifact=[], reference=Path("ref"), base=None, judge=None,
+        html=None, junit=None, sarif=None, markdown=None,
+    )  # fmt: skip
+    found = [folder for (folder,) in report_targets(arguments, labels).values()]
+    assert len({str(folder).casefold() for folder in found}) == len(labels)
+    assert all(isinstance(one, Path) and one.parent == Path("R") for one in found)
+    assert found[:2] == [Path("R/art"), Path("R/art-2")]
 
 
 def test_the_terminal_names_it_too(capsys: pytest.CaptureFixture[str]) -> None:

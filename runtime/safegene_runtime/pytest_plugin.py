@@ -304,18 +304,22 @@ def _verify(config: pytest.Config, profile: str) -> dict[str, Any] | str:
     from safegene_runtime.errors import SafeGeneError
     from safegene_runtime.judge_plugins import load_judge
     from safegene_runtime.ladder import verify
-    from safegene_runtime.reporting import check_places, write_reports
+    from safegene_runtime.reporting import check_places, read_files, report_files, write_reports
 
     def option(name: str) -> Any:
         return config.getoption(f"safegene_{name}")
 
+    artifact, reference = Path(option("artifact")), Path(option("reference"))
+    base = Path(option("base")) if option("base") else None
     try:
         if option("report"):
-            check_places(Path(option("report")) / profile)
+            files = report_files(Path(option("report")) / profile).values()
+            places = {f"--safegene-report: {one}": one for one in files}
+            check_places(places, [artifact, reference, *read_files(base, option("judge"))])
         report = verify(
-            Path(option("artifact")),
-            Path(option("reference")),
-            base=Path(option("base")) if option("base") else None,
+            artifact,
+            reference,
+            base=base,
             profile=profile,
             sequential=option("sequential"),
             attacks=option("attacks"),
