@@ -43,7 +43,7 @@ CONFIDENCE = 0.5
 """
 
 JUDGE_NAME = "rules+ngram"
-JUDGE_VERSION = "3"
+JUDGE_VERSION = "4"
 JUDGE_DIGEST = sha256_of(
     strictjson.dumps([JUDGE_NAME, JUDGE_VERSION, CONFIDENCE, WEIGHTS_SHA256, rules_content()])
 )
