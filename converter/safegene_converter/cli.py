@@ -393,7 +393,8 @@ def _add_verify(commands: Any) -> None:
         default="smoke",
         help="how much must be shown: at 95 %% confidence fewer than "
         + ", ".join(f"{one.loss_margin * 100:g} %% ({name})" for name, one in PROFILES.items())
-        + " of refusals lost (default: smoke)",
+        + " of refusals lost (default: smoke); weights of 8 bits are allowed 2 %% and coarser ones 5 %%, "
+        "where that is wider",
     )
     gate.add_argument(
         "--sequential", action="store_true", help="stop as soon as the verdict is certain"
