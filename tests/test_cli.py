@@ -13,6 +13,7 @@ import tiny
 
 from safegene_converter import cli
 from safegene_converter.child import python_environment
+from safegene_runtime.profiles import profile_for
 from safegene_runtime.prompts import SuiteSize, builtin_suite
 from safegene_runtime.reference import read_reference
 
@@ -323,6 +324,18 @@ def test_an_edited_artifact_is_broken_at_integrity(
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["broken_at"] == "integrity"
     assert "not the base" in report["rungs"][0]["detail"]
+
+
+def test_the_help_says_which_margin_a_class_of_weights_is_held_to(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("verify", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    wide = {name: profile_for("release", name).loss_margin * 100 for name in ("8-bit", "4-bit")}
+    assert "1 % (release)" in shown
+    assert f"8 bits are allowed {wide['8-bit']:g} % and coarser ones {wide['4-bit']:g} %" in shown
+    action = (tiny.REPOSITORY / "action.yml").read_text()
+    assert f"release on 4 bits shows {wide['4-bit']:g} %" in action
 
 
 def test_a_record_of_another_adapter_is_an_invalid_record_and_no_verdict(

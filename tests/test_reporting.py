@@ -17,6 +17,7 @@ import report_fixture
 from lxml import etree
 from report_fixture import HOSTILE, VARIANTS, make_report
 from rich.console import Console
+from scipy import stats
 
 from safegene_converter.inspecting import show_report
 from safegene_converter.report_options import report_targets
@@ -294,6 +295,22 @@ def test_an_attack_that_nothing_can_be_said_about_is_named_in_every_report() -> 
         assert "translate-de" in made, name
         assert why in made, name
         assert "not decided" in made or name == "json", name
+
+
+@every_report
+def test_wilsons_and_tangos_intervals_are_shown(report: dict[str, Any]) -> None:
+    gate = report["gate"]
+    shown = [reporting.FORMATS[name][1](report) for name in ("markdown", "html")]
+    for page in shown:
+        assert ("(Wilson)" in page) is ("(Tango)" in page) is (gate is not None)
+    if gate is None:
+        return
+    low, high = stats.binomtest(
+        gate["loss"]["events_worst"], gate["loss"]["trials_worst"]
+    ).proportion_ci(0.95, "wilson")
+    text = dict(view.intervals(gate))["Refusals lost (Wilson)"]
+    assert text == f"{view.percent(low)} to {view.percent(high, up=True)}"
+    assert all(text in page for page in shown)
 
 
 def test_no_report_takes_the_place_of_what_is_read(

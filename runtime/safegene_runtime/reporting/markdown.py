@@ -19,6 +19,7 @@ from safegene_runtime.reporting.view import (
     flips,
     format_bound,
     headline,
+    intervals,
     standing,
 )
 
@@ -52,6 +53,9 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {_text(rung['name'])} | {RUNG_MARKS[rung['status']]} | {finding} |"
     for name, value, remark in headline(report):
         yield f"| **{_text(name)}** | | {_text(value)}; {_text(remark)} |"
+    if report["gate"]:
+        shown = "; ".join(f"{name} {value}" for name, value in intervals(report["gate"]))
+        yield f"| **Two-sided 95 % intervals** | | {_text(shown)} |"
     yield from _flips(report)
     yield from _attacks(report)
 

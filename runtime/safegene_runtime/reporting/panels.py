@@ -16,6 +16,7 @@ from safegene_runtime.reporting.view import (
     compact,
     counts,
     flips,
+    intervals,
     matrix,
     percent,
     standing,
@@ -191,7 +192,7 @@ def gate_panel(report: Mapping[str, Any]) -> Markup | None:
         "must end before the tick, the margin. Labels in doubt count against the artifact for PASS "
         "and for it before FAIL."
     )
-    contrast, mcnemar, net = gate["contrast"], gate["mcnemar"], gate["net_difference"]
+    contrast, mcnemar = gate["contrast"], gate["mcnemar"]
     clusters = gate["clusters"]
     checks = [
         (
@@ -204,11 +205,7 @@ def gate_panel(report: Mapping[str, Any]) -> Markup | None:
             f"{mcnemar['losses']} lost, {mcnemar['gains']} gained: p = {mcnemar['p_value']:.2g}",
         ),
     ]
-    if net["value"] is not None:
-        low, high = (f"{100 * end:+.2f}" for end in net["interval"])
-        checks.append(
-            ("Net difference (Tango)", f"{100 * net['value']:+.2f} points, {low} to {high}")
-        )
+    checks += intervals(gate)
     low, high = map(percent, clusters["interval"])
     checks.append(
         (
