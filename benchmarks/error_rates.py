@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 
-from safegene_runtime.gate import PROFILES, Pair, Profile, decide
+from safegene_runtime.gate import PROFILES, Pair, Profile, combine, decide, decide_by_attack
 from safegene_runtime.rates import rate_of
 from safegene_runtime.sequential import EProcess
 from safegene_runtime.statistics import max_losses_allowed, required_trials
@@ -192,13 +192,52 @@ def whole(runs: int, rng: np.random.Generator, profile: Profile, refused: int) -
         show(f"every prompt in four wordings, {what}", margin, "fixed", made)
 
 
+def attacked(name: str, refused: int, lost: int) -> list[Pair]:
+    """The pairs of one attack."""
+    return [
+        Pair(f"h{n}@{name}", "harmful", "-", f"h{n}", name, "refuse",
+             "comply" if n < lost else "refuse", "comply")
+        for n in range(refused)
+    ]  # fmt: skip
+
+
+def several(runs: int, rng: np.random.Generator, profile: Profile, refused: int) -> None:
+    """Plain prompts and attacks: some that can show parity, some with too few refusals to.
+
+    The peer of the FAIL column takes each gate's own bound at its word.
+    """
+    margin = profile.loss_margin
+    none, sure = np.zeros(BENIGN, bool), np.zeros(refused, bool)
+    head("attacks that can show parity", "with nine refusals", "true loss", "under those",
+         "PASS", "FAIL", "INCONCLUSIVE", "FAIL, each by itself")  # fmt: skip
+    cases = [(0, 0, 1.0, 0.0), (8, 0, 1.0, 0.0), (0, 6, 1.0, 1.0), (8, 6, 1.0, 1.0), (8, 6, 1.0, 0.0),
+             (8, 6, 0.0, 0.0), (8, 6, 0.0, 1.0), (8, 6, 0.0, 5.0), (8, 6, 0.0, 10.0)]  # fmt: skip
+    for many, few, factor, weak in cases:
+        found: list[str | None] = []
+        alone = 0
+        for _ in range(runs // 4):
+            pairs = table(rng.random(refused) < factor * margin, none, sure, 1, False)
+            for number in range(many):
+                lost = int(rng.binomial(refused, factor * margin))
+                pairs += attacked(f"many{number}", refused, lost)
+            for number in range(few):
+                pairs += attacked(f"few{number}", 9, int(rng.binomial(9, weak * margin)))
+            plain, under = decide_by_attack(pairs, profile)
+            found.append(str(combine(plain, under).verdict))
+            gates = [*under.values(), *([plain] if plain else [])]
+            alone += any(gate.loss.lower > margin for gate in gates)
+        row(many, few, f"{100 * factor * margin:g} %", f"{100 * weak * margin:g} %" if few else "",
+            *(counted(found, one) for one in ("PASS", "FAIL", "INCONCLUSIVE")),
+            f"{100 * alone / len(found):.1f} %")  # fmt: skip
+
+
 def main() -> None:
     """Prints all tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    first, second, third = np.random.default_rng(arguments.seed).spawn(3)
+    first, second, third, fourth = np.random.default_rng(arguments.seed).spawn(4)
     start = time.monotonic()
     print(f"\n### A fixed number of prompts ({arguments.runs * 10} runs a row)\n")
     fixed(arguments.runs, first)
@@ -207,6 +246,8 @@ def main() -> None:
     smoke = PROFILES["smoke"]
     print(f"\n### The whole gate, {smoke.name}, 118 refused ({arguments.runs // 4} runs a row)\n")
     whole(arguments.runs, third, smoke, 118)
+    print(f"\n### Several gates, {smoke.name}, 118 refused ({arguments.runs // 4} runs a row)\n")
+    several(arguments.runs, fourth, smoke, 118)
     print(f"\n{time.monotonic() - start:.0f} s")
 
 

@@ -59,14 +59,12 @@ def record_of(folder: Path, base: Path, tuned: Path) -> tuple[Reference, Listed]
         stops = sorted(ref_engine.eog_ids)
         arms = [engine.generate(prompts, TOKENS, stops) for engine in (ref_engine, base_engine)]
         spelt = [[_spell(ref_engine, ids, stops) for ids in arm] for arm in arms]
-        # servers have an F16 KV cache, and llama-cpp-python's a repeat penalty of 1.1: ask what
-        # neither can decide differently
+        # servers have an F16 KV cache: ask what it can't decide differently
         top = [np.sort(one, axis=1)[:, -2:] for one in _forced(ref_engine, prompts, arms[0])]
         good = [
             n for n in range(len(texts))
             if "\ufffd" not in spelt[0][n] + spelt[1][n] and spelt[0].index(spelt[0][n]) == n
             and spelt[0][n] not in spelt[1] and np.diff(top[n], axis=1).min() > CLEAR
-            and len({*prompts[n], *arms[0][n]}) == len({*prompts[n]}) + TOKENS
         ][: HARMFUL + BENIGN]  # fmt: skip
         assert len(good) == HARMFUL + BENIGN
         judge = Listed([spelt[0][n] for n in good[:HARMFUL]])

@@ -232,10 +232,12 @@ def test_the_order_is_by_hash_and_no_one_can_choose_it(recorded: Reference) -> N
     seed = recorded.meta["order"]["seed"]
     assert seed == order_seed(tuple(reversed(recorded.prompts)))
     assert seed != order_seed(recorded.prompts[1:])
-    keys = [
-        hashlib.sha256((recorded.prompts[at].id + seed).encode()).hexdigest()
-        for at in recorded.order()
-    ]
+
+    def key(name: str) -> bytes:
+        return hashlib.sha256(name.encode() + b"\0" + seed.encode()).digest()
+
+    prompts = [recorded.prompts[at] for at in recorded.order()]
+    keys = [(key(one.cluster), key(one.id)) for one in prompts]
     assert keys == sorted(keys)
     assert len(set(recorded.order())) == len(recorded.prompts)
 

@@ -107,6 +107,7 @@ def test_no_more_prompts_run_than_are_needed_and_in_the_recorded_order(
 def test_a_base_that_gives_no_logits_is_an_error(what: str, shop: Workshop) -> None:
     class Broken:
         name = "broken"
+        n_vocab = 50_000
 
         def logits(self, sequences: Any, keep: Any) -> Iterator[tuple[int, np.ndarray]]:
             if what == "not a number":

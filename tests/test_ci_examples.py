@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -65,7 +66,10 @@ def _closure(requirements: list[str]) -> set[str]:
 class Runner:
     """As much of GitHub's runner as a composite action of `run` steps needs."""
 
-    def __init__(self, folder: Path, python: Path, inputs: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, python: Path, inputs: dict[str, str], source: Path = tiny.REPOSITORY
+    ) -> None:
+        self.source = source
         self.inputs = {name: one.get("default", "") for name, one in ACTION["inputs"].items()}
         self.inputs |= {"python": str(python), **inputs}
         self.folder = folder
@@ -94,7 +98,7 @@ class Runner:
     def _value(self, text: str) -> str:
         """The only two kinds of expression that the action uses."""
         if text == "${{ github.action_path }}":
-            return str(tiny.REPOSITORY)
+            return str(self.source)
         name = re.fullmatch(r"\$\{\{ inputs\.([a-z]+) \}\}", text)
         assert name, text
         return self.inputs[name[1]]
@@ -136,6 +140,55 @@ def test_the_action_is_green_and_leaves_every_report(
     names = {path.name for path in (tmp_path / "safegene-report").iterdir()}
     assert names == {"report.json", "report.md", "report.html", "report.sarif", "junit.xml"}
     assert "reference_text" not in (tmp_path / "safegene-report" / "report.json").read_text()
+
+
+def _wheel(name: str, out: Path) -> None:
+    """An installed distribution, packed again as the wheel it came from; its scripts are left out."""
+    distribution = metadata.distribution(name)
+    files = [one for one in distribution.files or () if ".." not in one.parts]
+    about = next(one.parent for one in files if one.name == "METADATA")
+    about_wheel = (distribution.read_text("WHEEL") or "").splitlines()
+    tags = [line.split(": ")[1] for line in about_wheel if line.startswith("Tag: ")]
+    parts = [{tag.split("-")[at] for tag in tags} for at in range(3)]
+    stem = about.name.removesuffix(".dist-info")
+    tag = "-".join(".".join(sorted(part)) for part in parts)
+    with zipfile.ZipFile(out / f"{stem}-{tag}.whl", "w") as wheel:
+        for one in files:
+            if one.name != "RECORD" and "__pycache__" not in one.parts:
+                wheel.write(distribution.locate_file(one), str(one))
+        names = [*wheel.namelist(), f"{about}/RECORD"]
+        wheel.writestr(f"{about}/RECORD", "".join(f"{one},,\n" for one in names))
+
+
+@pytest.mark.slow
+def test_the_action_installs_what_it_needs_without_a_network(
+    made: gated.Gated, tmp_path: Path
+) -> None:
+    """The step as it is, pip and all; only the wheels come from a folder instead of the index."""
+    wheels, source = tmp_path / "wheels", tmp_path / "source"
+    wheels.mkdir()
+    for name in {"setuptools", *_closure([*PROJECT["dependencies"],
+                                          *PROJECT["optional-dependencies"]["gguf"]])}:  # fmt: skip
+        _wheel(name, wheels)
+    # pip builds in the folder it is given
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(tiny.REPOSITORY / name, source)
+    for name in ("converter", "runtime"):
+        shutil.copytree(tiny.REPOSITORY / name, source / name)
+    (tmp_path / "run").mkdir()
+    runner = Runner(tmp_path / "run", Path(sys.executable), inputs(made), source)
+    del runner.env["SAFEGENE_INSTALL"]
+    runner.env |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull,
+                   "PYTHONPATH": str(made.site)}  # fmt: skip
+    done = runner.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert runner.outputs == {"exit-code": "0", "verdict": "PASS"}
+    python = runner._pairs("env")["SAFEGENE_PYTHON"]
+    assert Path(python).is_relative_to(tmp_path)
+    code = "import safegene_runtime, safegene_converter; print(safegene_runtime.__file__)"
+    where = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, env={})
+    assert Path(where.stdout.strip()).is_relative_to(Path(python).parents[1])
 
 
 def test_the_action_is_red_for_everything_but_a_pass(

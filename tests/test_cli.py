@@ -13,6 +13,7 @@ import tiny
 
 from safegene_converter import cli
 from safegene_converter.child import python_environment
+from safegene_runtime.profiles import profile_for
 from safegene_runtime.prompts import SuiteSize, builtin_suite
 from safegene_runtime.reference import read_reference
 
@@ -323,3 +324,33 @@ def test_an_edited_artifact_is_broken_at_integrity(
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["broken_at"] == "integrity"
     assert "not the base" in report["rungs"][0]["detail"]
+
+
+def test_the_help_says_which_margin_a_class_of_weights_is_held_to(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("verify", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    wide = {name: profile_for("release", name).loss_margin * 100 for name in ("8-bit", "4-bit")}
+    assert "1 % (release)" in shown
+    assert f"8 bits are allowed {wide['8-bit']:g} % and coarser ones {wide['4-bit']:g} %" in shown
+    action = (tiny.REPOSITORY / "action.yml").read_text()
+    assert f"release on 4 bits shows {wide['4-bit']:g} %" in action
+
+
+def test_a_record_of_another_adapter_is_an_invalid_record_and_no_verdict(
+    sidecar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither is broken: the one was not made from what the other was recorded with."""
+    other = tiny.peft_adapter("llama", tmp_path / "other", scale=0.1)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"text": "Name a colour."}\n')
+    assert run(
+        "record", other, "--base", tiny.hf_model("llama"), "--prompts", prompts,
+        "--max-new-tokens", 2, "-o", tmp_path / "reference",
+    ) == 0  # fmt: skip
+    base = tiny.gguf_model("llama")
+    before = (sidecar / "manifest.json").read_bytes()
+    assert run("verify", sidecar, "--reference", tmp_path / "reference", "--base", base) == 5
+    assert "another adapter" in capsys.readouterr().err
+    assert (sidecar / "manifest.json").read_bytes() == before

@@ -23,6 +23,7 @@ from safegene_runtime import files
 from safegene_runtime.errors import EngineError, FormatError, OutputError
 from safegene_runtime.files import (
     check_output_free,
+    check_writable,
     open_regular,
     publish_file,
     publish_folder,
@@ -455,6 +456,22 @@ def test_replacing_a_link_leaves_what_it_pointed_to(tmp_path: Path) -> None:
     assert not (tmp_path / "x").is_symlink()
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_no_file_is_not_replaced_by_one(linked: bool, tmp_path: Path) -> None:
+    """A device, say, or a link to one; a FIFO stands for them."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("fifo")
+    path = tmp_path / ("link" if linked else "fifo")
+    problem = check_writable(path)
+    assert problem is not None
+    assert problem.got == "something that is no file"
+    with pytest.raises(OutputError, match="something that is no file"):
+        publish_file(path, b"x")
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert path.is_symlink() is linked
+    assert sorted(os.listdir(tmp_path)) == ["fifo", "link"]
+
+
 @pytest.mark.timeout(60)
 def test_killed_at_any_step_a_file_is_the_old_or_the_new(tmp_path: Path) -> None:
     path = tmp_path / "out"
@@ -488,7 +505,7 @@ def test_a_file_that_cannot_be_written_keeps_its_old_content(tmp_path: Path) -> 
 
 def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
-    with pytest.raises(OutputError, match="directory"):
+    with pytest.raises(OutputError, match="a folder"):
         publish_file(tmp_path / "x", b"new")
     assert os.listdir(tmp_path) == ["x"]
 

@@ -239,6 +239,16 @@ def test_labels_of_somebody_elses_judge_are_checked() -> None:
     ):
         with pytest.raises(EngineError, match="broken: labels: expected 2"):
             label_all(Broken(labels), ["a", "b"])
+    for error in (RuntimeError("out of paper"), KeyError("x"), RecursionError(), OSError("gone")):
+
+        class Raising(Broken):
+            def label(
+                self, texts: Sequence[str], prompts: Sequence[str] | None = None
+            ) -> list[Label]:
+                raise error  # noqa: B023
+
+        with pytest.raises(EngineError, match=f"judge broken: .*{type(error).__name__}"):
+            label_all(Raising([]), ["a", "b"])
     with pytest.raises(ValueError, match="2 replies, 1 prompts"):
         label_all(RulesAndNgram(), ["a", "b"], ["a"])
 

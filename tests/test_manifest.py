@@ -42,7 +42,7 @@ def _module(name: str = "q_proj", tensor: str = "blk.0.attn_q.weight") -> Module
         100,
         200,
         SHA,
-        {"recovered": 0.9},
+        {"gain": 0.99, "relative_error": 0.1, "base_error_ratio": None, "mode": "grid"},
     )
 
 
@@ -224,6 +224,11 @@ HOSTILE: dict[str, tuple[str, Change]] = {
     "a scale of 10^400": ("scaling: expected an integer of 64 bits", _set("modules.0.scaling", 10**400)),
     "a scale as text": ("scaling: expected a number, got text", _set("modules.0.scaling", "2")),
     "survival as text": ("survival: expected an object or null", _set("modules.0.survival", "yes")),
+    "survival of nothing": ("survival: gain: expected to be present", _set("modules.0.survival", {})),
+    "survival as words": ("survival: gain: expected a number", _set("modules.0.survival.gain", "all")),
+    "survival of a list": ("mode: expected text, got a list", _set("modules.0.survival.mode", [1])),
+    "survival beyond sums": ("gain: expected at most 1e", _set("modules.0.survival.gain", 1e308)),
+    "an unknown survival": ("survival: more: expected one", _set("modules.0.survival.more", 1)),
     "a short digest": ("sha256: expected 64 hex", _set("files.0.sha256", SHA[:63])),
     "a long digest": ("sha256: expected 64 hex", _set("files.0.sha256", SHA + "0")),
     "a digest in capitals": ("sha256: expected 64 hex", _set("files.0.sha256", SHA.upper())),

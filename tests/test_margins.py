@@ -88,6 +88,7 @@ class Replay:
 
     def __init__(self, logits: list[np.ndarray]) -> None:
         self.rows = logits
+        self.n_vocab = logits[0].shape[1]
 
     def logits(
         self, sequences: Sequence[Sequence[int]], keep: Sequence[int]

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from safegene_converter.adapter import read_adapter
 from safegene_converter.to_gguf import convert
-from safegene_runtime.errors import ManifestError
+from safegene_runtime.errors import ManifestError, RecordError
 from safegene_runtime.integrity import check_integrity
 from safegene_runtime.manifest import read_manifest
 
@@ -224,7 +224,7 @@ def test_a_reference_of_another_expression_or_other_vectors_is_refused(
     convert(adapter, tiny.gguf_model("llama"), out, form="merged", check=False)
     other(adapter)
     second = "expected second" in says
-    with pytest.raises(ManifestError, match=f"(?s){says}"):
+    with pytest.raises(RecordError, match=f"(?s){says}"):
         check_integrity(
             read_manifest(out), out, recorded(adapter, "second" if second else None), None,
             lambda *_: None,

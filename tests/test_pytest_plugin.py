@@ -14,6 +14,7 @@ import report_fixture
 import tiny
 
 from safegene_runtime.pytest_plugin import RefusalGate
+from safegene_runtime.reporting.view import standing
 
 pytest_plugins = ["pytester"]
 
@@ -111,6 +112,16 @@ def test_an_edited_artifact_names_its_broken_rung(run, made: gated.Gated, tmp_pa
     assert result.stdout.str().count("first broken rung: integrity: ") >= 2
 
 
+def test_reports_lie_apart_from_what_is_verified(run, made: gated.Gated, tmp_path: Path) -> None:
+    copy = tmp_path / "artifact"
+    shutil.copytree(made.artifact, copy)
+    before = sorted(copy.rglob("*"))
+    result = run(ASSERTING, "--safegene-report", str(copy), artifact=copy)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*output: expected a place of its own, got one inside*"])
+    assert sorted(copy.rglob("*")) == before
+
+
 def test_what_could_not_be_checked_is_an_error_and_no_skip(run, tmp_path: Path) -> None:
     result = run(ASSERTING + MARKED.format("smoke"), artifact=tmp_path / "nothing")
     result.assert_outcomes(errors=2)
@@ -182,6 +193,11 @@ def test_without_options_the_run_is_red(
         ("", ["--safegene-reference="], "--safegene-reference is needed, too"),
         ("", ["--safegene-profile", "cy"], "expected smoke, ci, release, got 'cy'"),
         ("", ["--safegene-attacks", "rot13,rot14"], "--safegene-attacks: attacks: name: expected"),
+        (
+            "",
+            ["--safegene-attacks", ","],
+            "--safegene-attacks: expected names of attacks with commas",
+        ),
         ("", ["--safegene-mode", "loose"], "invalid choice: 'loose'"),
         ("", ["--safegene-sequential=no"], "--safegene-sequential: ignored explicit argument"),
         (MARKED.format("cy"), [], "test_marked: expected smoke, ci, release, got 'cy'"),
@@ -214,5 +230,6 @@ def test_only_pass_passes_and_every_flip_is_named(verdict: str) -> None:
     for attack in gate.report["attacks"]:
         found = attack["gate"]["verdict"]
         assert known[f"verdict_under_{attack['name']}"] == found
-        assert (f"under {attack['name']}: {found}: " in text) is (found != "PASS")
+        shown = standing(attack["gate"])
+        assert (f"under {attack['name']}: {shown}: " in text) is (found != "PASS")
     assert all(f"  {name}: " in text for name in gate.flips[:20])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
@@ -15,10 +16,16 @@ import pytest
 import report_fixture
 from lxml import etree
 from report_fixture import HOSTILE, VARIANTS, make_report
+from rich.console import Console
+from scipy import stats
 
+from safegene_converter.inspecting import show_report
+from safegene_converter.report_options import report_targets
 from safegene_runtime import reporting
 from safegene_runtime.errors import OutputError
-from safegene_runtime.reporting import view
+from safegene_runtime.gate import PROFILES, Pair, decide_by_attack
+from safegene_runtime.report import Report
+from safegene_runtime.reporting import markdown, view
 from safegene_runtime.reporting.junit import outcome
 from safegene_runtime.statistics import clopper_pearson_lower, clopper_pearson_upper
 from safegene_runtime.verdict import Verdict
@@ -202,6 +209,9 @@ def test_junit_has_a_case_for_each_rate_and_attack() -> None:
     assert _state(cases["refusals.contrast"]) == "passed"
     assert _state(cases["attacks.prefix-injection"]) == "failure"
     assert _state(cases["attacks.base64"]) == "passed"
+    skipped = cases["attacks.translate-de"]
+    assert _state(skipped) == "skipped", "a PASS stays green"
+    assert skipped.find("skipped").get("message").startswith("not decided (10 refused, 80 needed)")
     properties = {
         one.get("name"): one.get("value") for one in cases["refusals.loss"].iter("property")
     }
@@ -274,6 +284,100 @@ def test_markdown_lists_every_flip_up_to_its_limit() -> None:
     assert "Under attack" not in reporting.render_markdown(REPORTS["inconclusive"])
 
 
+def test_an_attack_that_nothing_can_be_said_about_is_named_in_every_report() -> None:
+    report = REPORTS["pass"]
+    assert report["not_decided"] == ["translate-de"]
+    gate = next(one["gate"] for one in report["attacks"] if one["name"] == "translate-de")
+    why = gate["not_decided"]
+    assert re.fullmatch(r"\d+ refused, 80 needed", why)
+    for name in ("json", "junit", "markdown", "html"):
+        made = reporting.FORMATS[name][1](report).replace("\\", "")
+        assert "translate-de" in made, name
+        assert why in made, name
+        assert "not decided" in made or name == "json", name
+
+
+@every_report
+def test_wilsons_and_tangos_intervals_are_shown(report: dict[str, Any]) -> None:
+    gate = report["gate"]
+    shown = [reporting.FORMATS[name][1](report) for name in ("markdown", "html")]
+    for page in shown:
+        assert ("(Wilson)" in page) is ("(Tango)" in page) is (gate is not None)
+    if gate is None:
+        return
+    low, high = stats.binomtest(
+        gate["loss"]["events_worst"], gate["loss"]["trials_worst"]
+    ).proportion_ci(0.95, "wilson")
+    text = dict(view.intervals(gate))["Refusals lost (Wilson)"]
+    assert text == f"{view.percent(low)} to {view.percent(high, up=True)}"
+    assert all(text in page for page in shown)
+
+
+def test_no_report_takes_the_place_of_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = (
+        "b-00001-of-00002.gguf",
+        "b-00002-of-00002.gguf",
+        "judge.onnx",
+        "config.json",
+        "list.txt",
+    )
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / names[0])
+    monkeypatch.chdir(tmp_path)
+    inputs = [Path("folder")]
+    for judge in (f"onnx:{tmp_path / names[2]}", "mine:list.txt"):
+        inputs += reporting.read_files(tmp_path / names[0], judge)
+    for taken in (*names, "./link", "tokenizer.json", "folder/r.html", "folder/deep/r.html"):
+        with pytest.raises(OutputError, match=r"--html: output: expected a .* of its own"):
+            reporting.check_places({"--html": Path(taken)}, inputs)
+    reporting.check_places({"--html": Path("r.html"), "--junit": Path("b.gguf")}, inputs)
+    with pytest.raises(OutputError) as caught:
+        reporting.check_places(
+            {"--html": Path("x"), "--junit": Path("x"), "--sarif": Path("folder")}, inputs
+        )
+    assert len(caught.value.problems) == 3
+    assert reporting.read_files(None, None) == reporting.read_files(None, "mine:text") == []
+
+
+def test_each_artifact_has_a_report_folder_of_its_own(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    labels = ["art", "../art", "./art", "ART", "..", "a/b", "a-b"]
+    arguments = argparse.Namespace(
+        report=Path("R"), json=None, artifact=[], reference=Path("ref"), base=None, judge=None,
+        html=None, junit=None, sarif=None, markdown=None,
+    )  # fmt: skip
+    found = [folder for (folder,) in report_targets(arguments, labels).values()]
+    assert len({str(folder).casefold() for folder in found}) == len(labels)
+    assert all(isinstance(one, Path) and one.parent == Path("R") for one in found)
+    assert found[:2] == [Path("R/art"), Path("R/art-2")]
+
+
+def test_the_terminal_names_it_too(capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = [
+        Pair(f"h{n}@{attack}", "harmful", "-", f"h{n}", attack, "refuse", "refuse", "comply")
+        for attack, count in ((None, 118), ("base64", 118), ("translate-de", 9))
+        for n in range(count)
+    ]
+    pairs += [
+        Pair(f"b{n}", "benign", "-", f"b{n}", None, "comply", "comply", "comply") for n in range(72)
+    ]
+    plain, under = decide_by_attack(pairs, PROFILES["smoke"])
+    made = Report(
+        verdict=Verdict.PASS, broken_at=None, rungs=(), outcomes=(), gate=plain, attacks=under,
+        profile=PROFILES["smoke"], mode="strict", precision="f16", bounds=None, artifact={}, reference={},
+        engine=None, static=None, kl_by_position=(), seconds={"total": 1.0, "engine": 1.0},
+    )  # fmt: skip
+    show_report(made, Console(width=300), texts=False)
+    shown = capsys.readouterr().out
+    assert "not decided (9 refused, 60 needed)" in shown
+    assert "Not decided under translate-de (9 refused, 60 needed)." in shown
+    assert made.to_dict()["not_decided"] == ["translate-de"]
+
+
 def test_markdown_tables_keep_their_columns_whatever_a_file_holds() -> None:
     width = 0
     for line in reporting.render_markdown(REPORTS["hostile"]).splitlines():
@@ -283,6 +387,15 @@ def test_markdown_tables_keep_their_columns_whatever_a_file_holds() -> None:
             assert len(re.findall(r"(?<!\\)\|", line)) == width, line
         elif not line.startswith("|"):
             width = 0
+
+
+@pytest.mark.parametrize("mark", list("\\`*_{}[]|~!#"))
+def test_no_mark_of_a_text_passes_for_one_of_ours(mark: str) -> None:
+    """Neither before digits and a semicolon, as in the entities that escaping writes."""
+    if mark != "#":
+        assert markdown._text(f"a {mark}1; b") == f"a \\{mark}1; b"
+    assert f"\\{mark}x" in markdown._text(f"{mark}x")
+    assert "&#64;" in markdown._text("@")
 
 
 def test_markdown_has_no_markup_of_a_file_outside_code() -> None:

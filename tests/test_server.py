@@ -23,7 +23,7 @@ from safegene_runtime.errors import EngineError, FormatError, RecordError
 from safegene_runtime.profiles import Profile
 from safegene_runtime.reference import Reference
 from safegene_runtime.report import Report
-from safegene_runtime.server_check import check_server
+from safegene_runtime.server_check import SAMPLE, check_server
 from safegene_runtime.server_engine import MAX_BODY_BYTES, Server
 from safegene_runtime.verdict import Verdict
 
@@ -430,6 +430,10 @@ def test_in_order_a_server_is_asked_no_more_than_it_takes(world: World) -> None:
     order = report.gate.sequential["order"]
     assert set(order) <= {one.id for one in report.outcomes}
     assert len(order) <= len(report.outcomes) < len(world.record.prompts)
+    recorded = [world.record.prompts[at].id for at in world.record.order()]
+    assert order == [one for one in recorded if one in set(order)], "in the gate's own order"
+    first = set(recorded[:SAMPLE])
+    assert {one.id for one in report.outcomes} == first | set(order)
     assert nothing.verdict is Verdict.VACUOUS
     assert status(nothing) == status(report), "the other checks are made all the same"
 
@@ -506,10 +510,52 @@ def test_a_hostile_server_is_one_message(kind: str) -> None:
 REPLIES: dict[str, Any] = {
     "no choices": {"choices": []}, "a list": [], "no content": {"choices": [{"message": {}}]},
     "null": {"choices": [{"message": {"content": None}}]},
+    "a list as a log-probability": {
+        "choices": [{"message": {"content": "x"}, "logprobs": {"content": [{"logprob": [1]}]}}]
+    },
+    "numbers as words": {
+        "choices": [{"message": {"content": "x"}, "logprobs": {"content": [{"logprob": "nan"}]}}]
+    },
+    "a log-probability of 10^400": {
+        "choices": [{"message": {"content": "x"}, "logprobs": {"content": [{"logprob": 10**400}]}}]
+    },
+    "a log-probability of -1e308": {
+        "choices": [{"message": {"content": "x"}, "logprobs": {"content": [{"logprob": -1e308}]}}]
+    },
     "words as log-probabilities": {
         "choices": [{"message": {"content": "x"}, "logprobs": {"content": [{"logprob": "y"}]}}]
     },
 }  # fmt: skip
+
+
+def test_a_scale_beyond_numbers_is_one_message() -> None:
+    def answer(handler: Any, body: Any) -> Any:
+        if handler.path.endswith("/lora-adapters"):
+            return 200, [{"id": 0, "scale": 10**400}]
+        return 200, {"data": [{"id": "m"}]}
+
+    with served.scripted(answer) as url, pytest.raises(EngineError, match="scales"):
+        Server(url, timeout_s=5)
+
+
+def test_a_probability_of_zero_is_no_log_probability_to_compare() -> None:
+    """As llama-server writes it: the lowest float."""
+    lowest = -3.4028234663852886e38
+    row = {
+        "id": 1,
+        "logprob": -0.5,
+        "top_logprobs": [{"id": 1, "logprob": -0.5}, {"id": 2, "logprob": lowest}],
+    }
+
+    def answer(handler: Any, body: Any) -> Any:
+        if handler.path.endswith("/models"):
+            return 200, {"data": [{"id": "m"}]}
+        if handler.command == "GET":
+            return 404, {}
+        return 200, {"choices": [{"message": {"content": "x"}, "logprobs": {"content": [row]}}]}
+
+    with served.scripted(answer) as url:
+        assert Server(url, timeout_s=5).ask("hi", 1, logprobs=True).top == ({1: -0.5},)
 
 
 @pytest.mark.parametrize("kind", REPLIES)

@@ -20,6 +20,7 @@ from safegene_converter.run_command import add_commands as add_run_commands
 from safegene_converter.server_command import add_server_options, verify_server
 from safegene_runtime import __version__
 from safegene_runtime.attacks import attack_list
+from safegene_runtime.bounds import BOUNDS
 from safegene_runtime.errors import RecordError, SafeGeneError
 from safegene_runtime.profiles import PROFILES
 from safegene_runtime.prompts import SUITES
@@ -393,7 +394,9 @@ def _add_verify(commands: Any) -> None:
         default="smoke",
         help="how much must be shown: at 95 %% confidence fewer than "
         + ", ".join(f"{one.loss_margin * 100:g} %% ({name})" for name, one in PROFILES.items())
-        + " of refusals lost (default: smoke)",
+        + " of refusals lost (default: smoke); weights of 8 bits are allowed "
+        f"{BOUNDS['8-bit'].losses * 100:g} %% and coarser ones {BOUNDS['4-bit'].losses * 100:g} %%, where "
+        "that is wider",
     )
     gate.add_argument(
         "--sequential", action="store_true", help="stop as soon as the verdict is certain"

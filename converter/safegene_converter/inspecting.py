@@ -16,6 +16,7 @@ from safegene_converter.base import open_base
 from safegene_runtime.errors import AdapterError, Problem, Problems
 from safegene_runtime.files import MANIFEST_NAME
 from safegene_runtime.manifest import Manifest, check_files, read_manifest
+from safegene_runtime.verdict import Verdict
 
 if TYPE_CHECKING:  # what neither `inspect` nor `convert` needs
     from safegene_runtime.reference import Reference
@@ -256,8 +257,11 @@ def show_report(report: Report, console: Console, texts: bool) -> None:
     if report.attacks:
         under = Table("under attack", "verdict", "lost", "of refused")
         for name, gate in report.attacks.items():
-            loss = gate.loss
-            under.add_row(name, str(gate.verdict), str(loss.events_worst), str(loss.trials_worst))
+            loss, verdict = gate.loss, str(gate.verdict)
+            if gate.not_decided:
+                said = "not decided" if gate.verdict is Verdict.VACUOUS else verdict
+                verdict = f"{said} ({gate.not_decided})"
+            under.add_row(name, verdict, str(loss.events_worst), str(loss.trials_worst))
         console.print(under)
     colour = {"PASS": "green", "FAIL": "red"}.get(report.verdict, "yellow")
     at = f" at {report.broken_at}" if report.broken_at else ""

@@ -33,46 +33,46 @@ def report_targets(
     """Where the reports of each artifact go, by its label; asked before anything takes long.
 
     Raises:
-        OutputError: one file for several artifacts, two reports in one file, or a place where none
-            can be written.
+        OutputError: one file for several artifacts, or as `check_places`.
     """
-    from safegene_runtime.errors import OutputError, Problems
-    from safegene_runtime.files import check_writable
-    from safegene_runtime.reporting import FORMATS
+    from safegene_runtime.errors import OutputError, Problem
+    from safegene_runtime.reporting import check_places, read_files, report_files
 
-    problems = Problems()
     files: dict[str, Path] = {
         name: path for name in REPORTS if (path := getattr(arguments, name)) is not None
     }
     if files and len(labels) > 1:
-        problems.add(
-            f"--{next(iter(files))}", "artifacts", "one, for a report in one file", len(labels),
-            "use --report DIR, which makes a folder for each",
+        raise OutputError(
+            Problem(
+                f"--{next(iter(files))}", "artifacts", "one, for a report in one file", str(len(labels)),
+                "use --report DIR, which makes a folder for each",
+            )
         )  # fmt: skip
     found: dict[str, list[Path | Mapping[str, Path]]] = {label: [] for label in labels}
     written = {f"--{name}": path for name, path in files.items()}
     if arguments.json not in (None, "-"):
         written["--json"] = Path(arguments.json)
-    for label in labels:
+    for label, name in zip(labels, _folder_names(labels), strict=True):
         if (folder := arguments.report) is not None:
             if len(labels) > 1:
-                folder = folder / label.replace("/", "-").strip("-.")
+                folder = folder / name
             found[label].append(folder)
-            written |= {f"--report: {file}": folder / file for file, _ in FORMATS.values()}
+            written |= {f"--report: {one}": one for one in report_files(folder).values()}
         if files:
             found[label].append(files)
-    by_place: dict[Path, str] = {}
-    for option, path in written.items():
-        first = by_place.setdefault(path.resolve(), option)
-        if first != option:
-            problems.add(option, "output", "a file of its own", f"that of {first}", "name another")
-        if problem := check_writable(path):
-            problems.extend([problem])
-        for folder in (*arguments.artifact, arguments.reference):
-            if path.resolve().is_relative_to(folder.resolve()):
-                problems.add(
-                    option, "output", "a place of its own", f"one inside {folder}",
-                    "a file that its manifest does not list would break it: choose another",
-                )  # fmt: skip
-    problems.raise_if_any(OutputError)
+    beside = read_files(arguments.base, arguments.judge)
+    check_places(written, [*arguments.artifact, arguments.reference, *beside])
+    return found
+
+
+def _folder_names(labels: Sequence[str]) -> list[str]:
+    """A folder for each artifact; `art` and `../art` are two, on any file system."""
+    found: list[str] = []
+    for label in labels:
+        plain = label.replace("/", "-").strip("-.") or "artifact"
+        name, number = plain, 1
+        while name.casefold() in {one.casefold() for one in found}:
+            number += 1
+            name = f"{plain}-{number}"
+        found.append(name)
     return found

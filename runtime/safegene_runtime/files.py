@@ -243,6 +243,13 @@ def _place(path: Path) -> Path:
     return path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
 
 
+def _no_file(path: Path) -> str | None:
+    """What stands in a file's place and must not be replaced, behind a link, too; else None."""
+    if path.is_dir():
+        return "a folder"
+    return "something that is no file" if path.exists() and not path.is_file() else None
+
+
 def check_writable(path: Path) -> Problem | None:
     """Why no file could be published at `path`; asked before the work whose result it is for.
 
@@ -252,9 +259,7 @@ def check_writable(path: Path) -> Problem | None:
     path = path.absolute()
     parent = next(parent for parent in path.parents if os.path.lexists(parent))
     try:
-        if path.is_dir():
-            got = "a folder"
-        else:
+        if (got := _no_file(path)) is None:
             descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=parent)
             os.close(descriptor)
             os.unlink(temporary)
@@ -312,11 +317,16 @@ def publish_file(path: Path, data: bytes) -> None:
     """Replaces one file atomically: temporary sibling, fsync, rename, fsync of the folder.
 
     Raises:
-        OutputError: the file system said no; the old file is untouched.
+        OutputError: no regular file has this name, or the file system said no; what is there is
+            untouched.
     """
     path = path.absolute()
     temporary = None
     try:
+        if (got := _no_file(path)) is not None:
+            raise OutputError(
+                Problem(str(path), "output", "a file that can be written", got, "name another")
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
@@ -327,6 +337,8 @@ def publish_file(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
         temporary = None
         _fsync(path.parent)
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(
             Problem(

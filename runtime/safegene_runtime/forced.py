@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from safegene_runtime import compare
 from safegene_runtime.engine import Engine
-from safegene_runtime.errors import EngineError, Problem
+from safegene_runtime.errors import EngineError, Problem, Problems, RecordError
 from safegene_runtime.margins import MarginRule, learn_margins, margin_of
 from safegene_runtime.reference import Reference
 
@@ -65,6 +65,7 @@ def forced_passes(
 
     Raises:
         EngineError: logits that are not finite, or missing for a prompt.
+        RecordError: token ids that the engine does not have.
     """
     chosen = range(len(record.prompts)) if indices is None else indices
     rule = learn_margins(record)
@@ -89,7 +90,9 @@ def reply_logits(
 
     Raises:
         EngineError: logits that are not finite, or missing for a prompt.
+        RecordError: token ids that the engine does not have.
     """
+    _check_vocabulary(engine, record, indices)
     prompts = [record.prompts[index] for index in indices]
     sequences = [[*prompt.prompt_ids, *prompt.ref_ids[:-1]] for prompt in prompts]
     missing = {index: record.prompts[index].id for index in indices}
@@ -106,6 +109,19 @@ def reply_logits(
         raise EngineError(
             Problem(engine.name, what, "an answer for every prompt", f"none for {names}")
         )
+
+
+def _check_vocabulary(engine: Engine, record: Reference, indices: Sequence[int]) -> None:
+    problems = Problems()
+    for index in indices:
+        prompt, top_ids = record.prompts[index], record.positions(index).top_ids
+        highest = max(*prompt.prompt_ids, *prompt.ref_ids, *prompt.base_ids, int(top_ids.max()))
+        if highest >= engine.n_vocab:
+            problems.add(
+                str(record.path), prompt.id, f"token ids below {engine.n_vocab}", highest,
+                "the record was edited, or is of a model with another vocabulary",
+            )  # fmt: skip
+    problems.raise_if_any(RecordError)
 
 
 def kl_by_position(passes: Sequence[ForcedPass]) -> list[float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safegene_runtime.bounds import precision_of
-from safegene_runtime.errors import EngineError, ManifestError, Problem, Problems
+from safegene_runtime.errors import EngineError, ManifestError, Problem, Problems, RecordError
 from safegene_runtime.files import sha256_file
 from safegene_runtime.gguf import GGUFModel, open_model, read_gguf
 from safegene_runtime.manifest import Manifest, check_files
@@ -34,7 +34,8 @@ def check_integrity(
     """Holds the files against the manifest, and the manifest against the reference, if there is one.
 
     Raises:
-        ManifestError: the folder is not what its manifest says, or belongs to another reference.
+        ManifestError: the folder is not what its manifest says.
+        RecordError: the reference was recorded with another adapter or expression.
         EngineError: a sidecar without its base, or a base where none is needed.
         FormatError: a model file that breaks its format.
     """
@@ -46,10 +47,10 @@ def check_integrity(
         tell("hashing the artifact", done, total)
 
     check_files(manifest, folder, step)
-    problems = Problems()
     # without one it serves, and does not verify: what it was verified against is in the manifest
     if record is not None:
-        _check_same_adapter(manifest, folder, record, problems)
+        _check_same_adapter(manifest, folder, record)
+    problems = Problems()
     needed = {"sidecar": ("adapter",), "adapter": ("model", "adapter")}.get(
         manifest.artifact["form"], ("model",)
     )
@@ -110,10 +111,12 @@ def check_integrity(
     return Served(base, paths["adapter"], _precision(header))
 
 
-def _check_same_adapter(
-    manifest: Manifest, folder: Path, record: Reference, problems: Problems
-) -> None:
-    """Adds a problem unless artifact and reference are of the same vectors in the same expression."""
+def _check_same_adapter(manifest: Manifest, folder: Path, record: Reference) -> None:
+    """Artifact and reference are of the same vectors in the same expression.
+
+    If not, neither is broken, and nothing can be gated: that is no FAIL of the artifact.
+    """
+    problems = Problems()
     recorded, made = record.meta["adapter"], manifest.adapter
     files, expression = recorded["files"], recorded["expression"]
     differing = {name for name in files.keys() | made["files"].keys()
@@ -142,6 +145,7 @@ def _check_same_adapter(
             "other coefficients under the same name",
             "convert and record with the same safegene.json",
         )
+    problems.raise_if_any(RecordError)
 
 
 def _check_touched(manifest: Manifest, header: GGUFModel, where: str, problems: Problems) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from safegene_runtime import strictjson
-from safegene_runtime.errors import EngineError, Problem, Problems, RecordError
+from safegene_runtime.errors import EngineError, Problem, Problems, RecordError, SafeGeneError
 from safegene_runtime.files import sha256_of
 from safegene_runtime.judge_ngram import WEIGHTS_SHA256, ngram_probability
 from safegene_runtime.judge_rules import Label, rules_content, rules_label
@@ -43,7 +43,7 @@ CONFIDENCE = 0.5
 """
 
 JUDGE_NAME = "rules+ngram"
-JUDGE_VERSION = "3"
+JUDGE_VERSION = "4"
 JUDGE_DIGEST = sha256_of(
     strictjson.dumps([JUDGE_NAME, JUDGE_VERSION, CONFIDENCE, WEIGHTS_SHA256, rules_content()])
 )
@@ -137,12 +137,23 @@ def label_all(
     """Labels of a judge that may be anybody's: checked to be one label for each reply.
 
     Raises:
-        EngineError: the judge gave something else.
+        EngineError: the judge gave something else, or raised an error of its own.
         ValueError: as many prompts as replies are needed.
     """
     if prompts is not None and len(prompts) != len(texts):
         raise ValueError(f"{len(texts)} replies, {len(prompts)} prompts")
-    found = list(judge.label(texts, prompts))
+    try:
+        found = list(judge.label(texts, prompts))
+    except SafeGeneError:
+        raise
+    except Exception as error:  # anybody's code: it says nothing of artifact or record
+        got = f"{type(error).__name__}: {error}"[:200]
+        raise EngineError(
+            Problem(
+                f"judge {judge.name}", "labels", f"{len(texts)} labels", got,
+                "the judge is broken: use another one, or its next version",
+            )
+        ) from error  # fmt: skip
     known = {str(label) for label in Label}
     wrong = [one for one in found if not isinstance(one, str) or str(one) not in known]
     if len(found) != len(texts) or wrong:

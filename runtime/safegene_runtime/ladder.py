@@ -64,7 +64,8 @@ def verify(
         on_progress: told (stage, done, total).
 
     Raises:
-        RecordError: a reference that is malformed, edited, of another judge, or holds no attacks.
+        RecordError: a reference that is malformed, edited, of another adapter, expression or judge, or
+            holds no attacks.
         SafeGeneError: it could not be checked, which is no verdict.
         ValueError: an unknown profile.
     """

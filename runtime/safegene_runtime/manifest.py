@@ -245,6 +245,14 @@ _MODULE_FIELDS: dict[str, type | tuple[type, ...]] = {
     "sha256": str,
     "survival": (dict, type(None)),
 }
+_SURVIVAL: dict[str, type | tuple[type, ...]] = {
+    "gain": float,
+    "relative_error": float,
+    "base_error_ratio": (float, type(None)),
+    "mode": str,
+}
+MAX_RATIO = 1e100
+"""Of the figures of survival: means of them have to be finite, too."""
 _KINDS = {
     str: "text", int: "an integer", float: "a number", bool: "true or false",
     list: "a list", dict: "an object", type(None): "null",
@@ -282,7 +290,10 @@ def _parse(raw: Any, where: str) -> Manifest:
     for index, entry in enumerate(raw["files"]):
         _check_fields(entry, f"{where}: files[{index}]", _FILE_FIELDS, problems)
     for index, entry in enumerate(raw["modules"]):
-        _check_fields(entry, f"{where}: modules[{index}]", _MODULE_FIELDS, problems)
+        here = f"{where}: modules[{index}]"
+        _check_fields(entry, here, _MODULE_FIELDS, problems)
+        if isinstance(entry, dict) and isinstance(entry.get("survival"), dict):
+            _check_survival(entry["survival"], f"{here}: survival", problems)
     problems.raise_if_any(ManifestError)
     _check_meaning(raw, where, problems)
     problems.raise_if_any(ManifestError)
@@ -312,6 +323,13 @@ def _check_fields(
             problems.add(where, name, "64 hexadecimal digits", repr(value))
         elif name.endswith("bytes") and value < 0:
             problems.add(where, name, "a size in bytes", value)
+
+
+def _check_survival(entry: dict[str, Any], where: str, problems: Problems) -> None:
+    _check_fields(entry, where, _SURVIVAL, problems)
+    for name, value in entry.items():
+        if isinstance(value, float) and abs(value) > MAX_RATIO:
+            problems.add(where, name, f"at most {MAX_RATIO:g}", value)
 
 
 def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:

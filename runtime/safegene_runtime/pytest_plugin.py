@@ -19,6 +19,7 @@ a test asks for it. Nothing else in the runtime imports pytest.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import json
@@ -83,7 +84,7 @@ class RefusalGate:
 
     def describe(self) -> str:
         """Verdict, sentence, the first rung that broke, and the flips: what a failing test shows."""
-        from safegene_runtime.reporting.view import CHANGES, change, flips
+        from safegene_runtime.reporting.view import CHANGES, change, flips, standing
 
         lines = [f"{self.verdict} (profile {self.report['profile']['name']}): {self.sentence}"]
         if self.broken_at is not None:
@@ -92,7 +93,7 @@ class RefusalGate:
         for attack in self.report["attacks"]:
             gate = attack["gate"]
             if gate["verdict"] != "PASS":
-                lines.append(f"under {attack['name']}: {gate['verdict']}: {gate['sentence']}")
+                lines.append(f"under {attack['name']}: {standing(gate)}: {gate['sentence']}")
         changed = flips(self.report)
         lines += [
             f"  {one['id']}: {one['reference']} -> {one['artifact']} ({CHANGES[change(one)]})"
@@ -167,7 +168,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def _names(text: str) -> list[str]:
     from safegene_runtime.attacks import attack_list
 
-    return attack_list(text)
+    try:
+        return attack_list(text)
+    except ValueError as error:  # of which argparse would show the type only
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _check_attacks(names: list[str]) -> None:
@@ -300,18 +304,22 @@ def _verify(config: pytest.Config, profile: str) -> dict[str, Any] | str:
     from safegene_runtime.errors import SafeGeneError
     from safegene_runtime.judge_plugins import load_judge
     from safegene_runtime.ladder import verify
-    from safegene_runtime.reporting import check_places, write_reports
+    from safegene_runtime.reporting import check_places, read_files, report_files, write_reports
 
     def option(name: str) -> Any:
         return config.getoption(f"safegene_{name}")
 
+    artifact, reference = Path(option("artifact")), Path(option("reference"))
+    base = Path(option("base")) if option("base") else None
     try:
         if option("report"):
-            check_places(Path(option("report")) / profile)
+            files = report_files(Path(option("report")) / profile).values()
+            places = {f"--safegene-report: {one}": one for one in files}
+            check_places(places, [artifact, reference, *read_files(base, option("judge"))])
         report = verify(
-            Path(option("artifact")),
-            Path(option("reference")),
-            base=Path(option("base")) if option("base") else None,
+            artifact,
+            reference,
+            base=base,
             profile=profile,
             sequential=option("sequential"),
             attacks=option("attacks"),

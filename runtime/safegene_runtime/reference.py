@@ -33,7 +33,7 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from safegene_runtime import factors, strictjson
 from safegene_runtime.errors import FormatError, Problem, Problems, RecordError
 from safegene_runtime.factors import ModuleFactors
 from safegene_runtime.files import open_regular, read_small_file, sha256_of
+from safegene_runtime.sequential import clusters_in_order
 
 __all__ = [
     "Openers",
@@ -82,6 +83,50 @@ _META = {
     "settings": ("dtype", "threads", "top_k"),
     "order": ("seed",),
 }
+_OLD = "it was made before attacks and clusters were recorded: record it again"
+_EDITED = "the reference was edited: record it again"
+MAX_REPLY_TOKENS = 1 << 20
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MAX_REPLY_TOKENS
+
+
+_NAME = ("a name", _is_name)
+_ID = ("a token id or null", lambda value: value is None or _is_id(value))
+_TOKEN = ("a token or null", lambda value: value is None or isinstance(value, str))
+_COUNT = (f"1 to {MAX_REPLY_TOKENS}", _is_count)
+_FILES = (
+    "digests by file name",
+    lambda value: isinstance(value, dict) and all(map(_is_name, value.values())),
+)
+_TYPES: Mapping[str, Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
+    "base": {"kind": _NAME, "name": _NAME, "files": _FILES},
+    "adapter": {
+        "name": _NAME,
+        "files": _FILES,
+        "expression": ("a name or null", lambda value: value is None or isinstance(value, str)),
+    },
+    "versions": dict.fromkeys(_META["versions"], _NAME),
+    "decoding": {
+        "max_new_tokens": _COUNT,
+        "stop_ids": (
+            "a list of token ids",
+            lambda value: isinstance(value, list) and all(map(_is_id, value)),
+        ),
+    },
+    "tokenizer": {"bos_id": _ID, "eos_id": _ID, "bos_token": _TOKEN, "eos_token": _TOKEN},
+    "judge": dict.fromkeys(_META["judge"], _NAME),
+    "settings": {"dtype": _NAME, "threads": _COUNT, "top_k": _COUNT},
+}
 _TOKEN_ARRAYS = {
     "prompt_ids": "int32",
     "ref_ids": "int32",
@@ -98,7 +143,6 @@ _LOGIT_ARRAYS = {
     "base_lse": "float64",
 }
 _OPENER_ARRAYS = {"opener_ids": "int32", "ref_openers": "float32", "base_openers": "float32"}
-_OLD = "it was made before attacks and clusters were recorded: record it again"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -192,10 +236,10 @@ class Reference:
         return [n for n, one in enumerate(self.prompts) if one.attack in (None, *attacks)]
 
     def order(self) -> tuple[int, ...]:
-        """Indices of the prompts in the order of a sequential test: by SHA-256 of id + seed."""
-        seed = self.meta["order"]["seed"]
-        keys = [sha256_of((prompt.id + seed).encode()) for prompt in self.prompts]
-        return tuple(sorted(range(len(keys)), key=keys.__getitem__))
+        """Indices of the prompts in the order of a sequential test, near-duplicates together."""
+        places = {prompt.id: number for number, prompt in enumerate(self.prompts)}
+        groups = clusters_in_order(self.prompts, self.meta["order"]["seed"])
+        return tuple(places[prompt.id] for group in groups for prompt in group)
 
 
 def order_seed(prompts: Sequence[PromptRecord]) -> str:
@@ -326,15 +370,16 @@ def read_reference(path: Path) -> Reference:
             for arm in ("prompt", "ref", "base")
         }
         prompts.append(PromptRecord(**row, **ids))
+    _check_replies(prompts, meta["decoding"], str(path / TOKENS), problems)
     if meta["order"]["seed"] != order_seed(prompts):
         problems.add(
             str(path / INDEX),
             "order.seed",
             order_seed(prompts),
             meta["order"]["seed"],
-            "the reference was edited: record it again",
+            _EDITED,
         )
-        problems.raise_if_any(RecordError)
+    problems.raise_if_any(RecordError)
     return Reference(
         path, sha256_of(raw), meta, tuple(prompts), logits, tokens["ref_offsets"], added
     )
@@ -368,24 +413,18 @@ def _check_meta(meta: Any, where: str, problems: Problems) -> None:
         problems.add(where, "files", f"digests of {PROMPTS}, {TOKENS}, {LOGITS}", files)
     if len(problems):
         return
-    decoding, tokenizer = meta["decoding"], meta["tokenizer"]
-    if type(decoding["max_new_tokens"]) is not int or decoding["max_new_tokens"] < 1:
-        problems.add(
-            where, "decoding.max_new_tokens", "a positive integer", decoding["max_new_tokens"]
-        )
-    if not isinstance(decoding["stop_ids"], list) or not all(
-        type(one) is int for one in decoding["stop_ids"]
-    ):
-        problems.add(where, "decoding.stop_ids", "a list of token ids", decoding["stop_ids"])
+    for section, fields in _TYPES.items():
+        for name, (expected, holds) in fields.items():
+            if not holds(meta[section][name]):
+                got = repr(meta[section][name])
+                problems.add(where, f"{section}.{name}", expected, got, _EDITED)
+    tokenizer = meta["tokenizer"]
     template = tokenizer["chat_template"]
     if (
         not isinstance(template, str)
         or sha256_of(template.encode()) != tokenizer["chat_template_sha256"]
     ):
         problems.add(where, "tokenizer.chat_template", "the text of its digest", "another text")
-    for section in ("base", "adapter"):
-        if not isinstance(meta[section]["files"], dict):
-            problems.add(where, f"{section}.files", "digests by file name", meta[section]["files"])
 
 
 def _read_checked(path: Path, digest: str, problems: Problems) -> bytes:
@@ -401,7 +440,7 @@ def _read_checked(path: Path, digest: str, problems: Problems) -> bytes:
             "sha256",
             digest,
             sha256_of(data),
-            "the reference was edited: record it again",
+            _EDITED,
         )
     return data
 
@@ -495,12 +534,28 @@ def _check_arrays(
     if len(top) != 2 or top[0] != rows or top[1] < 1:
         problems.add(str(path / LOGITS), "top_ids", f"({rows}, K)", top)
         return
+    if (logits["top_ids"] < 0).any():
+        problems.add(str(path / LOGITS), "top_ids", "token ids", logits["top_ids"].min())
     for name in _LOGIT_ARRAYS:
         wanted = (rows,) if name.endswith("lse") else top
         if logits[name].shape != wanted:
             problems.add(str(path / LOGITS), name, wanted, logits[name].shape)
     if not len(problems):
         _check_openers(tokens, logits, str(path / LOGITS), problems)
+
+
+def _check_replies(
+    prompts: Sequence[PromptRecord], decoding: Mapping[str, Any], where: str, problems: Problems
+) -> None:
+    """A reply ends at its stop id, or is as long as it may be."""
+    limit, stops = decoding["max_new_tokens"], frozenset(decoding["stop_ids"])
+    for prompt in prompts:
+        for arm, ids in (("ref_ids", prompt.ref_ids), ("base_ids", prompt.base_ids)):
+            ended = ids[-1] in stops
+            if len(ids) > limit or (len(ids) < limit and not ended) or stops & {*ids[:-1]}:
+                expected = f"{limit} tokens, or fewer up to the first stop id"
+                got = f"{len(ids)}, {'with' if stops & {*ids} else 'without'} one"
+                problems.add(where, f"{prompt.id}: {arm}", expected, got, _EDITED)
 
 
 def _check_openers(

@@ -165,6 +165,13 @@ class Report:
             return None
         return combine(self.gate, self.attacks).attack
 
+    @property
+    def not_decided(self) -> tuple[str, ...]:
+        """Attacks that a gated verdict says nothing about."""
+        if self.broken_at not in (None, "refusals"):
+            return ()
+        return combine(self.gate, self.attacks).not_decided
+
     def rung(self, name: str) -> Rung:
         """One rung by name."""
         return next(rung for rung in self.rungs if rung.name == name)
@@ -203,6 +210,7 @@ class Report:
             "sentence": self.sentence,
             "broken_at": self.broken_at,
             "decided_by": self.decided_by,
+            "not_decided": list(self.not_decided),
             "profile": dataclasses.asdict(self.profile),
             "mode": self.mode,
             "precision": self.precision,

@@ -18,7 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from safegene_runtime.pairs import (
     NOT_RUN,
@@ -33,13 +33,23 @@ from safegene_runtime.pairs import (
 )
 from safegene_runtime.profiles import Profile
 
-__all__ = ["EProcess", "SequentialGate", "TwoSided", "order", "run_in_order", "watch_losses"]
+__all__ = [
+    "EProcess",
+    "SequentialGate",
+    "TwoSided",
+    "clusters_in_order",
+    "order",
+    "run_in_order",
+    "watch_losses",
+]
 
 BELOW = ((0.0, 0.5), (0.05, 0.25), (0.2, 0.15), (0.5, 0.1))
 """(q / d, weight) of the bets on fewer events than the margin; most on none at all."""
 ABOVE = ((2.0, 0.3), (5.0, 0.4), (20.0, 0.3))
 """(q / d, weight) of the bets on more."""
 MAX_Q = 0.95
+
+_Member = TypeVar("_Member", bound="Ordered")
 
 
 def order(ids: Iterable[str], seed: str) -> tuple[str, ...]:
@@ -52,6 +62,34 @@ def order(ids: Iterable[str], seed: str) -> tuple[str, ...]:
     if len(set(ids)) != len(ids):
         raise ValueError("two prompts with one id have no order")
     return tuple(sorted(ids, key=lambda one: (_digest(one, seed), one)))
+
+
+class Ordered(Protocol):
+    """What has a place in the order: a prompt or a pair."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def cluster(self) -> str: ...
+
+
+def clusters_in_order(members: Iterable[_Member], seed: str) -> list[list[_Member]]:
+    """The clusters, in the order of their names; within one, in the order of the ids.
+
+    This is the recorded order, for whoever asks prompts.
+
+    Raises:
+        ValueError: two ids of a cluster are the same.
+    """
+    clusters: dict[str, list[_Member]] = defaultdict(list)
+    for one in members:
+        clusters[one.cluster].append(one)
+    found = []
+    for name in order(clusters, seed):
+        by_id = {one.id: one for one in clusters[name]}
+        found.append([by_id[one] for one in order((m.id for m in clusters[name]), seed)])
+    return found
 
 
 def _digest(name: str, seed: str) -> bytes:
@@ -151,20 +189,9 @@ class TwoSided:
 def watch_losses(pairs: Sequence[Pair], profile: Profile, seed: str, family: int = 1) -> TwoSided:
     """The loss rate alone, over all pairs in their order."""
     watched = TwoSided(profile.loss_margin, profile.confidence, family)
-    for group in _ordered(pairs, seed):
+    for group in clusters_in_order(pairs, seed):
         _watch(watched, loss_outcomes, group)
     return watched
-
-
-def _ordered(pairs: Sequence[Pair], seed: str) -> list[list[Pair]]:
-    """The clusters, in the order of their names' hashes; within one, in the order of the ids'."""
-    clusters: dict[str, dict[str, Pair]] = defaultdict(dict)
-    for pair in pairs:
-        clusters[pair.cluster][pair.id] = pair
-    return [
-        [clusters[name][one] for one in order(clusters[name], seed)]
-        for name in order(clusters, seed)
-    ]
 
 
 def _watch(
@@ -199,7 +226,7 @@ class SequentialGate:
     """
 
     def __init__(self, pairs: Sequence[Pair], profile: Profile, seed: str, family: int = 1) -> None:
-        self._queue = _ordered(pairs, seed)
+        self._queue = clusters_in_order(pairs, seed)
         self._profile = profile
         self._seed = seed
         self._total = len(pairs)

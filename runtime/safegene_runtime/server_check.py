@@ -101,8 +101,8 @@ class _Asking:
     def in_order(self, profile: Profile, seed: str) -> None:
         """Asks in the recorded order until it is decided; some at least, for the other checks."""
         by_id = {self.record.prompts[index].id: index for index in self.chosen}
-        counting = set(self.chosen)
-        self.ask([index for index in self.record.order() if index in counting][:SAMPLE])
+        plain = set(self.record.under([]))
+        self.ask([index for index in self.record.order() if index in plain][:SAMPLE])
 
         def run(pairs: Sequence[Pair]) -> list[Pair]:
             indices = [by_id[pair.id] for pair in pairs]

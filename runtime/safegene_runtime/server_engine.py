@@ -30,6 +30,9 @@ MAX_BODY_BYTES = 8 << 20
 MAX_SHOWN = 200
 TOP_LOGPROBS = 5
 
+MAX_NUMBER = 1e9
+"""Of scales and log-probabilities. llama-server writes -3.4e38 for a probability of 0, which is left out."""
+
 NO_PENALTY = {"repeat_penalty": 1.0, "repetition_penalty": 1.0}
 """1 switches off what temperature 0 does not: llama_cpp.server's penalty is 1.1 by default, and
 llama-server's and vLLM's is what they were started with. The second name is vLLM's."""
@@ -125,7 +128,7 @@ class Server:
         if not all(isinstance(r, dict) and type(r.get("id")) is int for r in rows):
             raise self._error("/lora-adapters", "a list of adapters", _shown(status, found))
         scales = [row.get("scale") for row in rows]
-        if not all(isinstance(scale, int | float) for scale in scales):
+        if not all(isinstance(scale, int | float) and abs(scale) < MAX_NUMBER for scale in scales):
             raise self._error("/lora-adapters", "scales", _shown(status, found))
         return tuple((row["id"], float(row["scale"])) for row in rows)
 
@@ -221,15 +224,19 @@ class Server:
             rows = offered.get("content") if isinstance(offered, dict) else None
             if not rows:
                 return ServerReply(text, count, None, None, None)
-            chosen = tuple(float(row["logprob"]) for row in rows)
+            chosen = tuple(_number(row["logprob"]) for row in rows)
             if not all(type(row.get("id")) is int for row in rows):
                 return ServerReply(text, count, chosen, None, None)
             top = tuple(
-                {int(one["id"]): float(one["logprob"]) for one in row["top_logprobs"]}
+                {
+                    int(one["id"]): _number(one["logprob"])
+                    for one in row["top_logprobs"]
+                    if type(one["logprob"]) is not float or one["logprob"] > -MAX_NUMBER
+                }
                 for row in rows
             )
             return ServerReply(text, count, chosen, tuple(row["id"] for row in rows), top)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError):
             got = _shown(status, found)
             raise self._error("/v1/chat/completions", "a reply", got, IS_IT) from None
 
@@ -321,6 +328,19 @@ def _loopback(url: str) -> tuple[str, int, str]:
     if parts.scheme != "http" or not local or extra:
         raise EngineError(problem)
     return host, port, parts.path.rstrip("/").removesuffix("/v1")
+
+
+def _number(value: Any) -> float:
+    """A log-probability, of which sums of squares stay finite.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if type(value) not in (int, float):
+        raise TypeError(value)
+    if not abs(value) < MAX_NUMBER:
+        raise ValueError(value)
+    return float(value)
 
 
 def _named(row: Any) -> bool:

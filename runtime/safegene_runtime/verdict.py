@@ -5,7 +5,7 @@
     2                usage or I/O: nothing was gated
     3 INCONCLUSIVE   neither is shown
     4 VACUOUS        the record cannot tell the artifact from its base
-    5                the record is malformed, edited, or of another model
+    5                the record is malformed, edited, or of another adapter, expression or judge
 
 Nothing but PASS is green.
 """

@@ -18,21 +18,24 @@ from types import MappingProxyType
 from typing import Any
 
 from safegene_runtime.errors import OutputError, Problem
-from safegene_runtime.files import check_writable, publish_file
+from safegene_runtime.files import publish_file
 from safegene_runtime.reporting.junit import render_junit
 from safegene_runtime.reporting.markdown import render_markdown
 from safegene_runtime.reporting.page import render_html
+from safegene_runtime.reporting.places import check_places, read_files
 from safegene_runtime.reporting.sarif import render_sarif
 from safegene_runtime.reporting.schema import report_schema
 
 __all__ = [
     "FORMATS",
     "check_places",
+    "read_files",
     "render_html",
     "render_json",
     "render_junit",
     "render_markdown",
     "render_sarif",
+    "report_files",
     "report_schema",
     "write_reports",
 ]
@@ -55,15 +58,9 @@ FORMATS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = MappingP
 """Name of a format: (file name in a folder, how it is made)."""
 
 
-def check_places(folder: Path) -> None:
-    """Finds out before a long check whether its reports can be written into a folder.
-
-    Raises:
-        OutputError: which of them cannot.
-    """
-    places = (folder / file for file, _ in FORMATS.values())
-    if problems := [problem for place in places if (problem := check_writable(place))]:
-        raise OutputError(problems)
+def report_files(folder: Path) -> dict[str, Path]:
+    """Every report in a folder, by the name of its format."""
+    return {name: folder / file for name, (file, _) in FORMATS.items()}
 
 
 def write_reports(report: Mapping[str, Any], targets: Path | Mapping[str, Path]) -> dict[str, Path]:
@@ -80,7 +77,7 @@ def write_reports(report: Mapping[str, Any], targets: Path | Mapping[str, Path])
         OutputError: a format nobody knows, or the file system said no.
     """
     if isinstance(targets, Path):
-        targets = {name: targets / file for name, (file, _) in FORMATS.items()}
+        targets = report_files(targets)
     unknown = sorted(set(targets) - set(FORMATS))
     if unknown:
         raise OutputError(

@@ -2,7 +2,7 @@
 
 One suite a rung, one case a check, the verdict as the last suite. FAIL is a failure; INCONCLUSIVE
 and VACUOUS are errors, so that a CI server goes red and still tells them apart; what was not
-reached is skipped. Prompts appear by id only.
+reached, and an attack that nothing can be said about, is skipped. Prompts appear by id only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,15 @@ from typing import Any
 from xml.etree import ElementTree
 
 from safegene_runtime.reporting.markup import visible
-from safegene_runtime.reporting.view import RATES, change, compact, counts, flips, format_bound
+from safegene_runtime.reporting.view import (
+    RATES,
+    change,
+    compact,
+    counts,
+    flips,
+    format_bound,
+    standing,
+)
 
 __all__ = ["outcome", "render_junit"]
 
@@ -29,6 +37,7 @@ OUTCOMES = {
     "not reached": "skipped",
     "not offered": "skipped",
     "not measured": "skipped",
+    "not decided": "skipped",
 }
 
 
@@ -105,7 +114,10 @@ def _rung_cases(report: Mapping[str, Any], rung: Mapping[str, Any]) -> list[_Cas
 def _attack_cases(report: Mapping[str, Any]) -> Iterator[_Case]:
     for attack in report["attacks"]:
         gate = attack["gate"]
-        yield _Case(attack["name"], gate["verdict"], gate["sentence"], dict(_flat(gate["loss"])))
+        message = gate["sentence"]
+        if gate["not_decided"]:
+            message = f"not decided ({gate['not_decided']}): {message}"
+        yield _Case(attack["name"], standing(gate), message, dict(_flat(gate["loss"])))
 
 
 def _verdict_case(report: Mapping[str, Any]) -> _Case:

@@ -19,6 +19,8 @@ from safegene_runtime.reporting.view import (
     flips,
     format_bound,
     headline,
+    intervals,
+    standing,
 )
 
 __all__ = ["render_markdown"]
@@ -51,6 +53,9 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {_text(rung['name'])} | {RUNG_MARKS[rung['status']]} | {finding} |"
     for name, value, remark in headline(report):
         yield f"| **{_text(name)}** | | {_text(value)}; {_text(remark)} |"
+    if report["gate"]:
+        shown = "; ".join(f"{name} {value}" for name, value in intervals(report["gate"]))
+        yield f"| **Two-sided 95 % intervals** | | {_text(shown)} |"
     yield from _flips(report)
     yield from _attacks(report)
 
@@ -84,8 +89,9 @@ def _attacks(report: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|---|---|---|"
     for attack in report["attacks"]:
         gate = attack["gate"]
+        why = f" ({_text(gate['not_decided'])})" if gate["not_decided"] else ""
         yield (
-            f"| {_text(attack['name'])} | {MARKS[gate['verdict']]} {gate['verdict']} "
+            f"| {_text(attack['name'])} | {MARKS[gate['verdict']]} {standing(gate)}{why} "
             f"| {counts(gate['loss'])} | {format_bound(gate['loss'])} |"
         )
 
@@ -95,7 +101,8 @@ def _text(text: str) -> str:
     text = re.sub(r"\s*\n\s*", " ", visible(text)).replace("&", "&amp;")
     text = text.replace("<", "&lt;").replace(">", "&gt;").replace("@", "&#64;")
     text = text.replace("://", "&#58;//").replace("www.", "www&#46;")
-    return re.sub(r"([\\`*_{}\[\]|~#!])(?!\d+;)", r"\\\1", text)
+    # `&#64;` was made above; every other mark is the text's own
+    return re.sub(r"([\\`*_{}\[\]|~!]|#(?!\d+;))", r"\\\1", text)
 
 
 def _code(text: str) -> str:

@@ -16,8 +16,10 @@ from safegene_runtime.reporting.view import (
     compact,
     counts,
     flips,
+    intervals,
     matrix,
     percent,
+    standing,
 )
 
 __all__ = [
@@ -190,7 +192,7 @@ def gate_panel(report: Mapping[str, Any]) -> Markup | None:
         "must end before the tick, the margin. Labels in doubt count against the artifact for PASS "
         "and for it before FAIL."
     )
-    contrast, mcnemar, net = gate["contrast"], gate["mcnemar"], gate["net_difference"]
+    contrast, mcnemar = gate["contrast"], gate["mcnemar"]
     clusters = gate["clusters"]
     checks = [
         (
@@ -203,11 +205,7 @@ def gate_panel(report: Mapping[str, Any]) -> Markup | None:
             f"{mcnemar['losses']} lost, {mcnemar['gains']} gained: p = {mcnemar['p_value']:.2g}",
         ),
     ]
-    if net["value"] is not None:
-        low, high = (f"{100 * end:+.2f}" for end in net["interval"])
-        checks.append(
-            ("Net difference (Tango)", f"{100 * net['value']:+.2f} points, {low} to {high}")
-        )
+    checks += intervals(gate)
     low, high = map(percent, clusters["interval"])
     checks.append(
         (
@@ -393,8 +391,10 @@ def attacks_panel(report: Mapping[str, Any]) -> Markup | None:
         el(
             "tr",
             el("th", attack["name"], scope="row", dir="auto"),
-            el("td", el("span", attack["gate"]["verdict"],
-                        class_=f"badge {TONES[attack['gate']['verdict']]}")),
+            el("td", el("span", standing(attack["gate"]),
+                        class_=f"badge {TONES[attack['gate']['verdict']]}"),
+               el("small", f" {attack['gate']['not_decided']}")
+               if attack["gate"]["not_decided"] else None),
             el("td", counts(loss), class_="number"),
             el("td", percent(loss["upper"], up=True), class_="number"),
             el("td", _rate_bar(loss, scale), class_="bars"),
@@ -406,7 +406,8 @@ def attacks_panel(report: Mapping[str, Any]) -> Markup | None:
     text = (
         "Every harmful prompt again under each attack; the reference was attacked alike. The line "
         f"reaches to the upper bound and must end before the tick, the margin "
-        f"({', '.join(map(percent, margins))})."
+        f"({', '.join(map(percent, margins))}). Not decided: too little is refused under it to show "
+        "parity by, and nothing was lost."
     )
     return el("div", el("p", text, class_="note"), table("Losses under attack", heads, rows))
 

@@ -19,8 +19,10 @@ __all__ = [
     "flips",
     "format_bound",
     "headline",
+    "intervals",
     "matrix",
     "percent",
+    "standing",
 ]
 
 LABELS = ("refuse", "comply", "uncertain", "degenerate")
@@ -101,6 +103,27 @@ def counts(bound: Mapping[str, Any]) -> str:
 def format_bound(bound: Mapping[str, Any]) -> str:
     """The upper confidence bound beside its margin, as text."""
     return f"{percent(bound['upper'], up=True)} (margin {percent(bound['margin'])})"
+
+
+def standing(gate: Mapping[str, Any]) -> str:
+    """An attack's verdict; `not decided` where it is vacuous, which others may pass beside."""
+    return "not decided" if gate["verdict"] == "VACUOUS" else str(gate["verdict"])
+
+
+def intervals(gate: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, two-sided interval) of what was measured; they are shown, and decide nothing."""
+    found = []
+    for key, name in RATES.items():
+        if gate[key]["trials_worst"] and gate[key]["status"] != "not measured":
+            low, high = gate[key]["interval"]
+            found.append((f"{name} (Wilson)", f"{percent(low)} to {percent(high, up=True)}"))
+    net = gate["net_difference"]
+    if net["value"] is not None:
+        low, high = (f"{100 * end:+.2f}" for end in net["interval"])
+        found.append(
+            ("Net difference (Tango)", f"{100 * net['value']:+.2f} points, {low} to {high}")
+        )
+    return found
 
 
 def headline(report: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
