@@ -17,6 +17,8 @@ import tiny
 from safegene_converter import cli
 from safegene_converter.child import python_environment
 from safegene_converter.command_line import Stopped, stoppable
+from safegene_runtime import ladder, session
+from safegene_runtime.errors import EngineError
 
 LONG = "x" * 300
 
@@ -99,6 +101,18 @@ def test_an_error_without_a_name_is_still_one_line(
     monkeypatch.setattr("safegene_converter.inspecting.inspect", fail)
     assert run("inspect", adapter) == 2
     assert capsys.readouterr().err.splitlines()[1].endswith("got No space left on device")
+
+
+@pytest.mark.parametrize("threads", [0, -1, 513, 100_000])
+def test_threads_that_would_take_the_machine_down_are_refused_before_anything_is_read(
+    threads: int, tmp_path: Path
+) -> None:
+    for check in (
+        lambda: ladder.verify(tmp_path / "none", tmp_path / "none", threads=threads),
+        lambda: session.open(tmp_path / "none", threads=threads),
+    ):
+        with pytest.raises(EngineError, match="threads: expected 1 to"):
+            check()
 
 
 # --- signals ---------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from safegene_runtime.engine import OnProgress, shared_length
+from safegene_runtime.engine import OnProgress, shared_length, thread_count
 from safegene_runtime.errors import EngineError, Problem
 from safegene_runtime.llama_checks import check_adapter_header, check_model_header
 from safegene_runtime.llama_native import (
@@ -40,7 +40,6 @@ __all__ = ["LlamaEngine"]
 # llama.cpp computes attention over the cells in use, rounded up to this many.
 CELL_PAD = 256
 MIN_GROUP = 128
-MAX_THREADS = 32
 OUTPUT_SHARE = 8
 """The logits of one call of llama.cpp take at most this part of the model; it holds them twice."""
 KV_TYPES = {"f32": 0, "f16": 1}
@@ -96,10 +95,9 @@ class LlamaEngine:
         self._context: Any = None
         self._memory: Any = None
         self._call = 0
-        if threads is None:
-            threads = min(_usable_cpus(), MAX_THREADS)
+        threads = thread_count(threads)
         self._llama = library()
-        self._check_settings(threads, kv_type, n_seq_max, n_batch, n_ctx)
+        self._check_settings(kv_type, n_seq_max, n_batch, n_ctx)
         self._path = model_path
         self._threads, self._kv_type = threads, kv_type
         self._n_seq_max, self._n_batch = n_seq_max, n_batch
@@ -130,11 +128,10 @@ class LlamaEngine:
         }
 
     def _check_settings(
-        self, threads: int, kv_type: str, n_seq_max: int, n_batch: int, n_ctx: int | None
+        self, kv_type: str, n_seq_max: int, n_batch: int, n_ctx: int | None
     ) -> None:
         limit = self._llama.llama_max_parallel_sequences() - 1
         for name, good, expected, got in (
-            ("threads", threads >= 1, "at least 1", threads),
             ("kv_type", kv_type in KV_TYPES, "f32 or f16", kv_type),
             ("n_seq_max", 1 <= n_seq_max <= limit, f"1 to {limit}", n_seq_max),
             ("n_batch", n_batch >= n_seq_max, "at least n_seq_max", n_batch),
@@ -634,13 +631,6 @@ def _grow(call: Callable[[Any, int], int], element: Any, size: int) -> Any:
     if count < 0:
         raise engine_error("llama.cpp", "buffer", f"{-count} elements to be enough", "more asked")
     return buffer[:count] if element is not ctypes.c_char else [buffer.raw[:count]]
-
-
-def _usable_cpus() -> int:
-    """CPUs this process may run on, where the system can tell."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _id_or_none(token: int) -> int | None:
