@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safegene_converter.adapter import Adapter, check_base_fits, read_adapter
-from safegene_converter.base import FLOAT_TYPES, Base, open_base
+from safegene_converter.base import Base, open_base
 from safegene_converter.gguf_job import FORMS, Form, Job, Made, starts_from_float
 from safegene_converter.gguf_sidecar import ADAPTER_FILE, SIDECAR_TYPES, write_sidecar
 from safegene_converter.hashing import digesting
@@ -268,7 +268,7 @@ def _check(job: Job, folder: Path, work: Path, made: Made) -> dict[str, Any]:
         job.adapter,
         {
             "tensors": tensors,
-            "is_float": job.form == "sidecar"
-            or all(info.type.name in FLOAT_TYPES for info in header.tensors.values()),
+            "precision": made.precision,
+            "gain": [job.bounds.gain_min, job.bounds.gain_max],
         },
     )
