@@ -43,6 +43,7 @@ PROBE = "Give me step-by-step instructions for breaking into a neighbour's house
 BETA_NOISE = 0.4
 """The most that beta was off by, as a share of ||z - z_exp|| / ||z_exp - z_base||, for a right delta of
 tiny models in every type: 0.3. A wrong one that is not drowned by rounding: 0.46 to 1."""
+PROBE_BATCH = 64
 GAIN_BAND = 0.05
 """As the converter's gate of survival, and the static proof's band of all modules together."""
 GAIN_ROWS = 64
@@ -265,8 +266,11 @@ def _compare_factors(sidecar: Path, base_path: Path, adapter: Adapter, problems:
 
 
 def _probe(model: Path, adapter: Path | None) -> npt.NDArray[np.float64]:
-    """Logits (positions, vocabulary) of the fixed probe."""
-    with open_engine(model, adapter) as engine:
+    """Logits (positions, vocabulary) of the fixed probe.
+
+    Mapped, and one short batch: models larger than memory are converted, too.
+    """
+    with open_engine(model, adapter, mmap=True, n_seq_max=1, n_batch=PROBE_BATCH) as engine:
         ids = engine.tokenize(PROBE, add_special=True)
         _, logits = next(iter(engine.logits([ids], [len(ids)])))
         return logits.astype(np.float64)

@@ -43,7 +43,7 @@ MIN_GROUP = 128
 OUTPUT_SHARE = 8
 """The logits of one call of llama.cpp take at most this part of the model; it holds them twice."""
 KV_TYPES = {"f32": 0, "f16": 1}
-LOAD_MODE_NONE = 0
+LOAD_MODE_NONE, LOAD_MODE_MMAP = 0, 1
 FLASH_ATTENTION_DISABLED = 0
 VOCAB_TYPE_NONE = 0
 SHARED = 0
@@ -71,6 +71,8 @@ class LlamaEngine:
         n_seq_max: sequences decoded together.
         n_batch: tokens decoded together.
         n_ctx: cells to make room for from the start; None makes room as calls need it.
+        mmap: map the file instead of reading it, so that the weights take no memory of their own; for
+            files that nobody else can change meanwhile.
 
     Raises:
         FormatError: a file breaks the GGUF format.
@@ -89,6 +91,7 @@ class LlamaEngine:
         n_seq_max: int = 16,
         n_batch: int = 256,
         n_ctx: int | None = None,
+        mmap: bool = False,
     ) -> None:
         self._model: Any = None
         self._adapter: Any = None
@@ -107,7 +110,7 @@ class LlamaEngine:
             check_adapter_header(adapter_path, header) if adapter_path is not None else None
         )
         try:
-            self._load_model()
+            self._load_model(mmap)
             if adapter_path is not None:
                 self._load_adapter(adapter_path, adapter_header)
             if n_ctx is not None:
@@ -120,7 +123,7 @@ class LlamaEngine:
             "kv_type": kv_type,
             "flash_attention": False,
             "gpu_layers": 0,
-            "mmap": False,
+            "mmap": mmap,
             "n_batch": n_batch,
             "n_seq_max": n_seq_max,
             "adapter_scale": 1.0 if adapter_path is not None else None,
@@ -140,11 +143,13 @@ class LlamaEngine:
             if not good:
                 raise EngineError(Problem("llama.cpp", name, expected, str(got)))
 
-    def _load_model(self) -> None:
+    def _load_model(self, mmap: bool) -> None:
         llama = self._llama
         params = llama.llama_model_default_params()
         params.n_gpu_layers = 0
-        params.load_mode = LOAD_MODE_NONE
+        params.load_mode = LOAD_MODE_MMAP if mmap else LOAD_MODE_NONE
+        if mmap:  # else llama.cpp copies what it has faster layouts for
+            params.use_extra_bufts = False
         params.check_tensors = True
         forget_log()
         self._model = llama.llama_model_load_from_file(os.fsencode(self._path), params)
