@@ -108,6 +108,7 @@ def describe_manifest(manifest: Manifest, path: Path) -> dict[str, Any]:
         "files": [
             {"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in manifest.files
         ],
+        "promoted": manifest.settings.get("promoted"),
         "caution": manifest.settings.get("caution"),
         "survival": survival_summary(manifest),
         "modules": [
@@ -204,6 +205,11 @@ def _show_artifact(found: dict[str, Any], console: Console) -> None:
             f"relative error {survival['relative_error_mean']:.3f}; "
             f"{survival['changed_type']} of {len(found['modules'])} tensors have another type, "
             f"{survival['bytes_added'] / 1e6:+.1f} MB"
+        )
+    promoted = found["promoted"]
+    if promoted and promoted["tensors"]:
+        console.print(
+            f"  promotion: {promoted['tensors']} tensors, {promoted['bytes_added'] / 1e6:+.1f} MB"
         )
     moves: dict[str, int] = {}
     for module in found["modules"]:

@@ -86,6 +86,8 @@ def convert(
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
     type_name = type_name.lower()
     _check_request(form, type_name, base)
+    _refuse_ignored(form, base, promote, imatrix, llama_cpp)
+    weights = read_imatrix(imatrix) if imatrix else {}
     with publish_folder(out, force) as folder, digesting(base) as digests:
         work = folder / ".work"
         work.mkdir()
@@ -103,13 +105,14 @@ def convert(
             bounds=bounds or Bounds(),
             promote=(type_name == "auto" or mixes) if promote is None else promote,
             imatrix_path=imatrix,
-            imatrix=read_imatrix(imatrix) if imatrix else {},
+            imatrix=weights,
         )
         if imatrix:
             settings["imatrix_sha256"] = sha256_file(imatrix.resolve())
         made = _write(job, folder, work, tell)
         if form == "merged":
             settings["promote"] = job.promote
+            settings["promoted"] = made.promoted
         settings["bounds"] = vars(job.bounds) if form == "merged" else None
         if check:
             tell("checking what was written", 0, 1)
@@ -199,6 +202,22 @@ def _check_request(form: str, type_name: str, base: Base) -> None:
                 )
     else:
         problems.add("--as", "form", " or ".join(FORMS), form, "choose one")
+    problems.raise_if_any(UnsupportedError)
+
+
+def _refuse_ignored(
+    form: str, base: Base, promote: bool | None, imatrix: Path | None, llama_cpp: Path | None
+) -> None:
+    """An option that would be ignored is a mistake."""
+    problems = Problems()
+    if form == "sidecar":
+        for name, given in (("promote", promote is not None), ("imatrix", imatrix is not None)):
+            if given:
+                flag = f"--{name}"
+                problems.add(flag, "form", "--as merged", "--as sidecar", f"leave {flag} out")
+    if llama_cpp is not None and base.kind == "gguf":
+        got = "a GGUF, which needs no conversion"
+        problems.add("--llama-cpp", "base", "a Hugging Face folder", got, "leave --llama-cpp out")
     problems.raise_if_any(UnsupportedError)
 
 
