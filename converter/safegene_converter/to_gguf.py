@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,10 @@ def convert(
     with publish_folder(out, force) as folder, digesting(base) as digests:
         work = folder / ".work"
         work.mkdir()
-        settings: dict[str, Any] = {"type": type_name}
+        settings: dict[str, Any] = {
+            "type": type_name,
+            "llama_cpp_python": version("llama-cpp-python"),
+        }
         if base.kind == "hf":
             hf_base = base
             base = _from_hugging_face(base, work, llama_cpp, tell)
