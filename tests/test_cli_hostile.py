@@ -115,6 +115,85 @@ def test_threads_that_would_take_the_machine_down_are_refused_before_anything_is
             check()
 
 
+# --- what is refused before any work ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["convert", "record", "inspect", "demo"])
+def test_json_that_cannot_be_written_is_refused_before_the_work(
+    command: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = tiny.gguf_model("llama"), tmp_path / "out"
+    arguments = {
+        "convert": (adapter, "--base", base, "-o", out),
+        "record": (adapter, "--base", base, "-o", out),
+        "inspect": (adapter,),
+        "demo": ("-o", out),
+    }[command]
+    check_refused(
+        capsys, tmp_path, "a file that can be written", command, *arguments, "--json", tmp_path
+    )
+
+
+@pytest.mark.parametrize("adapter_name", ["nothing", "wrong"])
+def test_a_demo_that_cannot_be_made_leaves_the_earlier_one(
+    adapter_name: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = tmp_path / "demo"
+    earlier.mkdir()
+    (earlier / ".safegene-demo").touch()
+    shutil.copytree(adapter, tmp_path / "wrong")  # of a tiny base
+    check_refused(
+        capsys, tmp_path, adapter_name, "demo", "--adapter", tmp_path / adapter_name,
+        "-o", earlier,
+    )  # fmt: skip
+
+
+def test_a_demo_over_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    check_refused(capsys, tmp_path, "got a file", "demo", "-o", tmp_path / "file")
+
+
+def test_replies_longer_than_the_context_are_refused_before_the_work(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_refused(
+        capsys, tmp_path, "context: expected at most", "record", adapter, "--base",
+        tiny.hf_model("llama"), "--max-new-tokens", 100_000, "-o", tmp_path / "out",
+    )  # fmt: skip
+
+
+# --- what is shown ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a[v1]", "x[bold]8[", "[red]", "b\\"])
+def test_a_path_is_shown_as_it_is_and_never_as_markup(
+    name: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(adapter, name)
+    assert run("inspect", name) == 0
+    assert f"{name}: 6 modules" in capsys.readouterr().out
+    out = f"{name}[/foo]" if "/" not in name else name
+    base = tiny.gguf_model("llama")
+    assert run("convert", name, "--base", base, "-o", out, "--as", "sidecar") == 0
+    said = capsys.readouterr().out
+    assert out in said
+    assert f"+ {name} (default)" in said
+
+
+def test_the_tensors_that_came_off_worst_are_named(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(
+        "convert", adapter, "--base", tiny.gguf_model("llama"), "-o", out, "--no-self-check"
+    ) == 0  # fmt: skip
+    assert capsys.readouterr().out.count("_proj: gain ") == 3
+    assert run("inspect", out, "--verbose") == 0
+    assert capsys.readouterr().out.count("_proj: gain ") == 6
+
+
 # --- signals ---------------------------------------------------------------------------------------
 
 

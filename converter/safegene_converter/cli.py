@@ -15,12 +15,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from safegene_converter.command_line import (
     Bars,
     Parser,
     Stopped,
     add_command,
     add_json,
+    check_json,
     console,
     put_json,
     stoppable,
@@ -48,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run: Callable[[argparse.Namespace], int] = arguments.run
         with stoppable():
+            check_json(arguments)
             return run(arguments)
     except SafeGeneError as error:
         _print_problems(error.problems)
@@ -141,6 +145,7 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("path", type=Path, metavar="ADAPTER|ARTIFACT")
     parser.add_argument("--expression", help="the set of layer coefficients to show")
     parser.add_argument("--base", type=Path, help="a base, to show the share of its parameters")
+    _add_verbose(parser)
     add_json(parser)
 
 
@@ -149,8 +154,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     found = inspecting.inspect(arguments.path, arguments.expression, arguments.base)
     if not put_json(arguments.json, found):
-        inspecting.show(found, console())
+        inspecting.show(found, console(), arguments.verbose)
     return OK
+
+
+def _add_verbose(parser: Any) -> None:
+    parser.add_argument(
+        "--verbose", action="store_true", help="show what survived in every touched tensor"
+    )
 
 
 # --- convert ---------------------------------------------------------------------------------------
@@ -247,6 +258,7 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="the folder to create")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
+    _add_verbose(parser)
     add_json(parser)
 
 
@@ -303,7 +315,8 @@ def _show_converted(arguments: argparse.Namespace, manifest: Any) -> int:
     from safegene_converter import inspecting
 
     if not put_json(arguments.json, json.loads(manifest.to_json())):
-        inspecting.show(inspecting.describe_manifest(manifest, arguments.output), console())
+        found = inspecting.describe_manifest(manifest, arguments.output)
+        inspecting.show(found, console(), arguments.verbose)
     return OK
 
 
@@ -501,7 +514,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     if not put_json(arguments.json, shown):
         for label, report in found:
             if comparison is not None:
-                console().rule(label)
+                console().rule(escape(label))
             inspecting.show_report(report, console(), arguments.show_text)
         if comparison is not None:
             compare_table.show_comparison(comparison, console())

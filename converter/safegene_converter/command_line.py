@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # what is imported when there is a terminal
     from rich.progress import Progress
 
 __all__ = [
-    "PIPE_COLUMNS", "Bars", "Parser", "Stopped", "add_command", "add_json", "console", "put_json",
-    "stoppable",
+    "PIPE_COLUMNS", "Bars", "Parser", "Stopped", "add_command", "add_json", "check_json", "console",
+    "put_json", "stoppable",
 ]  # fmt: skip
 
 PIPE_COLUMNS = 120
@@ -145,6 +145,20 @@ def add_json(parser: argparse.ArgumentParser) -> None:
         const="-",
         help="write the result as JSON to FILE, or to standard output without FILE",
     )
+
+
+def check_json(arguments: argparse.Namespace) -> None:
+    """Asks whether `--json FILE` can be written, before the work whose result goes there.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    from safegene_runtime.errors import OutputError
+    from safegene_runtime.files import check_writable
+
+    where = getattr(arguments, "json", None)
+    if where not in (None, "-") and (problem := check_writable(Path(where))):
+        raise OutputError(problem)
 
 
 def put_json(where: str | None, value: Any) -> bool:
