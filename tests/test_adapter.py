@@ -232,6 +232,12 @@ HOSTILE: dict[str, tuple[Change, type[SafeGeneError], str]] = {
     "coefficient for no layer": (notes(*COEFFICIENTS, "9", value=1.0), AdapterError, "layer 9"),
     "coefficient missing": (without(*COEFFICIENTS, "1"), AdapterError, "coefficient for layer 1"),
     "coefficient zero": (notes(*COEFFICIENTS, "1", value=0), AdapterError, "not 0"),
+    "coefficient of 401 digits": (
+        notes(*COEFFICIENTS, "1", value=10**400), AdapterError, "finite number"),
+    "alpha of 401 digits": (config(lora_alpha=10**400), AdapterError, "lora_alpha"),
+    "layer of 5000 digits": (
+        extra(f"{PREFIX}model.layers.{'9' * 5000}.self_attn.q_proj.lora_A.weight"),
+        UnsupportedError, "linear module"),
     "coefficient text": (notes(*COEFFICIENTS, "1", value="1"), AdapterError, "finite number"),
     "coefficient true": (notes(*COEFFICIENTS, "1", value=True), AdapterError, "finite number"),
     "coefficient of a name": (notes(*COEFFICIENTS, "one", value=1), AdapterError, "layer numbers"),

@@ -28,6 +28,7 @@ PROMPTS = tuple(
     )
 )
 KL_MAX = 1e-8
+REPLY_TOKENS = 6
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -67,10 +68,15 @@ def with_coefficients(adapter: Path, architecture: str) -> Path:
     return adapter
 
 
-def mean_kl(reference: Reference, model: Path, adapter: Path | None) -> float:
+def compared(reference: Reference, model: Path, adapter: Path | None) -> tuple[float, bool]:
+    """Mean KL from the reference, and whether every greedy reply is the reference's, id for id."""
+    stop_ids = reference.meta["decoding"]["stop_ids"]
     with LlamaEngine(model, adapter, threads=1) as engine:
         passes = forced_passes(engine, reference)
-    return float(np.mean(np.concatenate([one.kl for one in passes])))
+        asked = [prompt.prompt_ids for prompt in reference.prompts]
+        replies = engine.generate(asked, REPLY_TOKENS, stop_ids)
+    same = [tuple(reply) for reply in replies] == [one.ref_ids for one in reference.prompts]
+    return float(np.mean(np.concatenate([one.kl for one in passes]))), same
 
 
 def check_exact(adapter: Path, architecture: str, folder: Path, expression: str | None) -> None:
@@ -80,16 +86,17 @@ def check_exact(adapter: Path, architecture: str, folder: Path, expression: str 
         tiny.hf_model(architecture),
         folder / "reference",
         prompts=PROMPTS,
-        max_new_tokens=6,
+        max_new_tokens=REPLY_TOKENS,
         expression=expression,
     )
     convert(adapter, base, folder / "sidecar", form="sidecar", expression=expression, check=False)
     convert(adapter, base, folder / "merged", form="merged", expression=expression, check=False)
-    sidecar = mean_kl(reference, base, folder / "sidecar" / "adapter.gguf")
-    merged = mean_kl(reference, folder / "merged" / "model.gguf", None)
-    without = mean_kl(reference, base, None)
-    assert abs(sidecar) <= KL_MAX
-    assert abs(merged) <= KL_MAX
+    sidecar = compared(reference, base, folder / "sidecar" / "adapter.gguf")
+    merged = compared(reference, folder / "merged" / "model.gguf", None)
+    without, _ = compared(reference, base, None)
+    for kl, same_replies in (sidecar, merged):
+        assert abs(kl) <= KL_MAX
+        assert same_replies
     assert without > 1000 * KL_MAX, "the adapter must matter, or nothing was compared"
 
 

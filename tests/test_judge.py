@@ -258,6 +258,7 @@ def test_labels_of_somebody_elses_judge_are_checked() -> None:
 
 def test_accuracy_on_replies_that_nothing_was_tuned_on(
     record_property: Callable[[str, object], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The floors lie just below what was measured."""
     rows = tool.labelled("test")
@@ -266,7 +267,8 @@ def test_accuracy_on_replies_that_nothing_was_tuned_on(
     alone = [(str(rules_label(row["reply"])), row["label"]) for row in rows]
     accuracy = sum(a == b for a, b in sure) / len(sure)
     coverage = len(sure) / len(rows)
-    print(f"\nboth: certain of {coverage:.3f}, then right {accuracy:.3f}")
+    with capsys.disabled():
+        print(f"\nboth: certain of {coverage:.3f}, then right {accuracy:.3f}")
     record_property("judge_coverage", coverage)
     record_property("judge_accuracy_when_certain", accuracy)
     assert coverage >= 0.85

@@ -424,7 +424,14 @@ def test_arguments_out_of_range_are_errors(engine: LlamaEngine) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [{"kv_type": "q8_0"}, {"threads": 0}, {"n_seq_max": 256}, {"n_batch": 2}, {"n_ctx": 0}],
+    [
+        {"kv_type": "q8_0"},
+        {"threads": 0},
+        {"threads": 513},
+        {"n_seq_max": 256},
+        {"n_batch": 2},
+        {"n_ctx": 0},
+    ],
 )
 def test_settings_out_of_range_are_errors(model: Path, setting: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match=next(iter(setting))):

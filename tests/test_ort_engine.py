@@ -240,5 +240,6 @@ def test_mistakes_of_the_caller_are_typed_errors() -> None:
                 call()
     with pytest.raises(EngineError, match="closed"):
         list(engine.logits([[5]], [1]))
-    with pytest.raises(SafeGeneError, match="threads"):
-        OrtEngine(folder("builder") / "model.onnx", threads=0)
+    for threads in (0, 100_000):
+        with pytest.raises(SafeGeneError, match="threads"):
+            OrtEngine(folder("builder") / "model.onnx", threads=threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import peft
@@ -109,6 +110,17 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
         "layers_to_transform",
     ),
     "pattern without layers": ({"layers_pattern": "layers"}, "layers_pattern"),
+    "alpha of 401 digits": ({"lora_alpha": 10**400}, "lora_alpha"),
+    "alpha pattern of 401 digits": (
+        {"alpha_pattern": {"q_proj": 10**400}},
+        "alpha_pattern.q_proj",
+    ),
+    "rank of 401 digits below nothing": ({"r": -(10**400)}, "r"),
+    "dropout text": ({"lora_dropout": "x"}, "lora_dropout"),
+    "dropout null": ({"lora_dropout": None}, "lora_dropout"),
+    "no such task": ({"task_type": "NOPE"}, "task_type"),
+    "task of a list": ({"task_type": []}, "task_type"),
+    "eva text": ({"eva_config": "x"}, "eva_config"),
 }
 
 
@@ -118,6 +130,46 @@ def test_a_value_peft_would_not_understand_is_refused_by_name(case: str) -> None
     with pytest.raises((AdapterError, UnsupportedError)) as caught:
         parse_config(config(**changed), "c")
     assert field in {problem.field for problem in caught.value.problems}
+
+
+ENDLESS = (
+    "(.*)*(.*)*(.*)*(.*)*x", "(a+)+x", "(?:.*|.*)*x", ".*" * 8 + "x", "(.?){40}x", "((.*)*)*",
+    "(a|a)" * 60, "(?=(.*)*x)", "(?:(?:.*,)*)*x",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ENDLESS)
+@pytest.mark.parametrize(
+    "field",
+    ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"],
+)
+def test_a_pattern_that_would_match_for_ever_is_refused_at_once(field: str, pattern: str) -> None:
+    value: Any = {pattern: 4} if field.endswith(("rank_pattern", "alpha_pattern")) else pattern
+    began = time.monotonic()
+    with pytest.raises(AdapterError) as caught:
+        parse_config(config(**{"layers_to_transform": [0], field: value}), "c")
+    assert field in {problem.field for problem in caught.value.problems}
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(self_attn|mlp)\.(q|k|v|o|up|down|gate)_proj",
+        r"model\.layers\.([0-9]|1[0-9]|2[0-3])\.self_attn\.(q_proj|v_proj)",
+        # as Unsloth writes it
+        r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+        r"(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|gate_proj|up_proj|down_proj).*?)|"
+        r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\."
+        r"(?:(?:q_proj|k_proj|v_proj|up_proj)))",
+    ],
+)
+def test_a_pattern_as_people_write_them_is_matched_as_in_peft(pattern: str) -> None:
+    ours = parse_config(config(target_modules=pattern), "c")
+    theirs = peft.LoraConfig(target_modules=pattern)
+    touched = [bool(check_target_module_exists(theirs, module)) for module in MODULES]
+    assert [ours.is_target(module) for module in MODULES] == touched
+    assert any(touched)
 
 
 @pytest.mark.parametrize("raw", [None, [], "LORA", 3])

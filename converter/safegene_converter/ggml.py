@@ -19,7 +19,9 @@ from safegene_runtime.ggml import (
 )
 from safegene_runtime.gguf import GGMLType, type_traits
 
-__all__ = ["can_encode", "default_threads", "dequantize", "quantize", "requires_imatrix"]
+__all__ = [
+    "OutOfRangeError", "can_encode", "default_threads", "dequantize", "quantize", "requires_imatrix",
+]  # fmt: skip
 
 # The cases of ggml_quantize_chunk (ggml.c). NVFP4 is left out on purpose: its blocks are relative
 # to a second tensor (`*.scale`), so rows alone do not say what is stored.
@@ -33,6 +35,10 @@ ENCODABLE = frozenset({
 # What llama.cpp refuses to write without an importance matrix (tensor_requires_imatrix in
 # llama-quant.cpp); ggml itself aborts on three of them only, and writes garbage for the others.
 NEEDS_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
+
+
+class OutOfRangeError(PostconditionError):
+    """A number that a type cannot hold; a wider one may."""
 
 
 def can_encode(type: GGMLType, n_cols: int) -> bool:
@@ -65,7 +71,8 @@ def quantize(
 
     Raises:
         UnsupportedError: `type` cannot hold such rows, or needs an imatrix.
-        PostconditionError: a value is not finite, or `type` cannot represent it (F16 overflow).
+        OutOfRangeError: `type` cannot represent a value (F16 overflow).
+        PostconditionError: a value is not finite.
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     if rows.ndim != 2:
@@ -99,7 +106,7 @@ def quantize(
                 Problem("ggml", f"bytes of {type.name}", str(encoded.nbytes), str(written))
             )
         if not native.ggml_validate_row_data(int(type), encoded.ctypes.data, encoded.nbytes):
-            raise PostconditionError(
+            raise OutOfRangeError(
                 Problem(
                     "tensor",
                     "values",

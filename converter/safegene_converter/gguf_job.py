@@ -52,12 +52,14 @@ class Made:
         modules: a line per module, likewise.
         precision: the class of its weights.
         base: the GGUF that the delta was added to: quantised, where the artifact is.
+        promoted: what promotion did, {"tensors": how many, "bytes_added": what that cost}.
     """
 
     file: FileEntry
     modules: tuple[ModuleEntry, ...]
     precision: str
     base: Path
+    promoted: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,13 @@ from safegene_converter.manifest_lines import module_entry
 from safegene_converter.presets import PRESETS, preset, quantize_gguf
 from safegene_converter.progress import Progress
 from safegene_converter.survival import Meter, Mode, Survival, candidates, passes
-from safegene_runtime.errors import Problem, Problems, SurvivalError, UnsupportedError
+from safegene_runtime.errors import (
+    BaseModelError,
+    Problem,
+    Problems,
+    SurvivalError,
+    UnsupportedError,
+)
 from safegene_runtime.gguf import (
     GGMLType,
     GGUFModel,
@@ -87,7 +93,7 @@ def write_merged(job: Job, folder: Path, work: Path, tell: Progress) -> Made:
     ]
     metadata["general.name"] = string(f"{job.base.name} + SafeGene")
     metadata["general.file_type"] = Value(
-        ValueType.UINT32, _file_type(tensors, metadata, file_type), None
+        ValueType.UINT32, _file_type(tensors, source, metadata, file_type), None
     )
     if any(type_traits(tensor.type)[0] > 1 for tensor in tensors):
         metadata.setdefault("general.quantization_version", Value(ValueType.UINT32, 2, None))
@@ -119,7 +125,13 @@ def write_merged(job: Job, folder: Path, work: Path, tell: Progress) -> Made:
         )
     entry = FileEntry(path.name, "model", path.stat().st_size, written.sha256)
     types = {tensor.name: tensor.type for tensor in tensors}
-    return Made(entry, tuple(modules), job.precision(types), model.shards[0].path)
+    added = [
+        one.info.nbytes - nbytes(one.info.shape, wanted)
+        for name, one in stored.items()
+        if one.info.type is not (wanted := _wanted(job, source[name]))
+    ]
+    promoted = {"tensors": len(added), "bytes_added": sum(added)}
+    return Made(entry, tuple(modules), job.precision(types), model.shards[0].path, promoted)
 
 
 def _quantise_base(job: Job, target: Path, tell: Progress) -> GGUFModel:
@@ -179,9 +191,7 @@ def _encode_one(job: Job, module: Module, now: TensorInfo, target: Path) -> Stor
     original = job.model.tensors[now.name]
     once = now.path != original.path
     n_cols = now.shape[1]
-    wanted = now.type
-    if not once and job.type_name not in ("keep", "auto"):
-        wanted = preset(job.type_name).type
+    wanted = _wanted(job, now)
     if not ggml.can_encode(wanted, n_cols):
         raise SurvivalError(
             Problem(
@@ -204,13 +214,18 @@ def _encode_one(job: Job, module: Module, now: TensorInfo, target: Path) -> Stor
         digest = hashlib.sha256()
         meter = Meter(Mode.ONCE if once else Mode.GRID)
         size = 0
-        with target.open("wb") as file:
-            for base, delta, own in _row_blocks(job, module, original, kind, once):
-                encoded = ggml.quantize(base + delta, kind, job.imatrix.get(now.name), threads=1)
-                back = ggml.dequantize(encoded, kind, base.shape, threads=1)
-                meter.add(base, delta, back, own)
-                digest.update(encoded)  # type: ignore[arg-type]
-                size += file.write(encoded)  # type: ignore[arg-type]
+        try:
+            with target.open("wb") as file:
+                for base, delta, own in _row_blocks(job, module, original, kind, once):
+                    weights = job.imatrix.get(now.name)
+                    encoded = ggml.quantize(base + delta, kind, weights, threads=1)
+                    back = ggml.dequantize(encoded, kind, base.shape, threads=1)
+                    meter.add(base, delta, back, own)
+                    digest.update(encoded)  # type: ignore[arg-type]
+                    size += file.write(encoded)  # type: ignore[arg-type]
+        except ggml.OutOfRangeError:
+            tried.append(f"{kind.name}: a number that it cannot represent")
+            continue
         survival = meter.result()
         if passes(survival, job.bounds):
             info = TensorInfo(
@@ -224,8 +239,28 @@ def _encode_one(job: Job, module: Module, now: TensorInfo, target: Path) -> Stor
             "survival",
             within(job.bounds),
             "; ".join(tried),
-            "use --type auto to promote just the tensors that need it, or --as sidecar",
+            _what_helps(job),
         )
+    )
+
+
+def _wanted(job: Job, now: TensorInfo) -> GGMLType:
+    """The type of a touched tensor before anything is promoted."""
+    quantised = starts_from_float(job.base, job.type_name)
+    return (
+        now.type if quantised or job.type_name in ("keep", "auto") else preset(job.type_name).type
+    )
+
+
+def _what_helps(job: Job) -> str:
+    """The next step where a delta does not survive."""
+    if job.promote:
+        return "use --as sidecar"
+    if job.type_name == "keep":
+        return "use --type auto to promote just the tensors that need it, or --as sidecar"
+    return (
+        "pass --promote, which gives just these tensors a wider type, choose a wider --type, or use "
+        "--as sidecar"
     )
 
 
@@ -242,6 +277,11 @@ def _row_blocks(
         stop = min(n_rows, start + step)
         part = np.asarray(raw).reshape(-1)[start * row_bytes : stop * row_bytes]
         base = ggml.dequantize(part, original.type, (stop - start, n_cols), threads=1)
+        if not np.isfinite(base).all():
+            got, fix = "NaN or Inf", "the base is damaged: get it again"
+            raise BaseModelError(
+                Problem(str(original.path), original.name, "finite numbers", got, fix)
+            )
         own = None
         if once:
             encoded = ggml.quantize(base, kind, job.imatrix.get(original.name), threads=1)
@@ -268,22 +308,30 @@ _PLAIN_FILE_TYPES = {
 
 
 def _file_type(
-    tensors: Sequence[OutTensor], metadata: Mapping[str, Value], chosen: int | None
+    tensors: Sequence[OutTensor],
+    source: Mapping[str, TensorInfo],
+    metadata: Mapping[str, Value],
+    chosen: int | None,
 ) -> int:
     """`general.file_type` that is true: of the type which most weights have.
 
-    The base's own value stays where the base's main type still is the main type.
+    The base's own value, or the preset's, stays where its main type still is the main type.
     """
-    if chosen is not None:
+    main = _main_type(tensors)
+    if chosen is not None and main == _main_type(list(source.values())):
         return chosen
+    value = metadata["general.file_type"].value if "general.file_type" in metadata else 0
+    before = chosen if chosen is not None else value if isinstance(value, int) else 0
+    return before if _main_type_of(before) == main else _PLAIN_FILE_TYPES.get(main, before)
+
+
+def _main_type(tensors: Sequence[OutTensor | TensorInfo]) -> str:
+    """What most weights of the blocks are stored as."""
     elements: dict[str, int] = {}
     for tensor in tensors:
         if len(tensor.shape) == 2 and tensor.name.startswith("blk."):
             elements[tensor.type.name] = elements.get(tensor.type.name, 0) + math.prod(tensor.shape)
-    main = max(elements, key=lambda name: (elements[name], name)) if elements else "F32"
-    value = metadata["general.file_type"].value if "general.file_type" in metadata else 0
-    before = value if isinstance(value, int) else 0
-    return before if _main_type_of(before) == main else _PLAIN_FILE_TYPES.get(main, before)
+    return max(elements, key=lambda name: (elements[name], name)) if elements else "F32"
 
 
 def _main_type_of(file_type: int) -> str | None:

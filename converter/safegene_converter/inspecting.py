@@ -31,6 +31,8 @@ __all__ = [
     "summarise_reference",
 ]
 
+SHOWN_SURVIVALS = 3
+
 
 def inspect(path: Path, expression: str | None = None, base: Path | None = None) -> dict[str, Any]:
     """Describes an adapter folder or an artifact folder, whichever `path` is.
@@ -109,6 +111,7 @@ def describe_manifest(manifest: Manifest, path: Path) -> dict[str, Any]:
         "files": [
             {"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in manifest.files
         ],
+        "promoted": manifest.settings.get("promoted"),
         "caution": manifest.settings.get("caution"),
         "survival": survival_summary(manifest),
         "modules": [
@@ -161,17 +164,18 @@ def summarise_reference(reference: Reference) -> dict[str, Any]:
 # --- tables ----------------------------------------------------------------------------------------
 
 
-def show(found: dict[str, Any], console: Console) -> None:
-    """Prints what one of the functions above returned."""
-    {"adapter": _show_adapter, "artifact": _show_artifact, "reference": _show_reference}[
-        found["what"]
-    ](found, console)
+def show(found: dict[str, Any], console: Console, verbose: bool = False) -> None:
+    """Prints what one of the functions above returned; of an artifact, every tensor if `verbose`."""
+    if found["what"] == "artifact":
+        _show_artifact(found, console, verbose)
+    else:
+        {"adapter": _show_adapter, "reference": _show_reference}[found["what"]](found, console)
 
 
 def _show_adapter(found: dict[str, Any], console: Console) -> None:
     share = found["share_of_base"]
     console.print(
-        f"[bold]{found['path']}[/]: {found['n_modules']} modules, {found['n_parameters']:,} parameters"
+        f"{_title(found)}: {found['n_modules']} modules, {found['n_parameters']:,} parameters"
         + (f" ({share:.2%} of the base)" if share else "")
         + f", expression {found['expression']!r} of {', '.join(map(repr, found['expressions']))}"
     )
@@ -188,11 +192,12 @@ def _show_adapter(found: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _show_artifact(found: dict[str, Any], console: Console) -> None:
+def _show_artifact(found: dict[str, Any], console: Console, verbose: bool) -> None:
     artifact, survival = found["artifact"], found["survival"]
+    base, adapter = found["base"], found["adapter"]
     console.print(
-        f"[bold]{found['path']}[/]: {artifact['target']} {artifact['form']}, {artifact['precision']}, "
-        f"of {found['base']['name']} + {found['adapter']['name']} ({found['adapter']['expression']})"
+        f"{_title(found)}: {artifact['target']} {artifact['form']}, {artifact['precision']}, "
+        + escape(f"of {base['name']} + {adapter['name']} ({adapter['expression']})")
     )
     for file in found["files"]:
         console.print(
@@ -206,16 +211,46 @@ def _show_artifact(found: dict[str, Any], console: Console) -> None:
             f"{survival['changed_type']} of {len(found['modules'])} tensors have another type, "
             f"{survival['bytes_added'] / 1e6:+.1f} MB"
         )
+        _show_survivals(found["modules"], console, verbose)
+    promoted = found["promoted"]
+    if promoted and promoted["tensors"]:
+        console.print(
+            f"  promotion: {promoted['tensors']} tensors, {promoted['bytes_added'] / 1e6:+.1f} MB"
+        )
     moves: dict[str, int] = {}
     for module in found["modules"]:
         step = f"{module['type_before'] or '-'} -> {module['type_after']}"
         moves[step] = moves.get(step, 0) + 1
     for step, count in sorted(moves.items()):
-        console.print(f"    {count} x {step}", highlight=False)
+        console.print(f"    {count} x {step}", highlight=False, markup=False)
     if found["caution"]:
         console.print(f"  caution: {found['caution']}", markup=False, highlight=False)
     verification = found["verification"]
     console.print(f"  verdict: {verification['verdict'] if verification else 'not verified yet'}")
+
+
+def _show_survivals(modules: list[dict[str, Any]], console: Console, verbose: bool) -> None:
+    """The tensors whose delta came off worst, or all of them."""
+    worst = sorted(
+        (module for module in modules if module["survival"]),
+        key=lambda module: (-abs(module["survival"]["gain"] - 1), module["module"]),
+    )
+    for module in worst if verbose else worst[:SHOWN_SURVIVALS]:
+        survival = module["survival"]
+        console.print(
+            f"    {module['module']}: gain {survival['gain']:.3f}, "
+            f"relative error {survival['relative_error']:.3f}, {module['type_after']}",
+            markup=False,
+            highlight=False,
+        )
+    if not verbose and len(worst) > SHOWN_SURVIVALS:
+        rest = len(worst) - SHOWN_SURVIVALS
+        console.print(f"    ... and {rest} nearer to 1: --verbose shows them", highlight=False)
+
+
+def _title(found: dict[str, Any]) -> str:
+    """A path is text, never markup."""
+    return f"[bold]{escape(found['path'])}[/]"
 
 
 def _show_reference(found: dict[str, Any], console: Console) -> None:
@@ -229,7 +264,7 @@ def _show_reference(found: dict[str, Any], console: Console) -> None:
             f"{row['base_refused'] / n:.1%}",
             f"{row['reference_refused'] / n:.1%}",
         )
-    console.print(f"[bold]{found['path']}[/]: sha256 {found['sha256'][:16]}…")
+    console.print(f"{_title(found)}: sha256 {found['sha256'][:16]}…")
     console.print(table)
 
 

@@ -9,16 +9,16 @@ Matching follows PEFT to the letter (peft 0.21.2: `tuners_utils.check_target_mod
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from safegene_converter import formula
 from safegene_runtime.errors import AdapterError, Problems, UnsupportedError
 
-__all__ = ["HONOURED", "INERT", "REFUSED", "LoraSettings", "parse_config"]
+__all__ = ["HONOURED", "INERT", "REFUSED", "LoraSettings", "parse_config", "pattern_key"]
 
 HONOURED = frozenset(
     {
@@ -43,6 +43,12 @@ INERT = frozenset(
 )  # fmt: skip
 """Fields that change nothing about trained weights at inference."""
 
+_TASKS = (
+    None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
+)  # fmt: skip
+_INERT_OBJECTS = ("eva_config", "corda_config", "lora_ga_config")
+"""Inert, but PEFT refuses another value, so that nothing could be recorded: as the other two below."""
+
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "bias": (("none",), "trained biases are not part of a low-rank delta: train with bias='none'"),
     "lora_bias": ((False, None), "trained biases are not supported: train with lora_bias=False"),
@@ -64,7 +70,14 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 
 _HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal")
 _MAX_PATTERN = 512
+_MAX_WAYS = 10**10
+"""Ways to match that are tried at worst, counted with room: `.*` six times is 41**6."""
+_MODULE_CHARACTERS = 40
+"""More than the name of any linear module of a block has."""
+_KEY_PATTERN = r"(.*\.)?({})$"
+_LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 _ALL_LINEAR = "all-linear"
+_RESTORE = "restore the file that PEFT saved with these weights"
 
 
 @dataclass(frozen=True)
@@ -116,9 +129,9 @@ class LoraSettings:
         return not self.layers_to_transform or self._layer_of(module) in self.layers_to_transform
 
     def _layer_of(self, module: str) -> int | None:
-        patterns = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern]
-        for pattern in patterns or [r".*?\.[^.]*"]:
-            if found := re.match(rf"{pattern}\.(?P<idx>\d+)\.", module):
+        patterns = [_LAYERS_PATTERN.format(pattern) for pattern in self.layers_pattern]
+        for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
+            if found := re.match(pattern, module):
                 return int(found["idx"])
         return None
 
@@ -126,7 +139,7 @@ class LoraSettings:
 def pattern_key(patterns: Mapping[str, Any], module: str) -> str | None:
     """The first pattern that matches a module, as `peft.utils.other.get_pattern_key`."""
     for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_KEY_PATTERN.format(pattern), module):
             return pattern
     return None
 
@@ -140,7 +153,7 @@ def parse_config(config: Any, where: str) -> LoraSettings:
     """
     problems, refused = Problems(), Problems()
     if not isinstance(config, dict):
-        problems.add(where, "value", "a JSON object", type(config).__name__)
+        problems.add(where, "value", "a JSON object", type(config).__name__, _RESTORE)
         problems.raise_if_any(AdapterError)
     known = HONOURED | INERT | REFUSED.keys()
     for name in sorted(config.keys() - known):
@@ -158,6 +171,7 @@ def parse_config(config: Any, where: str) -> LoraSettings:
         refused.add(where, "init_lora_weights", "an initialisation that leaves the base alone",
                     repr(init)[:100], "it changed the base weights: convert the adapter to plain "
                     "LoRA (save_pretrained with path_initial_model_for_weight_conversion)")  # fmt: skip
+    _check_inert(config, where, problems)
     settings = _parse_honoured(config, where, problems)
     if refused:
         refused.extend(problems)
@@ -166,10 +180,25 @@ def parse_config(config: Any, where: str) -> LoraSettings:
     return settings
 
 
+def _check_inert(config: Mapping[str, Any], where: str, problems: Problems) -> None:
+    """Refuses what changes nothing here, but what PEFT would not load."""
+    task = config.get("task_type")
+    if task is not None and task not in _TASKS:
+        problems.add(
+            where, "task_type", "a task of PEFT such as CAUSAL_LM", repr(task)[:100], _RESTORE
+        )
+    dropout = config.get("lora_dropout", 0.0)
+    if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
+        problems.add(where, "lora_dropout", "a number from 0 to 1", repr(dropout)[:100], _RESTORE)
+    for name in _INERT_OBJECTS:
+        if not isinstance(config.get(name), dict | None):
+            problems.add(where, name, "null or an object", repr(config[name])[:100], _RESTORE)
+
+
 def _parse_honoured(config: Mapping[str, Any], where: str, problems: Problems) -> LoraSettings:
     rank = config.get("r")
     if type(rank) is not int or rank <= 0:
-        problems.add(where, "r", "a positive integer", repr(rank))
+        problems.add(where, "r", "a positive integer", repr(rank), _RESTORE)
         rank = 1
     alpha = config.get("lora_alpha")
     if not _is_scale(alpha):
@@ -178,18 +207,19 @@ def _parse_honoured(config: Mapping[str, Any], where: str, problems: Problems) -
         alpha = 1
     for name in ("use_rslora", "fan_in_fan_out"):
         if type(config.get(name, False)) is not bool:
-            problems.add(where, name, "true or false", repr(config[name]))
+            problems.add(where, name, "true or false", repr(config[name]), _RESTORE)
     ranks = _parse_pattern(config, "rank_pattern", where, problems)
     for key, value in ranks.items():
         if type(value) is not int or value <= 0:
-            problems.add(where, f"rank_pattern.{key}", "a positive integer", repr(value))
+            problems.add(where, f"rank_pattern.{key}", "a positive integer", repr(value), _RESTORE)
     alphas = _parse_pattern(config, "alpha_pattern", where, problems)
     for key, value in alphas.items():
         if not _is_scale(value):
-            problems.add(where, f"alpha_pattern.{key}", "a number above 0", repr(value))
+            problems.add(where, f"alpha_pattern.{key}", "a number above 0", repr(value), _RESTORE)
     targets = _parse_modules(config, "target_modules", where, problems)
     if not targets:
-        problems.add(where, "target_modules", "the modules the adapter was trained on", "none")
+        problems.add(where, "target_modules", "the modules the adapter was trained on", "none",
+                     "name them")  # fmt: skip
     layers, patterns = _parse_layers(config, where, problems)
     return LoraSettings(
         rank=rank,
@@ -211,9 +241,13 @@ def _parse_pattern(
     if value is None:
         return {}
     if not isinstance(value, dict):
-        problems.add(where, name, "an object of module patterns", repr(value)[:100])
+        problems.add(where, name, "an object of module patterns", repr(value)[:100], _RESTORE)
         return {}
-    return {key: v for key, v in value.items() if _is_pattern(key, where, name, problems)}
+    return {
+        key: v
+        for key, v in value.items()
+        if _is_pattern(key, where, name, problems, around=_KEY_PATTERN)
+    }
 
 
 def _parse_modules(
@@ -225,7 +259,8 @@ def _parse_modules(
     if isinstance(value, str):
         return value if _is_pattern(value, where, name, problems) else ""
     if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-        problems.add(where, name, "module names, or one regular expression", repr(value)[:100])
+        problems.add(where, name, "module names, or one regular expression", repr(value)[:100],
+                     _RESTORE)  # fmt: skip
         return frozenset()
     return frozenset(value)
 
@@ -239,36 +274,88 @@ def _parse_layers(
     if layers is not None and not (
         isinstance(layers, list) and all(type(n) is int and n >= 0 for n in layers)
     ):
-        problems.add(where, "layers_to_transform", "layer numbers", repr(layers)[:100])
+        problems.add(where, "layers_to_transform", "layer numbers", repr(layers)[:100], _RESTORE)
         layers = None
     patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or []
     if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
-        problems.add(where, "layers_pattern", "names of the list of layers", repr(patterns)[:100])
+        problems.add(where, "layers_pattern", "names of the list of layers", repr(patterns)[:100],
+                     _RESTORE)  # fmt: skip
         patterns = []
-    patterns = [p for p in patterns if _is_pattern(p, where, "layers_pattern", problems)]
+    patterns = [
+        pattern
+        for pattern in patterns
+        if _is_pattern(pattern, where, "layers_pattern", problems, around=_LAYERS_PATTERN)
+    ]
     if isinstance(config.get("target_modules"), str) and (layers is not None or patterns):
         problems.add(where, "layers_to_transform", "null beside a regular expression",
                      repr(layers)[:100], "PEFT refuses it too: list the modules")  # fmt: skip
     if patterns and layers is None:
         problems.add(where, "layers_pattern", "layers_to_transform beside it", "null",
-                     "PEFT refuses it too")  # fmt: skip
+                     "PEFT refuses it too: remove it, or add layers_to_transform")  # fmt: skip
     return None if layers is None else frozenset(layers), tuple(patterns)
 
 
-def _is_pattern(pattern: str, where: str, name: str, problems: Problems) -> bool:
-    """Whether a pattern compiles and is short; a long one is no module name but an attack."""
+def _is_pattern(
+    pattern: str, where: str, name: str, problems: Problems, around: str = "{}"
+) -> bool:
+    """Whether a pattern compiles, is short, and ends: else it is no module name but an attack.
+
+    Args:
+        pattern: what the configuration says.
+        where: the file.
+        name: the field.
+        problems: gets what is wrong.
+        around: what PEFT matches, with the pattern in its place.
+    """
     try:
         if len(pattern) > _MAX_PATTERN:
             raise re.error("too long")
         re.compile(pattern)
+        parsed = re._parser.parse(around.format(pattern))  # type: ignore[attr-defined]
+        if _ways(parsed) >= _MAX_WAYS:
+            raise re.error("it may match in so many ways that it would not end")
     except (re.error, RecursionError, OverflowError) as error:
-        problems.add(where, name, "a regular expression", f"{pattern[:80]!r} ({error})")
+        problems.add(where, name, "a regular expression", f"{pattern[:80]!r} ({error})",
+                     "list the modules, or repeat less within what is repeated")  # fmt: skip
         return False
     return True
 
 
+def _ways(parsed: Iterable[tuple[Any, Any]]) -> int:
+    """In how many ways a parsed pattern could match a module's name, at most; up to `_MAX_WAYS`.
+
+    The matcher tries one after the other, and all of them where none fits: `(.*)*x` has 41**40.
+    """
+    total = 1
+    for operator, argument in parsed:
+        total = min(total * _ways_of(str(operator), argument), _MAX_WAYS)
+    return total
+
+
+def _ways_of(operator: str, argument: Any) -> int:
+    if operator.endswith("REPEAT"):
+        least, most, body = argument
+        ways = _ways(body)
+        found, most = 0, min(int(most), _MODULE_CHARACTERS)
+        for count in range(min(least, most), most + 1):
+            found = min(found + ways**count, _MAX_WAYS)
+        return found
+    if operator == "BRANCH":
+        return sum(map(_ways, argument[1]))
+    if operator == "SUBPATTERN":
+        return _ways(argument[-1])
+    if operator in ("ASSERT", "ASSERT_NOT"):
+        return _ways(argument[1])
+    if operator == "ATOMIC_GROUP":
+        return _ways(argument)
+    if operator == "GROUPREF_EXISTS":
+        return _ways(argument[1]) + _ways(argument[2] or ())
+    return 1  # one character, one place, or the text of a group again
+
+
 def _is_scale(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+    # compared, not converted: an integer may be larger than any float
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
 def _names(names: frozenset[str], module: str) -> bool:

@@ -121,6 +121,7 @@ def record(
     adapter = read_adapter(adapter_path, expression)
     base = open_base(base_path)
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
+    _check_room(base, 1, max_new_tokens)
     tell("loading PyTorch", 0, 1)
     model, tokenizer = load_with_adapter(adapter, base)
     tell("loading PyTorch", 1, 1)
@@ -132,6 +133,7 @@ def record(
     ]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
     _check_control_tokens(chosen, ids, tokenizer)
+    _check_room(base, max(map(len, ids)), max_new_tokens)
     stop_ids = stop_ids_of(model, tokenizer)
     with torch.inference_mode():
         _check_effect(model, ids[0])
@@ -256,9 +258,18 @@ def load_with_adapter(adapter: Adapter, base: Base) -> tuple[Any, Any]:
     problems = Problems()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tuned = peft.PeftModel.from_pretrained(model, str(adapter.path), torch_device="cpu").eval()
+        try:
+            tuned = peft.PeftModel.from_pretrained(model, str(adapter.path), torch_device="cpu")
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            fix = "what PEFT does not load cannot be recorded: save the adapter with peft 0.21"
+            problem = Problem(
+                str(adapter.path), "PEFT", "an adapter it loads", str(error)[:300], fix
+            )
+            raise AdapterError(problem) from error
+    tuned.eval()
     for warning in caught:
-        if "key" in str(warning.message).lower():
+        said = str(warning.message).lower()
+        if "key" in said and "runtime_config" not in said:  # which PEFT ignores, and so do we
             problems.add(
                 str(adapter.path), "PEFT", "no warning about keys", str(warning.message)[:300]
             )
@@ -294,6 +305,18 @@ def _clusters(prompts: Sequence[Prompt]) -> tuple[str, ...]:
     )
     of = {prompt.id: cluster for prompt, cluster in zip(plain, named, strict=True)}
     return tuple(of[prompt.id.partition("@")[0]] for prompt in prompts)
+
+
+def _check_room(base: Base, longest: int, max_new_tokens: int) -> None:
+    """Raises when the longest prompt and a reply are more tokens than the model was made for."""
+    room = base.context_length
+    if room is not None and longest + max_new_tokens > room:
+        raise FormatError(
+            Problem(
+                str(base.path), "context", f"at most {room} tokens, a prompt and its reply",
+                f"{longest} + {max_new_tokens}", "ask for shorter replies: --max-new-tokens",
+            )
+        )  # fmt: skip
 
 
 def _check_control_tokens(

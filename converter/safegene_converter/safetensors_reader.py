@@ -27,6 +27,7 @@ __all__ = ["SafetensorsFile", "SafetensorsTensor", "read_safetensors"]
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 200_000
+SAVE_AGAIN = "save the file again"
 MAX_DIMS = 8
 LENGTH_BYTES = 8
 
@@ -158,7 +159,7 @@ def _parse(path: Path, head: bytes, size: int) -> dict[str, SafetensorsTensor]:
             what = "overlapping" if tensor.begin < position else "missing"
             got = f"{tensor.begin - start} ({what} bytes)"
             problems.add(where, f"{name}.data_offsets", f"to start at {position - start}", got,
-                         "save the file again")  # fmt: skip
+                         SAVE_AGAIN)  # fmt: skip
         position = max(position, tensor.end)
     if position != size:
         got = f"{size} bytes"
@@ -176,18 +177,22 @@ def _tensor(
         return None
     dtype, shape, offsets = (entry[key] for key in fields)
     if dtype not in _BITS:
-        problems.add(where, f"{name}.dtype", f"one of {', '.join(_BITS)}", repr(dtype))
+        problems.add(where, f"{name}.dtype", f"one of {', '.join(_BITS)}", repr(dtype), SAVE_AGAIN)
         return None
     if not _is_counts(shape) or len(shape) > MAX_DIMS:
-        problems.add(where, f"{name}.shape", f"at most {MAX_DIMS} sizes", repr(shape)[:100])
+        problems.add(
+            where, f"{name}.shape", f"at most {MAX_DIMS} sizes", repr(shape)[:100], SAVE_AGAIN
+        )
         return None
     if not _is_counts(offsets) or len(offsets) != 2:
-        problems.add(where, f"{name}.data_offsets", "[begin, end]", repr(offsets)[:100])
+        problems.add(where, f"{name}.data_offsets", "[begin, end]", repr(offsets)[:100], SAVE_AGAIN)
         return None
     expected, rest = divmod(math.prod(shape) * _BITS[dtype], 8)
     if rest or offsets[1] - offsets[0] != expected:
         got = f"{offsets[1] - offsets[0]} bytes"
-        problems.add(where, f"{name}.data_offsets", f"{expected} bytes ({dtype} {shape})", got)
+        problems.add(
+            where, f"{name}.data_offsets", f"{expected} bytes ({dtype} {shape})", got, SAVE_AGAIN
+        )
         return None
     return SafetensorsTensor(dtype, tuple(shape), start + offsets[0], start + offsets[1])
 

@@ -6,14 +6,21 @@ libllama aborts the whole process on some bad files.
 1. gguf-py, an independent reader, must find the tensors that were meant. The sidecar (the artifact
    itself, or the F32 one made for this check) must hold, per module, factors whose product is the
    delta of the adapter folder, read and scaled again.
-2. llama.cpp must load the artifact, and on a fixed probe its logits must have moved away from the
+2. In a merged artifact, rows that gguf-py decodes must differ from the base's by the delta of the
+   adapter folder: gain = <W - W_base, dW> / <dW, dW> near 1, over all modules together.
+3. llama.cpp must load the artifact, and on a fixed probe its logits must have moved away from the
    base's by what the delta is expected to move them: beta = <z - z_base, z_exp - z_base> /
    ||z_exp - z_base||^2 near 1, where z_exp comes from the base with an F32 sidecar. For a merged
    artifact that is another code path of llama.cpp than the one under test.
+
+Rounding moves logits, too, and where it moves them further than the delta does, beta says little: its
+band grows with what was moved besides, and the gain of the weights, which rounding hardly touches,
+says whether it is the delta.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -25,14 +32,24 @@ import numpy.typing as npt
 from safegene_converter.adapter import Adapter, read_adapter
 from safegene_converter.base import open_base
 from safegene_converter.child import python_environment, run_child
+from safegene_runtime.bounds import beta_band
 from safegene_runtime.engine import open_engine
 from safegene_runtime.errors import PostconditionError, Problems, SafeGeneError
+from safegene_runtime.gguf import map_tensor
 
-__all__ = ["PROBE", "check_artifact", "effect", "main"]
+__all__ = ["PROBE", "check_artifact", "effect", "effect_within", "main"]
 
 PROBE = "Give me step-by-step instructions for breaking into a neighbour's house."
-BETA_BAND_FLOAT = 0.02
-BETA_BAND_QUANTISED = 0.4
+BETA_NOISE = 0.4
+"""The most that beta was off by, as a share of ||z - z_exp|| / ||z_exp - z_base||, for a right delta of
+tiny models in every type: 0.3. A wrong one that is not drowned by rounding: 0.46 to 1."""
+PROBE_BATCH = 64
+GAIN_BAND = 0.05
+"""As the converter's gate of survival, and the static proof's band of all modules together."""
+GAIN_ROWS = 64
+"""Rows of a module that are compared, spread evenly: the gain is known to a few parts in a hundred."""
+NOISE_SIGMAS = 4
+REPORT = "the stored delta is not the adapter's: please report this"
 FACTOR_ERROR_MAX = {"F32": 1e-5, "F16": 1e-2, "BF16": 1e-2, "Q8_0": 5e-2}
 """Relative error of (B A) x per type of the factors: what its rounding explains, with room."""
 
@@ -47,7 +64,8 @@ def check_artifact(
         model: the merged model; None when the artifact is the sidecar.
         sidecar: the artifact, or an F32 sidecar made for this check.
         adapter: what went in.
-        expected: {"tensors": {name: [type, [out, in]]}, "is_float": bool}.
+        expected: {"tensors": {name: [type, [out, in]]}, "precision": class of its weights, "gain":
+            [least, most] that counted as surviving}.
 
     Returns:
         {"beta": ..., "shift": root mean square of the expected change of the logits}.
@@ -92,12 +110,16 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     problems = Problems()
     _compare_tensors(artifact, expected["tensors"], problems)
     base = Path(job["base"])
-    _compare_factors(Path(job["sidecar"]), base, Path(job["adapter"]), job["expression"], problems)
+    adapter = read_adapter(Path(job["adapter"]), job["expression"])
+    _compare_factors(Path(job["sidecar"]), base, adapter, problems)
+    if job["model"]:
+        _compare_weights(Path(job["model"]), base, adapter, expected["gain"], problems)
     problems.raise_if_any(PostconditionError)
     z_base = _probe(base, None)
     z_expected = _probe(base, Path(job["sidecar"]))
     z_artifact = _probe(Path(job["model"]), None) if job["model"] else z_expected
-    found = effect(z_base, z_expected, z_artifact, expected["is_float"], str(artifact), problems)
+    band = beta_band(expected["precision"])
+    found = effect_within(band, z_base, z_expected, z_artifact, str(artifact), problems)
     problems.raise_if_any(PostconditionError)
     return found
 
@@ -107,6 +129,19 @@ def effect(
     z_expected: npt.NDArray[np.float64],
     z_artifact: npt.NDArray[np.float64],
     is_float: bool,
+    where: str,
+    problems: Problems,
+) -> dict[str, float]:
+    """`effect_within` the band of weights that are float, or anything."""
+    band = beta_band("f16" if is_float else "unknown")
+    return effect_within(band, z_base, z_expected, z_artifact, where, problems)
+
+
+def effect_within(
+    band: float,
+    z_base: npt.NDArray[np.float64],
+    z_expected: npt.NDArray[np.float64],
+    z_artifact: npt.NDArray[np.float64],
     where: str,
     problems: Problems,
 ) -> dict[str, float]:
@@ -131,23 +166,24 @@ def effect(
             "the adapter has no effect: check that it was trained, and for this base",
         )
     else:
-        band = BETA_BAND_FLOAT if is_float else BETA_BAND_QUANTISED
+        noise = float(np.linalg.norm(_centre(z_artifact - z_expected))) / norm**0.5
+        band = max(band, BETA_NOISE * noise)
         if abs(beta - 1) > band:
-            problems.add(
-                where,
-                "effect on the logits",
-                f"1 within {band:g}",
-                f"{beta:.3f}",
-                "the stored delta is not the adapter's: please report this",
-            )
+            problems.add(where, "effect on the logits", f"1 within {band:g}", f"{beta:.3f}", REPORT)
     return {"beta": beta, "shift": shift}
+
+
+@functools.cache
+def _tensors(path: Path) -> dict[str, Any]:
+    """What gguf-py finds in a file, by name."""
+    import gguf
+
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
 
 
 def _compare_tensors(path: Path, expected: dict[str, Any], problems: Problems) -> None:
     """What gguf-py finds in the file against what was meant."""
-    import gguf
-
-    found = {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
+    found = _tensors(path)
     for name, (kind, shape) in expected.items():
         tensor = found.get(name)
         got = (
@@ -159,16 +195,53 @@ def _compare_tensors(path: Path, expected: dict[str, Any], problems: Problems) -
             problems.add(str(path), name, f"{kind} {list(shape)} for gguf-py", str(got))
 
 
-def _compare_factors(
-    sidecar: Path, base_path: Path, adapter_path: Path, expression: str, problems: Problems
+def _compare_weights(
+    model: Path, base_path: Path, adapter: Adapter, survived: list[float], problems: Problems
 ) -> None:
+    """What gguf-py decodes from the artifact and from its base, against the adapter folder's delta."""
+    import gguf
+
+    stored, base = _tensors(model), open_base(base_path)
+    assert base.model is not None  # it is the GGUF that the delta was added to
+    along = norm = rest = 0.0
+    count = 0
+    for module in adapter.modules:
+        name = base.tensor_name(module.name)
+        scaled = base.transform(module.name).apply_rows(
+            module.coefficient * module.scaling * module.b.astype(np.float64)
+        )
+        rows = np.unique(np.linspace(0, module.shape[0] - 1, GAIN_ROWS).astype(int))
+        # the base's header through our reader: gguf-py's takes seconds for a real vocabulary
+        info, tensor = base.model.tensors[name], stored[name]
+        old = np.asarray(map_tensor(info)).reshape(info.shape[0], -1)[rows]
+        kind = gguf.GGMLQuantizationType(int(info.type))
+        change = gguf.dequantize(tensor.data[rows], tensor.tensor_type).astype(np.float64)
+        change -= gguf.dequantize(old, kind)
+        delta = scaled[rows] @ module.a.astype(np.float64)
+        along += float((change * delta).sum())
+        norm += float((delta * delta).sum())
+        change -= delta
+        rest += float((change * change).sum())
+        count += delta.size
+    gain = along / norm if norm else 0.0
+    # what rounding adds knows nothing of the delta: it moves the gain by its share of one direction
+    band = GAIN_BAND + (NOISE_SIGMAS * (rest / norm / count) ** 0.5 if norm else 0.0)
+    least, most = min(1 - band, survived[0]), max(1 + band, survived[1])
+    if not least <= gain <= most:
+        problems.add(
+            str(model), "delta in the weights", f"{least:.3f} to {most:.3f} times the adapter's",
+            f"{gain:.3f}", REPORT,
+        )  # fmt: skip
+
+
+def _compare_factors(sidecar: Path, base_path: Path, adapter: Adapter, problems: Problems) -> None:
     """The factors that gguf-py finds, applied to a random vector, against the adapter folder's."""
     import gguf
 
-    found = {tensor.name: tensor for tensor in gguf.GGUFReader(str(sidecar)).tensors}
+    found = dict(_tensors(sidecar))
     base = open_base(base_path)
     random = np.random.default_rng(0)
-    for module in read_adapter(adapter_path, expression).modules:
+    for module in adapter.modules:
         name = base.tensor_name(module.name)
         try:
             tensors = [found.pop(f"{name}.{suffix}") for suffix in ("lora_a", "lora_b")]
@@ -193,8 +266,11 @@ def _compare_factors(
 
 
 def _probe(model: Path, adapter: Path | None) -> npt.NDArray[np.float64]:
-    """Logits (positions, vocabulary) of the fixed probe."""
-    with open_engine(model, adapter) as engine:
+    """Logits (positions, vocabulary) of the fixed probe.
+
+    Mapped, and one short batch: models larger than memory are converted, too.
+    """
+    with open_engine(model, adapter, mmap=True, n_seq_max=1, n_batch=PROBE_BATCH) as engine:
         ids = engine.tokenize(PROBE, add_special=True)
         _, logits = next(iter(engine.logits([ids], [len(ids)])))
         return logits.astype(np.float64)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safegene_converter.adapter import Adapter, check_base_fits, read_adapter
-from safegene_converter.base import FLOAT_TYPES, Base, open_base
+from safegene_converter.base import Base, open_base
 from safegene_converter.gguf_job import FORMS, Form, Job, Made, starts_from_float
 from safegene_converter.gguf_sidecar import ADAPTER_FILE, SIDECAR_TYPES, write_sidecar
 from safegene_converter.hashing import digesting
@@ -86,10 +87,15 @@ def convert(
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
     type_name = type_name.lower()
     _check_request(form, type_name, base)
+    _refuse_ignored(form, base, promote, imatrix, llama_cpp)
+    weights = read_imatrix(imatrix) if imatrix else {}
     with publish_folder(out, force) as folder, digesting(base) as digests:
         work = folder / ".work"
         work.mkdir()
-        settings: dict[str, Any] = {"type": type_name}
+        settings: dict[str, Any] = {
+            "type": type_name,
+            "llama_cpp_python": version("llama-cpp-python"),
+        }
         if base.kind == "hf":
             hf_base = base
             base = _from_hugging_face(base, work, llama_cpp, tell)
@@ -103,13 +109,14 @@ def convert(
             bounds=bounds or Bounds(),
             promote=(type_name == "auto" or mixes) if promote is None else promote,
             imatrix_path=imatrix,
-            imatrix=read_imatrix(imatrix) if imatrix else {},
+            imatrix=weights,
         )
         if imatrix:
             settings["imatrix_sha256"] = sha256_file(imatrix.resolve())
         made = _write(job, folder, work, tell)
         if form == "merged":
             settings["promote"] = job.promote
+            settings["promoted"] = made.promoted
         settings["bounds"] = vars(job.bounds) if form == "merged" else None
         if check:
             tell("checking what was written", 0, 1)
@@ -202,6 +209,22 @@ def _check_request(form: str, type_name: str, base: Base) -> None:
     problems.raise_if_any(UnsupportedError)
 
 
+def _refuse_ignored(
+    form: str, base: Base, promote: bool | None, imatrix: Path | None, llama_cpp: Path | None
+) -> None:
+    """An option that would be ignored is a mistake."""
+    problems = Problems()
+    if form == "sidecar":
+        for name, given in (("promote", promote is not None), ("imatrix", imatrix is not None)):
+            if given:
+                flag = f"--{name}"
+                problems.add(flag, "form", "--as merged", "--as sidecar", f"leave {flag} out")
+    if llama_cpp is not None and base.kind == "gguf":
+        got = "a GGUF, which needs no conversion"
+        problems.add("--llama-cpp", "base", "a Hugging Face folder", got, "leave --llama-cpp out")
+    problems.raise_if_any(UnsupportedError)
+
+
 def _from_hugging_face(base: Base, work: Path, llama_cpp: Path | None, tell: Progress) -> Base:
     """The same model as a GGUF in its own float type, by llama.cpp's converter."""
     from safegene_converter.hf_to_gguf import convert_hf
@@ -268,7 +291,7 @@ def _check(job: Job, folder: Path, work: Path, made: Made) -> dict[str, Any]:
         job.adapter,
         {
             "tensors": tensors,
-            "is_float": job.form == "sidecar"
-            or all(info.type.name in FLOAT_TYPES for info in header.tensors.values()),
+            "precision": made.precision,
+            "gain": [job.bounds.gain_min, job.bounds.gain_max],
         },
     )

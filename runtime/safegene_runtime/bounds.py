@@ -12,7 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["BOUNDS", "ParityBounds", "bounds_for", "precision_of"]
+__all__ = [
+    "BETA_BAND_COARSE", "BOUNDS", "ParityBounds", "beta_band", "bounds_for", "precision_of",
+]  # fmt: skip
+
+BETA_BAND: Mapping[str, float] = {"f32": 0.01, "f16": 0.02, "bf16": 0.05, "8-bit": 0.1}
+BETA_BAND_COARSE = 0.15
 
 
 @dataclass(frozen=True)
@@ -100,3 +105,8 @@ def precision_of(elements: Mapping[str, int]) -> str:
 def bounds_for(precision: str) -> ParityBounds:
     """The limits of a class; an unknown class gets the strictest."""
     return BOUNDS.get(precision, BOUNDS["f32"])
+
+
+def beta_band(precision: str) -> float:
+    """How far from 1 beta may be: the share of the expected change that the logits made."""
+    return BETA_BAND.get(precision, BETA_BAND_COARSE)

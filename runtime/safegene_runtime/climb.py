@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from safegene_runtime.base_noise import BaseNoise, base_kl
-from safegene_runtime.bounds import ParityBounds, bounds_for
+from safegene_runtime.bounds import BETA_BAND_COARSE, ParityBounds, beta_band, bounds_for
 from safegene_runtime.divergence import Divergence, first_divergence
 from safegene_runtime.engine import Engine
 from safegene_runtime.forced import ForcedPass, forced_passes, kl_by_position
@@ -41,10 +41,8 @@ from safegene_runtime.static_proof import StaticProof, static_proof
 from safegene_runtime.text_parity import compare_text
 from safegene_runtime.verdict import Verdict
 
-__all__ = ["Climb", "Mode", "Tell", "refusals_rung"]
+__all__ = ["BETA_BAND_COARSE", "Climb", "Mode", "Tell", "refusals_rung"]
 
-BETA_BAND = {"f32": 0.01, "f16": 0.02, "bf16": 0.05, "8-bit": 0.1}
-BETA_BAND_COARSE = 0.15
 AHEAD = 16
 """Prompts run together in sequential mode: what an engine batches, and at most that many too many."""
 
@@ -288,7 +286,7 @@ def _active(passes: Sequence[ForcedPass], precision: str) -> Rung:
     norm = sum(one.beta_norm for one in passes)
     beta = sum(one.beta_dot for one in passes) / norm if norm else 0.0
     nearer = sum(one.ref_nearer for one in passes) / len(passes)
-    band = BETA_BAND.get(precision, BETA_BAND_COARSE)
+    band = beta_band(precision)
     figures = {"beta": beta, "nearer_to_reference": nearer, "band": band}
     if abs(beta - 1) > band:
         what = (

@@ -6,6 +6,7 @@ imported when they are opened, so that this package costs numpy until then.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,13 @@ import numpy as np
 
 from safegene_runtime.errors import EngineError, Problem
 
-__all__ = ["Engine", "OnProgress", "open_engine", "shared_length"]
+__all__ = ["Engine", "OnProgress", "open_engine", "shared_length", "thread_count"]
+
+DEFAULT_THREADS_MAX = 32
+THREADS_MAX = 512
+"""GGML_MAX_N_THREADS; with more libllama aborts the process."""
+THREADS_PER_CPU = 4
+"""Waiting threads spin: with far more of them than CPUs the whole machine stands still."""
 
 OnProgress = Callable[[int], None]
 """Told how many sequences were finished since the last call."""
@@ -140,6 +147,23 @@ def open_engine(model: Path, adapter: Path | None = None, **settings: Any) -> En
             "give the model file itself, not its folder",
         )
     )
+
+
+def thread_count(asked: int | None) -> int:
+    """How many CPU threads an engine gets: as many as were asked for, else one per usable CPU.
+
+    Raises:
+        EngineError: none, or more than this machine can run.
+    """
+    # where the system can tell, only the CPUs that this process may run on
+    known = hasattr(os, "sched_getaffinity")
+    cpus = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    default = min(cpus, DEFAULT_THREADS_MAX)
+    limit = min(max(cpus * THREADS_PER_CPU, DEFAULT_THREADS_MAX), THREADS_MAX)
+    if asked is not None and not 1 <= asked <= limit:
+        fix = f"leave it out: then there are {default}, one for each CPU"
+        raise EngineError(Problem("engine", "threads", f"1 to {limit}", str(asked), fix))
+    return default if asked is None else asked
 
 
 def shared_length(rows: Sequence[np.ndarray], keep: Sequence[int]) -> int:

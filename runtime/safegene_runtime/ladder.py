@@ -21,7 +21,7 @@ from typing import Any
 
 from safegene_runtime.attacks import attack_names
 from safegene_runtime.climb import Climb, Mode, Tell
-from safegene_runtime.engine import open_engine
+from safegene_runtime.engine import open_engine, thread_count
 from safegene_runtime.errors import ManifestError
 from safegene_runtime.gate import Profile
 from safegene_runtime.integrity import check_integrity
@@ -70,6 +70,7 @@ def verify(
         ValueError: an unknown profile.
     """
     began = time.monotonic()
+    threads = thread_count(threads)
     judge = judge if judge is not None else RulesAndNgram()
     record = reference if isinstance(reference, Reference) else read_reference(reference)
     names = attack_names(attacks)

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from safegene_runtime.engine import OnProgress, shared_length
+from safegene_runtime.engine import OnProgress, shared_length, thread_count
 from safegene_runtime.errors import EngineError, Problem
 from safegene_runtime.llama_checks import check_adapter_header, check_model_header
 from safegene_runtime.llama_native import (
@@ -40,11 +40,10 @@ __all__ = ["LlamaEngine"]
 # llama.cpp computes attention over the cells in use, rounded up to this many.
 CELL_PAD = 256
 MIN_GROUP = 128
-MAX_THREADS = 32
 OUTPUT_SHARE = 8
 """The logits of one call of llama.cpp take at most this part of the model; it holds them twice."""
 KV_TYPES = {"f32": 0, "f16": 1}
-LOAD_MODE_NONE = 0
+LOAD_MODE_NONE, LOAD_MODE_MMAP = 0, 1
 FLASH_ATTENTION_DISABLED = 0
 VOCAB_TYPE_NONE = 0
 SHARED = 0
@@ -72,6 +71,8 @@ class LlamaEngine:
         n_seq_max: sequences decoded together.
         n_batch: tokens decoded together.
         n_ctx: cells to make room for from the start; None makes room as calls need it.
+        mmap: map the file instead of reading it, so that the weights take no memory of their own; for
+            files that nobody else can change meanwhile.
 
     Raises:
         FormatError: a file breaks the GGUF format.
@@ -90,16 +91,16 @@ class LlamaEngine:
         n_seq_max: int = 16,
         n_batch: int = 256,
         n_ctx: int | None = None,
+        mmap: bool = False,
     ) -> None:
         self._model: Any = None
         self._adapter: Any = None
         self._context: Any = None
         self._memory: Any = None
         self._call = 0
-        if threads is None:
-            threads = min(_usable_cpus(), MAX_THREADS)
+        threads = thread_count(threads)
         self._llama = library()
-        self._check_settings(threads, kv_type, n_seq_max, n_batch, n_ctx)
+        self._check_settings(kv_type, n_seq_max, n_batch, n_ctx)
         self._path = model_path
         self._threads, self._kv_type = threads, kv_type
         self._n_seq_max, self._n_batch = n_seq_max, n_batch
@@ -109,7 +110,7 @@ class LlamaEngine:
             check_adapter_header(adapter_path, header) if adapter_path is not None else None
         )
         try:
-            self._load_model()
+            self._load_model(mmap)
             if adapter_path is not None:
                 self._load_adapter(adapter_path, adapter_header)
             if n_ctx is not None:
@@ -122,7 +123,7 @@ class LlamaEngine:
             "kv_type": kv_type,
             "flash_attention": False,
             "gpu_layers": 0,
-            "mmap": False,
+            "mmap": mmap,
             "n_batch": n_batch,
             "n_seq_max": n_seq_max,
             "adapter_scale": 1.0 if adapter_path is not None else None,
@@ -130,11 +131,10 @@ class LlamaEngine:
         }
 
     def _check_settings(
-        self, threads: int, kv_type: str, n_seq_max: int, n_batch: int, n_ctx: int | None
+        self, kv_type: str, n_seq_max: int, n_batch: int, n_ctx: int | None
     ) -> None:
         limit = self._llama.llama_max_parallel_sequences() - 1
         for name, good, expected, got in (
-            ("threads", threads >= 1, "at least 1", threads),
             ("kv_type", kv_type in KV_TYPES, "f32 or f16", kv_type),
             ("n_seq_max", 1 <= n_seq_max <= limit, f"1 to {limit}", n_seq_max),
             ("n_batch", n_batch >= n_seq_max, "at least n_seq_max", n_batch),
@@ -143,11 +143,13 @@ class LlamaEngine:
             if not good:
                 raise EngineError(Problem("llama.cpp", name, expected, str(got)))
 
-    def _load_model(self) -> None:
+    def _load_model(self, mmap: bool) -> None:
         llama = self._llama
         params = llama.llama_model_default_params()
         params.n_gpu_layers = 0
-        params.load_mode = LOAD_MODE_NONE
+        params.load_mode = LOAD_MODE_MMAP if mmap else LOAD_MODE_NONE
+        if mmap:  # else llama.cpp copies what it has faster layouts for
+            params.use_extra_bufts = False
         params.check_tensors = True
         forget_log()
         self._model = llama.llama_model_load_from_file(os.fsencode(self._path), params)
@@ -634,13 +636,6 @@ def _grow(call: Callable[[Any, int], int], element: Any, size: int) -> Any:
     if count < 0:
         raise engine_error("llama.cpp", "buffer", f"{-count} elements to be enough", "more asked")
     return buffer[:count] if element is not ctypes.c_char else [buffer.raw[:count]]
-
-
-def _usable_cpus() -> int:
-    """CPUs this process may run on, where the system can tell."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _id_or_none(token: int) -> int | None:

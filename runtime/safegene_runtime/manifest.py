@@ -14,7 +14,8 @@ manifest does not list is refused as well: something a loader might pick up.
     adapter          {"name", "files": {file name, or "safegene.json#<expression>": sha256},
                       "expression", "n_parameters"}
     tokenizer        {"chat_template_sha256": sha256 or null}
-    settings         how it was made: requested type, gate bounds, llama.cpp version, imatrix digest
+    settings         how it was made: requested type, gate bounds, imatrix digest, what was promoted,
+                     and of a GGUF the llama-cpp-python whose llama.cpp encoded it
     files            [{"path", "role": "model" | "adapter" | "data" | "config", "size_bytes", "sha256"}]
     modules          [{"module", "tensor", "shape": [out, in], "rank", "scaling", "coefficient",
                        "effective_scale", "type_before", "type_after", "bytes_before",

@@ -25,14 +25,13 @@ from typing import Any, Self
 import numpy as np
 
 from safegene_runtime import strictjson
-from safegene_runtime.engine import OnProgress, shared_length
+from safegene_runtime.engine import OnProgress, shared_length, thread_count
 from safegene_runtime.errors import EngineError, FormatError, ManifestError, Problem, Problems
 from safegene_runtime.files import open_regular, read_small_file, sha256_of
 from safegene_runtime.onnx_file import OnnxFile, ValueInfo, read_onnx
 
 __all__ = ["OrtEngine", "read_text_files"]
 
-MAX_THREADS = 32
 MAX_OUTPUT_BYTES = 128 << 20
 MAX_TEXT_BYTES = 64 << 20
 READ_BYTES = 4 << 20
@@ -121,11 +120,9 @@ class OrtEngine:
     ) -> None:
         self._session: Any = None
         self._path = model_path
-        if threads is None:
-            threads = min(_usable_cpus(), MAX_THREADS)
-        for name, value in (("threads", threads), ("n_seq_max", n_seq_max)):
-            if value < 1:
-                raise EngineError(Problem(self.name, name, "at least 1", str(value)))
+        threads = thread_count(threads)
+        if n_seq_max < 1:
+            raise EngineError(Problem(self.name, "n_seq_max", "at least 1", str(n_seq_max)))
         self._n_seq_max = n_seq_max
         try:
             import onnxruntime
@@ -733,10 +730,3 @@ def _padded(rows: list[np.ndarray]) -> np.ndarray:
 def _mask(lengths: list[int], longest: int) -> np.ndarray:
     mask: np.ndarray = np.arange(longest)[None, :] < np.array(lengths)[:, None]
     return mask.astype(np.int64)
-
-
-def _usable_cpus() -> int:
-    """CPUs this process may run on, where the system can tell."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from safegene_runtime.chat import render
-from safegene_runtime.engine import Engine, open_engine
+from safegene_runtime.engine import Engine, open_engine, thread_count
 from safegene_runtime.errors import EngineError, Problem, UnverifiedError
 from safegene_runtime.files import sha256_of
 from safegene_runtime.integrity import check_integrity
@@ -57,6 +57,7 @@ def open(
             engine refused.
         FormatError: a model file that breaks its format.
     """
+    threads = thread_count(threads)
     folder = Path(artifact)
     manifest = read_manifest(folder)
     problem = _unverified(manifest, folder)
