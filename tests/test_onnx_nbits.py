@@ -20,16 +20,20 @@ from onnx_tools import arrays, edited, every_module, feeds, load, node, quick, s
 from test_to_gguf import peft_delta
 from test_to_onnx import expected_delta
 
+from safegene_converter import onnx_build
 from safegene_converter.survival import Bounds
 from safegene_converter.to_onnx import convert_onnx
-from safegene_runtime.errors import BaseModelError, SurvivalError, UnsupportedError
+from safegene_runtime.errors import (
+    BaseModelError,
+    PostconditionError,
+    SurvivalError,
+    UnsupportedError,
+)
 from safegene_runtime.onnx_checks import precision_class
 from safegene_runtime.onnx_file import read_onnx
 
 ANYTHING = Bounds(0.0, 10.0, 1e6, 1e6)
 LINEARS = ("qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SEPARATE = ("q_proj", "k_proj", "v_proj", *LINEARS[1:])
-"""The builder packs q, k and v only where the attention operator of the type takes them packed."""
 KINDS = list(itertools.product((4, 8), (True, False), (16, 32, 128)))
 
 
@@ -347,7 +351,7 @@ def test_half_wide_weights_are_the_rounded_sum(
     before, after, branch = (load(path) for path in (source, tmp_path / "merged",
                                                      tmp_path / "branch"))  # fmt: skip
     tensors = [{t.name: t for t in model.graph.initializer} for model in (before, after, branch)]
-    for layer, projection in itertools.product(range(2), SEPARATE):
+    for layer, projection in itertools.product(range(2), LINEARS):
         weight = node(before, f"layers.{layer}/", f"{projection}/MatMul").input[1]
         assert tensors[1][weight].data_type == kind
         meant = as_float32(tensors[0][weight]).T + expected_delta(delta, layer, projection)
@@ -370,6 +374,17 @@ def test_a_half_wide_graph_runs_in_all_forms(adapter: Path, tmp_path: Path) -> N
             adapter, tiny.onnx_model("llama", "fp16"), tmp_path / form, form=form
         )
         assert manifest.settings["self_check"]["beta"] == pytest.approx(1, abs=0.01)
+
+
+def test_a_half_wide_graph_that_takes_no_past_is_refused(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the builder makes of fp16 for the CPU: whole sequences run, and no step from the cache."""
+    monkeypatch.setattr(onnx_build, "_LAYOUT", {})
+    onnx_build.build_onnx(tiny.hf_model("llama"), tmp_path / "base", "fp16")
+    with pytest.raises(PostconditionError, match="run: expected logits"):
+        convert_onnx(adapter, tmp_path / "base", tmp_path / "out", form="branch")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_run_here_is_not_called_checked(adapter: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from test_to_gguf import peft_delta
 from safegene_converter.base import open_base
 from safegene_converter.child import python_environment
 from safegene_converter.gguf_to_hf import check_decodable, gguf_to_hf
-from safegene_converter.onnx_build import build_onnx
+from safegene_converter.onnx_build import build_onnx, check_build_options
 from safegene_runtime.errors import BaseModelError, SafeGeneError, UnsupportedError
 from safegene_runtime.gguf import Value, ValueType
 from safegene_runtime.onnx_file import read_onnx
@@ -234,11 +234,29 @@ def test_every_wrong_base_is_one_clear_message(adapter: Path, tmp_path: Path) ->
         ({"precision": "int4", "accuracy_level": 9}, "1, 2, 3, 4"),
         ({"builder_options": ["fuse_qkv"]}, "KEY=VALUE"),
         ({"builder_options": ["adapter_path=x"]}, "adapter_path"),
-        (
-            {"precision": "int4", "builder_options": ["int4_block_size=16"]},
-            "did you mean block_size",
-        ),
         ({"builder_options": ["nonsense=1"]}, "--help"),
+        *(
+            ({"precision": "int4", "builder_options": [option]}, words)
+            for option, words in (
+                ("int4_block_size=16", "did you mean --block-size"),
+                ("group_size=16", "did you mean --block-size"),
+                ("symmetric=false", "did you mean is_symmetric"),
+                ("symmetrik=false", "did you mean is_symmetric"),
+                ("block_size=16", "use --block-size 16"),
+                ("accuracy_level=1", "use --accuracy-level 1"),
+            )
+        ),
+        *(
+            ({"builder_options": [option]}, "another decoder, or none")
+            for option in (
+                "prune_lm_head=true",
+                "num_hidden_layers=1",
+                "filename=m.onnx",
+                "config_only=true",
+                "use_qdq=true",
+                "kv_cache_quant_scheme=int8_per_tensor",
+            )
+        ),
     ],
 )
 def test_options_that_the_builder_would_misread_are_refused(
@@ -248,6 +266,14 @@ def test_options_that_the_builder_would_misread_are_refused(
         quick(adapter, tiny.hf_model("llama"), tmp_path / "out", **options)
     assert words in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_that_docs_and_tests_name_is_one_the_builder_knows() -> None:
+    check_build_options(
+        "int4", None, None,
+        ["algo_config=k_quant", "is_symmetric=false", "fuse_qkv=false", "fuse_mlp_gate_up=true",
+         "matmul_mixed_precision=last_matmul:int8", "nodes_to_exclude=a", "shared_embeddings=true"],
+    )  # fmt: skip
 
 
 def test_what_the_builder_refuses_is_its_last_word(adapter: Path, tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ def check_integrity(
 
     check_files(manifest, folder, step)
     problems = Problems()
-    if record is not None:  # serving, not verifying: what it was verified against is in the manifest
+    if (
+        record is not None
+    ):  # serving, not verifying: what it was verified against is in the manifest
         _check_same_adapter(manifest, folder, record, problems)
     needed = {"sidecar": ("adapter",), "adapter": ("model", "adapter")}.get(
         manifest.artifact["form"], ("model",)
