@@ -396,6 +396,16 @@ def test_the_manifest_is_true(made: tuple[Path, Manifest]) -> None:
     assert str(tiny.REPOSITORY) not in text
 
 
+def test_a_folder_that_genai_cannot_load_says_so(adapter: Path, base: Path, tmp_path: Path) -> None:
+    source = tiny.exported_model("llama", "torchscript")
+    assert not (source / "genai_config.json").exists()
+    for form in ("branch", "adapter"):
+        manifest = quick(adapter, source, tmp_path / form, form=form)  # type: ignore[arg-type]
+        assert "GenAI cannot load" in manifest.settings["caution"]
+        assert ("leave" in manifest.settings["caution"]) == (form == "adapter")
+    assert "caution" not in quick(adapter, base, tmp_path / "plain").settings
+
+
 def test_opset_version_and_nodes_are_the_bases(made: tuple[Path, Manifest], base: Path) -> None:
     old, new = load(base), load(made[0])
     assert old.ir_version == new.ir_version

@@ -39,7 +39,7 @@ from safegene_runtime.errors import FormatError, ManifestError, Problems
 from safegene_runtime.files import MANIFEST_NAME, publish_file, read_small_file, sha256_file
 from safegene_runtime.verdict import Verdict
 
-__all__ = ["FileEntry", "Manifest", "ModuleEntry", "check_files", "read_manifest"]
+__all__ = ["FileEntry", "Manifest", "ModuleEntry", "check_files", "is_file_name", "read_manifest"]
 
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 32 << 20
@@ -124,6 +124,11 @@ class Manifest:
     def file(self, role: str) -> FileEntry | None:
         """The first file with a role, or None."""
         return next((entry for entry in self.files if entry.role == role), None)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a manifest can list a file of this name."""
+    return bool(_NAME.fullmatch(name)) and name.casefold() != MANIFEST_NAME
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -337,7 +342,7 @@ def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
             problems.add(where, f"{section}.files", "at least one file", "none")
     seen: set[str] = set()
     for entry in raw["files"]:
-        if not _NAME.fullmatch(entry["path"]) or entry["path"].casefold() == MANIFEST_NAME:
+        if not is_file_name(entry["path"]):
             problems.add(where, "files.path", "a plain file name", repr(entry["path"]))
         if entry["path"].casefold() in seen:
             problems.add(where, "files.path", "each file once", entry["path"])
