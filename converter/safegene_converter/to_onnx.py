@@ -23,7 +23,7 @@ from safegene_converter.adapter import check_base_fits, read_adapter
 from safegene_converter.base import Base
 from safegene_converter.hashing import digesting
 from safegene_converter.onnx_base import ADAPTER_FILE, OnnxBase, open_onnx_base
-from safegene_converter.onnx_branch import branch, slot_names, write_adapter
+from safegene_converter.onnx_branch import branch, slot_entries, slot_names, write_adapter
 from safegene_converter.onnx_job import (
     FORMS,
     Form,
@@ -172,6 +172,7 @@ def convert_onnx(
             settings=settings,
             files=tuple(files),
             modules=tuple(modules),
+            slots=slot_entries(job) if chosen == "adapter" else (),
         )
         shutil.rmtree(work)
         (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
