@@ -105,7 +105,7 @@ def test_the_adapter_file_is_the_same_as_passing_its_tensors(real: Real, tmp_pat
     values = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
     by_hand = {name: value.numpy() for name, value in values.items()}
     running = session(out / "model.onnx")
-    fed = feeds(running, [list(real.reference.prompts[0].prompt_ids)])
+    fed = feeds(running, [list(real.reference.prompts[0].prompt_ids)], head_size=64)
     (with_file,) = running.run(["logits"], fed, options)
     (passed,) = running.run(["logits"], fed | by_hand)
     (without,) = running.run(["logits"], fed)
