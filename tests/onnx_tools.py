@@ -64,7 +64,9 @@ def session(model: onnx.ModelProto | Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
 
 
-def feeds(running: onnxruntime.InferenceSession, ids: list[list[int]]) -> dict[str, np.ndarray]:
+def feeds(
+    running: onnxruntime.InferenceSession, ids: list[list[int]], head_size: int = HEAD_SIZE
+) -> dict[str, np.ndarray]:
     """Ids with no past, for any decoder with a KV cache."""
     tokens = np.array(ids, np.int64)
     given: dict[str, Any] = {
@@ -78,7 +80,7 @@ def feeds(running: onnxruntime.InferenceSession, ids: list[list[int]]) -> dict[s
             found[value.name] = given[value.name]
         elif ".safegene." not in value.name:
             dtype = np.float16 if "16" in value.type else np.float32
-            size = value.shape[3] if isinstance(value.shape[3], int) else HEAD_SIZE
+            size = value.shape[3] if isinstance(value.shape[3], int) else head_size
             found[value.name] = np.zeros((len(ids), value.shape[1], 0, size), dtype)
     return found
 

@@ -74,6 +74,8 @@ def _manifest() -> Manifest:
     )
 
 
+SLOT = {"name": "a", "shape": [64, 4], "type": "F32"}
+ONNX = {"target": "onnx", "architecture": "llama", "name": "x", "precision": "f32"}
 VERIFICATION = {
     "verdict": "PASS",
     "reference_sha256": SHA,
@@ -247,6 +249,19 @@ HOSTILE: dict[str, tuple[str, Change]] = {
     "another kind of base": ("base.kind: expected gguf, hf or onnx, got pt", _set("base.kind", "pt")),
     "another target": ("artifact.form", _set("artifact.target", "pickle")),
     "another form": ("artifact.form: expected .*, got gguf branch", _set("artifact.form", "branch")),
+    "slots without the adapter form": ("slots: expected slots in the adapter", _set("slots", [SLOT])),
+    "the adapter form without slots": (
+        "slots: expected slots.*got 0", _set("artifact", {**ONNX, "form": "adapter"}),
+    ),
+    "slots that are no list": ("slots: expected a list", _set("slots", {})),
+    "an empty list of slots": ("slots: expected a list", _set("slots", [])),
+    "a slot without a type": ("type: expected to be present", _set("slots", [{"name": "a"}])),
+    "a slot of another type": ("slots.a.type: expected F32", _set("slots", [{**SLOT, "type": "Q8"}])),
+    "a slot of one dimension": (
+        "slots.a.shape: expected .rows", _set("slots", [{**SLOT, "shape": [4]}]),
+    ),
+    "a slot twice": ("slots.name: expected each slot once", _set("slots", [SLOT, SLOT])),
+    "a slot with more": ("slots.0..*unknown key", _set("slots", [{**SLOT, "more": 1}])),
     "a shape of one": ("shape: expected .out, in., got .5.", _set("modules.0.shape", [5])),
     "a shape of three": ("shape: expected", _set("modules.0.shape", [1, 2, 3])),
     "a shape with 0": ("shape: expected", _set("modules.0.shape", [0, 192])),

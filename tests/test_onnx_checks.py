@@ -132,7 +132,9 @@ CASES: dict[str, tuple[str, Edit, type[SafeGeneError], str]] = {
         "adapter", weight_is_input, ManifestError, "override",
     ),
     "a slot whose default is not empty": ("adapter", slot_is_filled, ManifestError, "empty"),
-    "slots that no caller can fill": ("adapter", slots_are_constants, ManifestError, "slots"),
+    "slots that no caller can fill": (
+        "adapter", slots_are_constants, ManifestError, "slot of the manifest.*got nothing",
+    ),
     "two initializers of one name": ("merged", name_twice, FormatError, "each name once"),
     "data above the folder": ("merged", above, FormatError, "own folder"),
     "data in a file that is not listed": ("branch", unlisted, ManifestError, "other.data"),
@@ -160,6 +162,54 @@ def test_a_graph_that_is_not_what_the_manifest_says_is_refused(
         shutil.move(tmp_path / "other.data", out)
     with pytest.raises(error, match=words):
         checked(out)
+
+
+def values_of(folder: Path) -> dict[str, np.ndarray]:
+    file = onnxruntime.AdapterFormat.read_adapter(str(folder / "adapter.onnx_adapter"))
+    return {name: np.array(value.numpy()) for name, value in file.get_parameters().items()}
+
+
+def refilled(source: Path, out: Path, values: dict[str, np.ndarray]) -> Path:
+    """A copy with an adapter file of other values, and a manifest that agrees with its bytes."""
+    shutil.copytree(source, out)
+    path = out / "adapter.onnx_adapter"
+    made = onnxruntime.AdapterFormat()
+    made.set_adapter_version(1)
+    made.set_model_version(1)
+    made.set_parameters(
+        {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()}
+    )
+    path.unlink()
+    made.export_adapter(str(path))
+    return agree(out)
+
+
+def test_slots_are_listed_by_name_shape_and_type(artifacts: dict[str, Path]) -> None:
+    listed = read_manifest(artifacts["adapter"]).slots
+    values = values_of(artifacts["adapter"])
+    assert [slot.name for slot in listed] == sorted(values)
+    assert all(slot.shape == values[slot.name].shape and slot.type == "F32" for slot in listed)
+    assert all(not read_manifest(artifacts[form]).slots for form in ("merged", "branch"))
+
+
+@pytest.mark.parametrize("change", ["missing", "another", "rank", "type"])
+def test_an_adapter_file_with_other_slots_than_the_manifest_is_refused(
+    change: str, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    values = values_of(artifacts["adapter"])
+    name = sorted(values)[3]
+    value = values.pop(name)
+    if change == "another":
+        values["elsewhere"] = value
+    elif change == "rank":
+        values[name] = np.ascontiguousarray(
+            np.repeat(value, 2, axis=value.shape.index(min(value.shape)))
+        )
+    elif change == "type":
+        values[name] = value.astype(np.float16)
+    with pytest.raises(ManifestError, match="slot of the manifest") as caught:
+        checked(refilled(artifacts["adapter"], tmp_path / "out", values))
+    assert len(caught.value.problems) == (2 if change == "another" else 1)
 
 
 @pytest.mark.parametrize("link", ["symbolic", "hard"])
@@ -259,17 +309,8 @@ def test_a_branch_that_does_something_else_is_broken_where_it_shows(
 def test_an_adapter_file_of_zeros_is_broken_at_static(
     artifacts: dict[str, Path], climb: Callable[[Path], Report], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(artifacts["adapter"], out)
-    path = out / "adapter.onnx_adapter"
-    values = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
-    made = onnxruntime.AdapterFormat()
-    made.set_adapter_version(1)
-    made.set_model_version(1)
-    zeros = {n: onnxruntime.OrtValue.ortvalue_from_numpy(v.numpy() * 0) for n, v in values.items()}
-    made.set_parameters(zeros)
-    path.unlink()
-    made.export_adapter(str(path))
+    zeros = {name: value * 0 for name, value in values_of(artifacts["adapter"]).items()}
+    out = refilled(artifacts["adapter"], tmp_path / "out", zeros)
     assert len(load(out).graph.input) > 20
-    report = climb(agree(out))
+    report = climb(out)
     assert report.broken_at == "static"

@@ -55,7 +55,7 @@ def without_end(engine: OrtEngine, ids: list[int]) -> list[int]:
     return reply
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 @pytest.mark.parametrize("form", FORMS)
 def test_genai_generates_what_our_engine_generates(
     form: Form, precision: str, adapter: Path, tmp_path: Path

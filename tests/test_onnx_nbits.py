@@ -8,6 +8,7 @@ Runtime's own tool, and by the onnxruntime-genai builder.
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,16 +21,20 @@ from onnx_tools import arrays, edited, every_module, feeds, load, node, quick, s
 from test_to_gguf import peft_delta
 from test_to_onnx import expected_delta
 
+from safegene_converter import onnx_build
 from safegene_converter.survival import Bounds
 from safegene_converter.to_onnx import convert_onnx
-from safegene_runtime.errors import BaseModelError, SurvivalError, UnsupportedError
+from safegene_runtime.errors import (
+    BaseModelError,
+    PostconditionError,
+    SurvivalError,
+    UnsupportedError,
+)
 from safegene_runtime.onnx_checks import precision_class
 from safegene_runtime.onnx_file import read_onnx
 
 ANYTHING = Bounds(0.0, 10.0, 1e6, 1e6)
 LINEARS = ("qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SEPARATE = ("q_proj", "k_proj", "v_proj", *LINEARS[1:])
-"""The builder packs q, k and v only where the attention operator of the type takes them packed."""
 KINDS = list(itertools.product((4, 8), (True, False), (16, 32, 128)))
 
 
@@ -222,14 +227,18 @@ def test_rows_of_other_modules_keep_their_bytes(
     assert changed > 32
 
 
-@pytest.mark.parametrize("options", [[], ["is_symmetric=false", "block_size=16"]])
+@pytest.mark.parametrize(("options", "block_size"), [([], None), (["is_symmetric=false"], 16)])
 def test_from_float_weights_are_merged_first_and_quantised_once(
-    options: list[str], adapter: Path, delta: dict[str, np.ndarray], tmp_path: Path
+    options: list[str],
+    block_size: int | None,
+    adapter: Path,
+    delta: dict[str, np.ndarray],
+    tmp_path: Path,
 ) -> None:
     """The builder's int4: the result is the builder's own rounding of W + dW, not of Q(W) + dW."""
     manifest = quick(
         adapter, tiny.hf_model("llama"), tmp_path / "out", form="merged", precision="int4",
-        builder_options=options, bounds=Bounds(0.5, 1.5, 0.5, 1.3),
+        builder_options=options, block_size=block_size, bounds=Bounds(0.5, 1.5, 0.5, 1.3),
     )  # fmt: skip
     assert {entry.survival["mode"] for entry in manifest.modules} == {"once"}  # type: ignore[index]
     assert {entry.type_before for entry in manifest.modules} == {"INT4"}
@@ -237,7 +246,8 @@ def test_from_float_weights_are_merged_first_and_quantised_once(
     assert 0 < manifest.settings["weight_error"] < 0.2
     has_zeros = bool(node(load(tmp_path / "out"), "layers.0/", "o_proj/MatMul").input[3:4])
     assert has_zeros == bool(options)
-    base = tiny.onnx_model("llama", "int4", *options)
+    blocks = [f"block_size={block_size}"] if block_size else []
+    base = tiny.onnx_model("llama", "int4", *options, *blocks)
     weights = arrays(tiny.onnx_model("llama"))
     for layer, projection in ((0, "o_proj"), (1, "gate_proj")):
         name = node(load(tiny.onnx_model("llama")), f"layers.{layer}/", f"{projection}/MatMul")
@@ -329,6 +339,24 @@ def test_a_group_index_is_refused_by_name(
 # --- half-wide graphs ------------------------------------------------------------------------------
 
 
+def test_a_data_file_that_all_its_tensors_leave_is_not_written(
+    adapter: Path, tmp_path: Path
+) -> None:
+    """One file per tensor, and weights that are promoted: they go to a file of their own."""
+    source = tiny.onnx_model("llama", "int4")
+    base = tmp_path / "base"
+    shutil.copytree(source, base, ignore=shutil.ignore_patterns("*.onnx*"))
+    onnx.save(
+        onnx.load(source / "model.onnx"), base / "model.onnx", save_as_external_data=True,
+        all_tensors_to_one_file=False, size_threshold=64,
+    )  # fmt: skip
+    manifest = quick(adapter, base, tmp_path / "out", form="merged")
+    assert {entry.type_after for entry in manifest.modules} - {"INT4"}
+    assert all(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    read = {file.name for file in read_onnx(tmp_path / "out" / "model.onnx").files}
+    assert read == {entry.path for entry in manifest.files if entry.role in ("model", "data")}
+
+
 def as_float32(tensor: onnx.TensorProto) -> np.ndarray:
     return numpy_helper.to_array(tensor).astype(np.float32)
 
@@ -347,7 +375,7 @@ def test_half_wide_weights_are_the_rounded_sum(
     before, after, branch = (load(path) for path in (source, tmp_path / "merged",
                                                      tmp_path / "branch"))  # fmt: skip
     tensors = [{t.name: t for t in model.graph.initializer} for model in (before, after, branch)]
-    for layer, projection in itertools.product(range(2), SEPARATE):
+    for layer, projection in itertools.product(range(2), LINEARS):
         weight = node(before, f"layers.{layer}/", f"{projection}/MatMul").input[1]
         assert tensors[1][weight].data_type == kind
         meant = as_float32(tensors[0][weight]).T + expected_delta(delta, layer, projection)
@@ -370,6 +398,17 @@ def test_a_half_wide_graph_runs_in_all_forms(adapter: Path, tmp_path: Path) -> N
             adapter, tiny.onnx_model("llama", "fp16"), tmp_path / form, form=form
         )
         assert manifest.settings["self_check"]["beta"] == pytest.approx(1, abs=0.01)
+
+
+def test_a_half_wide_graph_that_takes_no_past_is_refused(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the builder makes of fp16 for the CPU: whole sequences run, and no step from the cache."""
+    monkeypatch.setattr(onnx_build, "_LAYOUT", {})
+    onnx_build.build_onnx(tiny.hf_model("llama"), tmp_path / "base", "fp16")
+    with pytest.raises(PostconditionError, match="run: expected logits"):
+        convert_onnx(adapter, tmp_path / "base", tmp_path / "out", form="branch")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_run_here_is_not_called_checked(adapter: Path, tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ import pytest
 import tiny
 from onnx import TensorProto, helper
 from onnx_tools import arrays, every_module, feeds, quick, session
+from safetensors.numpy import load_file, save_file
 from test_to_gguf import peft_delta
 
 from safegene_converter.base import open_base
 from safegene_converter.child import python_environment
 from safegene_converter.gguf_to_hf import check_decodable, gguf_to_hf
-from safegene_converter.onnx_build import build_onnx
+from safegene_converter.onnx_build import build_onnx, check_build_options
 from safegene_runtime.errors import BaseModelError, SafeGeneError, UnsupportedError
 from safegene_runtime.gguf import Value, ValueType
 from safegene_runtime.onnx_file import read_onnx
@@ -110,6 +111,47 @@ def test_the_head_is_untouched_tied_or_not(tied: bool, adapter: Path, tmp_path: 
     assert np.abs(logits[0] - logits[1]).max() > 0.01
 
 
+# --- a graph and the weights it was made from ------------------------------------------------------
+
+
+def with_weights(base: Path, out: Path) -> Path:
+    """An ONNX folder in which the weights lie that it was exported from."""
+    shutil.copytree(base, out)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny.hf_model("llama") / name, out)
+    return out
+
+
+def test_weights_beside_the_graph_prove_it_and_the_graph_is_the_base(
+    adapter: Path, tmp_path: Path
+) -> None:
+    base = with_weights(tiny.onnx_model("llama"), tmp_path / "base")
+    manifest = quick(adapter, base, tmp_path / "out", form="merged")
+    assert manifest.base["kind"] == "onnx"
+    assert {"model.onnx", "model.onnx.data", "model.safetensors"} <= manifest.base["files"].keys()
+    assert "export" not in manifest.settings
+    assert manifest.settings["weight_error"] == 0.0
+    weights = load_file(base / "model.safetensors")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    save_file({**weights, name: weights[name][::-1].copy()}, base / "model.safetensors")
+    with pytest.raises(BaseModelError, match=r"layers\.1\.self_attn\.k_proj.*relative error"):
+        quick(adapter, base, tmp_path / "other")
+    with pytest.raises(UnsupportedError, match="a folder without it"):
+        quick(adapter, base, tmp_path / "other", precision="int4")
+
+
+def test_where_the_float_weights_are_at_hand_a_merge_is_quantised_once(
+    adapter: Path, tmp_path: Path
+) -> None:
+    base = with_weights(tiny.onnx_model("llama", "int4"), tmp_path / "base")
+    quick(adapter, base, tmp_path / "beside", form="merged")
+    quick(adapter, tiny.hf_model("llama"), tmp_path / "hf", form="merged", precision="int4")
+    quick(adapter, tiny.onnx_model("llama", "int4"), tmp_path / "alone", form="merged")
+    beside, exported, alone = (arrays(tmp_path / name) for name in ("beside", "hf", "alone"))
+    assert all(np.array_equal(beside[name], exported[name]) for name in exported)
+    assert not all(np.array_equal(alone[name], exported[name]) for name in exported)
+
+
 # --- more than 2 GB --------------------------------------------------------------------------------
 
 GIB = 1 << 30
@@ -124,16 +166,23 @@ print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def large_base(out: Path, n_files: int, hole: int) -> Path:
-    """The tiny model with five holes of so many bytes beside its weights, in one file or in several."""
-    source = tiny.onnx_model("llama")
-    shutil.copytree(source, out)
-    (out / "model.onnx.data").rename(out / "weights-0.bin")
+def renamed_data(out: Path, name: str) -> Path:
+    """The tiny model with its data in a file of another name."""
+    shutil.copytree(tiny.onnx_model("llama"), out)
+    (out / "model.onnx.data").rename(out / name)
     model = onnx.load(out / "model.onnx", load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
-                entry.value = "weights-0.bin"
+                entry.value = name
+    (out / "model.onnx").write_bytes(model.SerializeToString())
+    return out
+
+
+def large_base(out: Path, n_files: int, hole: int) -> Path:
+    """The tiny model with five holes of so many bytes beside its weights, in one file or in several."""
+    renamed_data(out, "weights-0.bin")
+    model = onnx.load(out / "model.onnx", load_external_data=False)
     start = -(-os.path.getsize(out / "weights-0.bin") // 4096) * 4096
     for number in range(5):
         name = f"weights-{number % n_files}.bin"
@@ -187,7 +236,90 @@ def test_a_large_base_is_not_loaded(n_files: int, hole: int, adapter: Path, tmp_
     shutil.rmtree(base)
 
 
+def test_the_self_check_reads_the_factors_and_not_the_model(tmp_path: Path) -> None:
+    only = tiny.peft_adapter(
+        "llama", tmp_path / "adapter", scale=0.05, target_modules=["up_proj"],
+        layers_to_transform=[0],
+    )  # fmt: skip
+    base = large_base(tmp_path / "base", 1, GIB // 8)
+    quick(only, base, tmp_path / "out", form="branch")
+    names = [name for name in read_onnx(tmp_path / "out" / "model.onnx").initializers
+             if ".safegene.lora_" in name]  # fmt: skip
+    slots = {"w": {"names": sorted(names), "modules": [["model.layers.0.mlp.up_proj", 0, 128]]}}
+    job = {"adapter": str(only), "expression": "default", "slots": slots}
+    code = """
+import json, resource, sys
+import onnx, onnx.numpy_helper
+from pathlib import Path
+from safegene_converter.onnx_selfcheck import _compare_factors
+from safegene_runtime.errors import Problems
+problems = Problems()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+_compare_factors(Path(sys.argv[1]), json.loads(sys.argv[2]), problems)
+print(len(problems), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "out" / "model.onnx", json.dumps(job)],
+        env=python_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    count, grown_kib = map(int, done.stdout.split())
+    assert count == 0
+    assert grown_kib < 64 << 10, "less than one of the holes"
+
+
 # --- bad input, as a new user gives it -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "Manifest.JSON", "adapter.onnx_adapter", "model.onnx.safegene.data", ".work",
+     "my weights.bin"],
+)  # fmt: skip
+def test_a_data_file_that_an_artifact_cannot_hold_is_refused_before_any_work(
+    name: str, adapter: Path, tmp_path: Path
+) -> None:
+    base = renamed_data(tmp_path / "base", name)
+    told: list[str] = []
+    with pytest.raises(BaseModelError) as caught:
+        quick(
+            adapter, base, tmp_path / "out", progress=lambda stage, done, total: told.append(stage)
+        )
+    assert name in str(caught.value)
+    assert len(caught.value.problems) == 1
+    assert told == []
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_data_file_that_looks_like_a_configuration_is_none(adapter: Path, tmp_path: Path) -> None:
+    base = renamed_data(tmp_path / "base", "weights.json")
+    manifest = quick(adapter, base, tmp_path / "out", form="merged")
+    assert [entry.role for entry in manifest.files if entry.path == "weights.json"] == ["data"]
+
+
+def test_what_is_missing_beside_the_graph_is_named_before_any_work(
+    adapter: Path, tmp_path: Path
+) -> None:
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "config.json").write_text("{}")
+    for name, missing, words in (
+        ("text", ["tokenizer.json"], "tokenizer.json"),
+        ("bare", ["genai_config.json"], "config.json or genai_config.json"),
+        ("hub/onnx", ["genai_config.json"], f"from {hub}"),
+    ):
+        shutil.copytree(tiny.onnx_model("llama"), tmp_path / name)
+        for one in missing:
+            (tmp_path / name / one).unlink()
+        told: list[str] = []
+        with pytest.raises(SafeGeneError) as caught:
+            quick(
+                adapter, tmp_path / name, tmp_path / "out",
+                progress=lambda stage, done, total, told=told: told.append(stage),
+            )  # fmt: skip
+        assert words in str(caught.value)
+        assert told == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_wrong_base_is_one_clear_message(adapter: Path, tmp_path: Path) -> None:
@@ -234,11 +366,29 @@ def test_every_wrong_base_is_one_clear_message(adapter: Path, tmp_path: Path) ->
         ({"precision": "int4", "accuracy_level": 9}, "1, 2, 3, 4"),
         ({"builder_options": ["fuse_qkv"]}, "KEY=VALUE"),
         ({"builder_options": ["adapter_path=x"]}, "adapter_path"),
-        (
-            {"precision": "int4", "builder_options": ["int4_block_size=16"]},
-            "did you mean block_size",
-        ),
         ({"builder_options": ["nonsense=1"]}, "--help"),
+        *(
+            ({"precision": "int4", "builder_options": [option]}, words)
+            for option, words in (
+                ("int4_block_size=16", "did you mean --block-size"),
+                ("group_size=16", "did you mean --block-size"),
+                ("symmetric=false", "did you mean is_symmetric"),
+                ("symmetrik=false", "did you mean is_symmetric"),
+                ("block_size=16", "use --block-size 16"),
+                ("accuracy_level=1", "use --accuracy-level 1"),
+            )
+        ),
+        *(
+            ({"builder_options": [option]}, "another decoder, or none")
+            for option in (
+                "prune_lm_head=true",
+                "num_hidden_layers=1",
+                "filename=m.onnx",
+                "config_only=true",
+                "use_qdq=true",
+                "kv_cache_quant_scheme=int8_per_tensor",
+            )
+        ),
     ],
 )
 def test_options_that_the_builder_would_misread_are_refused(
@@ -248,6 +398,14 @@ def test_options_that_the_builder_would_misread_are_refused(
         quick(adapter, tiny.hf_model("llama"), tmp_path / "out", **options)
     assert words in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_that_docs_and_tests_name_is_one_the_builder_knows() -> None:
+    check_build_options(
+        "int4", None, None,
+        ["algo_config=k_quant", "is_symmetric=false", "fuse_qkv=false", "fuse_mlp_gate_up=true",
+         "matmul_mixed_precision=last_matmul:int8", "nodes_to_exclude=a", "shared_embeddings=true"],
+    )  # fmt: skip
 
 
 def test_what_the_builder_refuses_is_its_last_word(adapter: Path, tmp_path: Path) -> None:
@@ -272,6 +430,9 @@ def test_the_command_says_it_once_and_leaves_nothing(adapter: Path, tmp_path: Pa
         (["--base", onnx_base, "--as", "sidecar"], "merged or branch or adapter"),
         (["--base", onnx_base, "--type", "q4_k_m"], "--precision"),
         (["--base", onnx_base, "--imatrix", "x"], "--imatrix"),
+        (["--base", onnx_base, "--as", "branch", "--type", "keep"], "leave --type out"),
+        (["--base", onnx_base, "--as", "adapter", "--promote"], "leave --promote out"),
+        (["--base", tiny.hf_model("llama"), "--as", "branch", "--gain", "0.9", "1.1"], "--gain"),
         (["--base", onnx_base, "--asd", "merged"], "--asd"),
         (["--base", tiny.smollm2_gguf()], "float GGUF"),
         (["--base", tmp_path / "nowhere"], "nothing there"),

@@ -125,6 +125,26 @@ def test_the_log_is_quiet(tmp_path: Path) -> None:
     assert done.stdout.startswith("[[")
 
 
+def test_a_refusal_is_an_exception_with_its_reason_and_no_line_of_the_runtimes_own(
+    tmp_path: Path,
+) -> None:
+    def narrow(model: onnx.ModelProto) -> None:
+        one = next(n for n in model.graph.node if n.op_type == "GroupQueryAttention")
+        next(a for a in one.attribute if a.name == "num_heads").i = 3
+
+    path = edited(folder("builder"), tmp_path / "base", narrow) / "model.onnx"
+    code = (
+        "import sys; from pathlib import Path; from safegene_runtime.ort_engine import OrtEngine\n"
+        "from safegene_runtime.errors import EngineError\n"
+        "try: OrtEngine(Path(sys.argv[1]), threads=1).generate([[5, 6]], 2, [])\n"
+        "except EngineError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], env=python_environment(),
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert done.stderr == ""
+    assert "GroupQueryAttention" in done.stdout
+
+
 def test_it_imports_what_it_says_and_no_more() -> None:
     code = """
 import sys
@@ -222,6 +242,32 @@ def test_what_cannot_be_fed_is_refused_with_a_reason(tmp_path: Path) -> None:
         path = edited(folder("builder"), tmp_path / name, change) / "model.onnx"
         with pytest.raises(EngineError, match=name):
             OrtEngine(path, threads=1)
+
+
+def test_logits_of_the_last_token_alone_are_refused(tmp_path: Path) -> None:
+    """As the builder's prune_lm_head leaves them: one row, whatever the input's length."""
+
+    def prune(model: onnx.ModelProto) -> None:
+        head = next(n for n in model.graph.node if "logits" in n.output)
+        at = list(model.graph.node).index(head)
+        model.graph.initializer.extend(
+            onnx.numpy_helper.from_array(np.array([value], np.int64), f"prune.{name}")
+            for name, value in (("start", -1), ("stop", 2**31), ("axis", 1))
+        )
+        cut = ["prune.start", "prune.stop", "prune.axis"]
+        model.graph.node.insert(
+            at, onnx.helper.make_node("Slice", [head.input[0], *cut], ["prune.last"])
+        )
+        model.graph.node[at + 1].input[0] = "prune.last"
+
+    path = edited(folder("builder"), tmp_path / "base", prune) / "model.onnx"
+    with OrtEngine(path, threads=1) as engine:
+        for call in (
+            lambda: list(engine.logits([[5, 6, 7]], [2])),
+            lambda: engine.generate([[5, 6, 7]], 2, []),
+        ):
+            with pytest.raises(EngineError, match="prune_lm_head"):
+                call()
 
 
 def test_mistakes_of_the_caller_are_typed_errors() -> None:

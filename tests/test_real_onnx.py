@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
+from onnx_tools import feeds, session
 from test_onnx_genai import N_NEW, genai, without_end
 
 from safegene_converter.base import open_base
@@ -15,8 +17,10 @@ from safegene_converter.gguf_to_hf import gguf_to_hf
 from safegene_converter.onnx_build import build_onnx
 from safegene_converter.recorder import record
 from safegene_converter.to_onnx import FORMS, Form, convert_onnx
+from safegene_runtime.bounds import bounds_for
 from safegene_runtime.forced import forced_passes
 from safegene_runtime.manifest import read_manifest
+from safegene_runtime.onnx_checks import check_onnx_artifact
 from safegene_runtime.ort_engine import OrtEngine
 from safegene_runtime.prompts import builtin_suite
 from safegene_runtime.reference import Reference
@@ -57,7 +61,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
 
 
 @pytest.mark.parametrize(
-    ("precision", "form"), [*(("fp32", form) for form in FORMS), ("int4", "branch")]
+    ("precision", "form"),
+    [*(("fp32", form) for form in FORMS), *((kind, "branch") for kind in ("fp16", "int8", "int4"))],
 )
 def test_onnx_runtime_and_genai_say_what_pytorch_says(
     precision: str, form: Form, real: Real, tmp_path: Path
@@ -82,7 +87,36 @@ def test_onnx_runtime_and_genai_say_what_pytorch_says(
     assert len(reply) == N_NEW
     assert reply == expected
     assert np.abs(logits - ours[0]).max() <= 1e-3
+    if precision in ("fp16", "int8"):
+        assert kl <= bounds_for({"fp16": "f16", "int8": "8-bit"}[precision]).mean_kl
     if precision == "fp32":
         assert abs(kl) <= 1e-6
         assert replies == [list(prompt.ref_ids) for prompt in prompts]
     print(f"{precision} {form}: mean KL {kl:.3g}")
+
+
+def test_the_adapter_file_is_the_same_as_passing_its_tensors(real: Real, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert_onnx(find_adapter(), real.base("fp32"), out, form="adapter", check=False)
+    file = out / "adapter.onnx_adapter"
+    loaded, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+    loaded.Load(str(file))
+    options.add_active_adapter(loaded)
+    values = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
+    by_hand = {name: value.numpy() for name, value in values.items()}
+    running = session(out / "model.onnx")
+    fed = feeds(running, [list(real.reference.prompts[0].prompt_ids)], head_size=64)
+    (with_file,) = running.run(["logits"], fed, options)
+    (passed,) = running.run(["logits"], fed | by_hand)
+    (without,) = running.run(["logits"], fed)
+    assert np.array_equal(with_file, passed)
+    assert np.abs(with_file - without).max() > 0.1
+
+
+def test_bfloat16_is_written_with_its_slots(real: Real, tmp_path: Path) -> None:
+    """ONNX Runtime has no kernels for it on the CPU, so nothing runs here."""
+    manifest = convert_onnx(
+        find_adapter(), real.base("bf16"), tmp_path / "out", form="adapter", check=False
+    )
+    assert check_onnx_artifact(manifest, tmp_path / "out" / "model.onnx") == "bf16"
+    assert {slot.type for slot in manifest.slots} == {"BF16"}

@@ -396,6 +396,16 @@ def test_the_manifest_is_true(made: tuple[Path, Manifest]) -> None:
     assert str(tiny.REPOSITORY) not in text
 
 
+def test_a_folder_that_genai_cannot_load_says_so(adapter: Path, base: Path, tmp_path: Path) -> None:
+    source = tiny.exported_model("llama", "torchscript")
+    assert not (source / "genai_config.json").exists()
+    for form in ("branch", "adapter"):
+        manifest = quick(adapter, source, tmp_path / form, form=form)  # type: ignore[arg-type]
+        assert "GenAI cannot load" in manifest.settings["caution"]
+        assert ("leave" in manifest.settings["caution"]) == (form == "adapter")
+    assert "caution" not in quick(adapter, base, tmp_path / "plain").settings
+
+
 def test_opset_version_and_nodes_are_the_bases(made: tuple[Path, Manifest], base: Path) -> None:
     old, new = load(base), load(made[0])
     assert old.ir_version == new.ir_version
@@ -504,12 +514,75 @@ def shared(model: onnx.ModelProto) -> None:
     model.graph.node.add(op_type="Abs", name="reader", input=[one.input[1]], output=["nowhere"])
 
 
+def turned(model: onnx.ModelProto) -> onnx.NodeProto:
+    """The same, read through a Transpose, as torch.onnx writes a linear."""
+    one = node(model, "layers.1/", "up_proj/MatMul")
+    weight = next(t for t in model.graph.initializer if t.name == one.input[1])
+    rows = np.ascontiguousarray(onnx.numpy_helper.to_array(weight).T)
+    weight.CopyFrom(onnx.numpy_helper.from_array(rows, weight.name))
+    one.input[1] = "turned"
+    at = list(model.graph.node).index(one)
+    model.graph.node.insert(
+        at, onnx.helper.make_node("Transpose", [weight.name], ["turned"], name="turn", perm=[1, 0])
+    )
+    return model.graph.node[at + 1]
+
+
+def shared_turned(model: onnx.ModelProto) -> None:
+    """The result of the Transpose has two readers, the weight itself one."""
+    turned(model)
+    model.graph.node.add(op_type="Abs", name="reader", input=["turned"], output=["nowhere"])
+
+
+def shared_inside(model: onnx.ModelProto) -> None:
+    """A branch of an If reads the weight from outside."""
+    one, make = node(model, "layers.1/", "up_proj/MatMul"), onnx.helper
+    shape = make.make_tensor_value_info("inner", onnx.TensorProto.FLOAT, [64, 128])
+    branches = [
+        make.make_graph(
+            [make.make_node("Identity", [one.input[1]], ["inner"], name="reader")],
+            name,
+            [],
+            [shape],
+        )
+        for name in ("then", "else")
+    ]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "chosen"))
+    model.graph.node.append(
+        make.make_node(
+            "If", ["chosen"], ["nowhere"], then_branch=branches[0], else_branch=branches[1]
+        )
+    )
+
+
+def shared_outside(model: onnx.ModelProto) -> None:
+    """The weight is an output of the graph: its reader is the caller."""
+    one = node(model, "layers.1/", "up_proj/MatMul")
+    model.graph.output.append(
+        onnx.helper.make_tensor_value_info(one.input[1], onnx.TensorProto.FLOAT, [64, 128])
+    )
+
+
+def test_a_weight_behind_a_transpose_of_its_own_is_no_shared_one(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    source = edited(base, tmp_path / "base", turned)
+    quick(adapter, source, tmp_path / "out", form="merged")
+    before, after = arrays(source), arrays(tmp_path / "out")
+    (name,) = {one.input[0] for one in load(source).graph.node if one.name == "turn"}
+    wanted = expected_delta(peft_delta(adapter, "llama"), 1, "up_proj")
+    assert np.abs(after[name] - before[name] - wanted).max() <= 1e-6
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (renamed, ["model.layers.1.mlp.up_proj"]),
         (doubled, ["model.layers.1.mlp.up_proj", "up_proj or", "MatMul.copy"]),
         (shared, ["reader", "only"]),
+        (shared_turned, ["reader", "only"]),
+        (shared_inside, ["reader, reader", "only"]),
+        (shared_outside, ["output ", "only"]),
     ],
 )
 def test_a_module_found_twice_or_not_at_all_is_one_error(

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from safegene_converter import onnx_build
 from safegene_converter.gguf_writer import OutTensor, write_gguf
 from safegene_converter.hf_to_gguf import convert_hf, find_llama_cpp
-from safegene_converter.onnx_build import build_onnx
 from safegene_runtime.gguf import read_gguf, read_tensor_bytes
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -83,9 +83,10 @@ def onnx_model(architecture: str, precision: str = "fp32", *options: str) -> Pat
     source = hf_model(architecture)
 
     def make(out: Path) -> None:
-        build_onnx(source, out, precision, options=options)
+        onnx_build.build_onnx(source, out, precision, options=options)
 
-    return _cached("-".join([architecture, precision, *options]), make)
+    asked_by = hashlib.sha256(Path(onnx_build.__file__).read_bytes()).hexdigest()[:8]
+    return _cached("-".join([architecture, precision, *options, asked_by]), make)
 
 
 def exported_model(architecture: str, exporter: str) -> Path:

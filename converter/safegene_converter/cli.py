@@ -345,7 +345,29 @@ def _refuse_options_of_the_other_target(arguments: argparse.Namespace) -> None:
             "--type", "type", "auto or keep for --to onnx", arguments.type,
             "the precision of an export is set with --precision",
         )  # fmt: skip
+    if to == "onnx" and arguments.form in ("branch", "adapter"):
+        for flag in _options_of_a_merge(arguments):
+            problems.add(
+                flag, "form", "merged: no weight of the base changes in the others", arguments.form,
+                f"leave {flag} out",
+            )  # fmt: skip
     problems.raise_if_any(UnsupportedError)
+
+
+def _options_of_a_merge(arguments: argparse.Namespace) -> list[str]:
+    """Those that were given and that a branch or an adapter file in ONNX would ignore."""
+    from safegene_converter.onnx_source import is_onnx_folder
+
+    # a half-wide graph, which an ONNX folder may hold, rounds the factors, and that is gated
+    rounds = arguments.precision in ("fp16", "bf16") or is_onnx_folder(arguments.base)
+    given = {
+        "--type": arguments.type == "keep",
+        "--promote": arguments.promote is not None,
+        "--gain": not rounds and tuple(arguments.gain) != (0.95, 1.05),
+        "--max-error": not rounds and arguments.max_error != 0.5,
+        "--max-base-error": arguments.max_base_error != 1.1,
+    }
+    return [flag for flag, is_given in given.items() if is_given]
 
 
 # --- record ----------------------------------------------------------------------------------------

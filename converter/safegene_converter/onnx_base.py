@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from safegene_converter import names
+from safegene_converter.base import Base, open_base
 from safegene_converter.onnx_graph import Place, find_linears, module_shapes
-from safegene_converter.onnx_writer import load_proto
+from safegene_converter.onnx_writer import NEW_DATA, load_proto
 from safegene_runtime import strictjson
-from safegene_runtime.errors import BaseModelError, Problem
+from safegene_runtime.errors import BaseModelError, Problem, Problems
 from safegene_runtime.files import MANIFEST_NAME, sha256_file
+from safegene_runtime.manifest import is_file_name
 from safegene_runtime.onnx_file import OnnxFile, read_onnx
 from safegene_runtime.provenance import ADAPTER_KEY
 
-__all__ = ["OnnxBase", "open_onnx_base"]
+__all__ = ["ADAPTER_FILE", "OnnxBase", "open_onnx_base"]
 
+ADAPTER_FILE = "adapter.onnx_adapter"
 SLOT_MARK = ".safegene.lora_"
 COMPANIONS = (".json", ".jinja", ".model", ".txt")
 """Suffixes of the small files beside a model that runtimes read: configuration, tokenizer, template."""
@@ -36,6 +39,7 @@ class OnnxBase:
         shapes: (out, in) of every linear module of its blocks.
         places: where each of them lies.
         companions: configuration, tokenizer and template files, in name order.
+        weights: the Hugging Face folder that this one is as well, where safetensors lie in it.
     """
 
     folder: Path
@@ -46,10 +50,12 @@ class OnnxBase:
     shapes: Mapping[str, tuple[int, int]] = field(repr=False)
     places: Mapping[str, Sequence[Place]] = field(repr=False)
     companions: tuple[Path, ...] = ()
+    weights: Base | None = None
 
     def digests(self, progress: Any = None) -> dict[str, str]:
         """SHA-256 of every file it consists of, by name."""
-        files = sorted({*self.model.files, *self.companions})
+        beside = self.weights.files if self.weights is not None else ()
+        files = sorted({*self.model.files, *self.companions, *beside})
         return {file.name: sha256_file(file.resolve(), progress) for file in files}
 
 
@@ -69,6 +75,8 @@ def open_onnx_base(folder: Path) -> OnnxBase:
     decoder = decoder if isinstance(decoder, dict) else {}
     model = read_onnx(path)
     _check_constants(model)
+    if not config and not genai:
+        raise _no_configuration(folder)
     # the builder calls the architecture by its model type, as config.json does
     kind = genai.get("type") or config.get("model_type")
     architecture = names.check_architecture(
@@ -93,6 +101,15 @@ def open_onnx_base(folder: Path) -> OnnxBase:
         raise BaseModelError(
             Problem(str(path), "layers", f"{stated}, as the configuration says", str(n_layers))
         )
+    companions = tuple(
+        sorted(
+            file
+            for file in folder.iterdir()
+            if file.suffix in COMPANIONS and file.is_file() and not file.name.startswith(".")
+            and file.name != MANIFEST_NAME and file not in model.files
+        )
+    )  # fmt: skip
+    _check_names(model, companions)
     given = config.get("_name_or_path")
     return OnnxBase(
         folder=folder,
@@ -102,14 +119,41 @@ def open_onnx_base(folder: Path) -> OnnxBase:
         name=given if isinstance(given, str) and given else folder.resolve().name,
         shapes=shapes,
         places=places,
-        companions=tuple(
-            sorted(
-                file
-                for file in folder.iterdir()
-                if file.suffix in COMPANIONS and file.is_file() and file.name != MANIFEST_NAME
-            )
-        ),
+        companions=companions,
+        weights=open_base(folder) if any(map(Path.exists, _weights_of(folder))) else None,
     )
+
+
+def _weights_of(folder: Path) -> tuple[Path, Path]:
+    """The two names under which transformers saves weights; others are not a model's own."""
+    return folder / "model.safetensors", folder / "model.safetensors.index.json"
+
+
+def _no_configuration(folder: Path) -> BaseModelError:
+    fix = "copy config.json and the tokenizer files of the exported model beside the graph"
+    if (folder.parent / "config.json").is_file():  # as on the hub, where the graph lies in onnx/
+        fix = f"copy config.json and the tokenizer files beside the graph, from {folder.parent}"
+    return BaseModelError(
+        Problem(str(folder), "configuration", "config.json or genai_config.json", "neither", fix)
+    )
+
+
+def _check_names(model: OnnxFile, companions: Sequence[Path]) -> None:
+    """Refuses files that the artifact could not hold under their names."""
+    problems = Problems()
+    reserved = {MANIFEST_NAME, ADAPTER_FILE, f"{model.path.name}.{NEW_DATA}"}
+    for file in (*model.files, *companions):
+        if file.name.casefold() in {name.casefold() for name in reserved}:
+            problems.add(
+                str(file), "name", "one that no file of an artifact has", file.name,
+                "save the base with another name for its data",
+            )  # fmt: skip
+        elif not is_file_name(file.name):
+            problems.add(
+                str(file), "name", "letters, digits, '.', '_' and '-', no '.' or '-' first",
+                repr(file.name), "rename it",
+            )  # fmt: skip
+    problems.raise_if_any(BaseModelError)
 
 
 def _model_file(folder: Path) -> Path:

@@ -18,11 +18,12 @@ from safegene_converter.progress import Progress
 from safegene_converter.survival import Meter, Mode, Survival, passes
 from safegene_runtime.errors import BaseModelError, Problems, SurvivalError
 from safegene_runtime.files import sha256_of
-from safegene_runtime.manifest import ModuleEntry
+from safegene_runtime.manifest import ModuleEntry, SlotEntry
 from safegene_runtime.onnx_file import OnnxFile
+from safegene_runtime.onnx_linear import FLOAT_DATA
 from safegene_runtime.onnx_tensor import DataType
 
-__all__ = ["branch", "slot_names", "write_adapter"]
+__all__ = ["branch", "slot_entries", "slot_names", "write_adapter"]
 
 ADAPTER_VERSION = 1
 
@@ -51,6 +52,20 @@ def slots_of(job: Job) -> Iterator[tuple[Touched, tuple[str, str], DataType, lis
             for factor in (a, b)
         ]
         yield one, slot_names(one.linear), kind, values
+
+
+def slot_entries(job: Job) -> tuple[SlotEntry, ...]:
+    """What the manifest says of the slots, in the order of their names."""
+    return tuple(
+        sorted(
+            (
+                SlotEntry(name, (value.shape[0], value.shape[1]), FLOAT_DATA[kind])
+                for _, slots, kind, values in slots_of(job)
+                for name, value in zip(slots, values, strict=True)
+            ),
+            key=lambda entry: entry.name,
+        )
+    )
 
 
 def branch(job: Job, proto: Any, change: Change, tell: Progress) -> list[ModuleEntry]:

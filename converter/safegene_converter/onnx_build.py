@@ -28,8 +28,27 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_LEVELS = (1, 2, 3, 4)
 BUILDER = "onnxruntime_genai.models.builder"
 
-_OURS = ("hf_token", "hf_remote", "adapter_path", "exclude_embeds", "exclude_lm_head")
+_OURS = (
+    "hf_token", "hf_remote", "adapter_path", "filename", "config_only", "num_hidden_layers",
+    "exclude_embeds", "exclude_lm_head", "prune_lm_head", "use_paged_attention", "use_qdq",
+    "kv_cache_quant_scheme",
+)  # fmt: skip
 """Options that would change what is built in ways the rest of the conversion does not expect."""
+_FLAGS = {"block_size": "--block-size", "accuracy_level": "--accuracy-level"}
+"""Options that have a flag of ours, which checks them: given twice, one of them would be ignored."""
+_ELSEWHERE = {"group_size": "block_size", "sym": "is_symmetric"}
+"""What other quantisers call them."""
+_LAYOUT = {"fp16": "cuda", "bf16": "cuda"}
+"""For the CPU the builder lays half-wide attention out so that it takes no past: its own list of
+combinations leaves them out. The layout made for CUDA takes one, and ONNX Runtime has the kernels of
+fp16 on the CPU, but for `_CUDA_ONLY`."""
+_CUDA_ONLY = "fuse_qk_norm_gqa=false"
+
+
+_EXPLAINED = re.compile(r"^ {16}([a-z]\w*) = ", re.MULTILINE)
+_LOOKED_UP = re.compile(
+    r"""extra_options(?:\.get\(|\[)\s*["'](\w+)["']|["'](\w+)["'](?: not)? in (?:self\.)?extra_options"""
+)
 
 
 def check_build_options(
@@ -62,16 +81,20 @@ def check_build_options(
         key, _, value = option.partition("=")
         if not key or not value:
             problems.add("--builder-option", "option", "KEY=VALUE", option)
+        elif key in _FLAGS:
+            problems.add(
+                "--builder-option", key, "an option that has no flag", option,
+                f"use {_FLAGS[key]} {value}",
+            )  # fmt: skip
         elif key in _OURS:
             problems.add(
                 "--builder-option", key, "an option of the builder that is free", option,
-                "safegene sets it, or the result would be no decoder",
+                "safegene sets it, or the result would be another decoder, or none",
             )  # fmt: skip
         elif builder is not None and key not in known_options:
-            near = difflib.get_close_matches(key, known_options, 1, 0.75)
             problems.add(
                 "--builder-option", key, "an option that the builder knows: it ignores others",
-                option, f"did you mean {near[0]}?" if near else f"see python -m {BUILDER} --help",
+                option, _suggestion(key, known_options),
             )  # fmt: skip
     problems.raise_if_any(UnsupportedError)
     if builder is None:
@@ -97,12 +120,22 @@ def _find_builder() -> Path | None:
 
 
 def _known_options(builder: Path) -> frozenset[str]:
-    """Every name that the builder's sources quote; no other can be an option that has an effect."""
-    return frozenset(
-        name
-        for path in builder.rglob("*.py")
-        for name in re.findall(r"""["']([a-z]\w*)["']""", path.read_text(encoding="utf-8"))
-    )
+    """The keys that the builder's help explains and those that its sources look up."""
+    found: set[str] = set()
+    for path in builder.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        found.update(name for match in _LOOKED_UP.finditer(text) for name in match.groups() if name)
+        if path.name == "builder.py":
+            found.update(_EXPLAINED.findall(text.partition('"--extra_options"')[2]))
+    return frozenset(name for name in found if not name.startswith("_")) - {"hf_details"}
+
+
+def _suggestion(key: str, known: frozenset[str]) -> str:
+    """What an unknown key was probably meant to be."""
+    near = difflib.get_close_matches(_ELSEWHERE.get(key, key), known | _FLAGS.keys(), 1, 0.75)
+    if not near:
+        return f"see python -m {BUILDER} --help"
+    return f"did you mean {_FLAGS.get(near[0], near[0])}?"
 
 
 def build_onnx(
@@ -129,7 +162,8 @@ def build_onnx(
     Raises:
         BaseModelError: the builder failed; the message ends with what it said.
     """
-    extra = ["hf_token=false", *options]
+    half = precision in _LAYOUT
+    extra = ["hf_token=false", *([_CUDA_ONLY] if half else []), *options]
     if block_size is not None:
         extra.append(f"block_size={block_size}")
     if accuracy_level is not None:
@@ -140,8 +174,8 @@ def build_onnx(
         run_child(
             [
                 sys.executable, "-m", BUILDER,
-                "-i", source, "-o", out.resolve(), "-p", precision, "-e", "cpu",
-                "-c", cache, "--extra_options", *extra,
+                "-i", source, "-o", out.resolve(), "-p", precision,
+                "-e", _LAYOUT.get(precision, "cpu"), "-c", cache, "--extra_options", *extra,
             ],
             what=f"{BUILDER} {hf_dir}",
             error=BaseModelError,
@@ -156,6 +190,15 @@ def build_onnx(
         raise BaseModelError(
             Problem(BUILDER, "model.onnx", "a graph", "nothing", "run the builder by hand")
         )
+    if precision == "fp16":
+        _run_anywhere(out / "genai_config.json")
+
+
+def _run_anywhere(path: Path) -> None:
+    """Takes the provider out of a genai_config.json, which then means the CPU until a caller adds one."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["model"]["decoder"]["session_options"]["provider_options"] = []
+    path.write_text(json.dumps(config, indent=4), encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from safegene_converter import names
 from safegene_runtime.errors import BaseModelError, Problems
-from safegene_runtime.onnx_file import OnnxFile
+from safegene_runtime.onnx_file import Graph, Node, OnnxFile
 from safegene_runtime.onnx_linear import (
     FLOAT_DATA,
     LINEAR_OPS,
@@ -38,6 +38,7 @@ __all__ = [
     "find_linears",
     "module_shapes",
     "place_modules",
+    "users_of",
 ]
 
 PARTS: Mapping[str, tuple[str, ...]] = {
@@ -52,6 +53,8 @@ _PATH = re.compile(
     rf"(?:^|[./])layers[./](\d+)[./](?:[\w]+[./])*?({'|'.join(sorted(PARTS, key=len, reverse=True))})"
     r"(?=[./\s'\"\]_]|$)"
 )
+PASS_ON = frozenset({"Transpose", "Identity"})
+"""What `constant_behind` looks through."""
 _SCOPE_KEYS = ("pkg.torch.onnx.name_scopes", "namespace")
 
 
@@ -200,10 +203,7 @@ def place_modules(
         BaseModelError: a module that is found nowhere, or twice, or whose weight other nodes use.
     """
     problems = Problems()
-    users: dict[str, list[str]] = {}
-    for node in model.nodes:
-        for name in node.inputs:
-            users.setdefault(name, []).append(node.name or node.op_type)
+    users = users_of(model)
     for module in wanted:
         found = places.get(module, ())
         layer, part = module.split(".")[2], module.rsplit(".", 1)[-1]
@@ -218,16 +218,51 @@ def place_modules(
             )
             continue
         weight = found[0].linear.weight.name
-        if len(users.get(weight, ())) != 1:
+        reached = _reached(model, users, weight)
+        if len(reached) != 1:
             problems.add(
                 str(model.path),
                 weight,
                 f"a weight that only {found[0].linear.name} uses",
-                ", ".join(users.get(weight, ())),
+                ", ".join(reached),
                 "a shared weight cannot carry one module's delta",
             )
     problems.raise_if_any(BaseModelError)
     return {module: places[module][0] for module in wanted}
+
+
+def users_of(model: OnnxFile) -> dict[str, list[str]]:
+    """Who reads each value: nodes, those of graphs inside nodes as well, and outputs of a graph."""
+    users: dict[str, list[str]] = {}
+
+    def walk(graph: Graph) -> None:
+        for node in graph.nodes:
+            for name in node.inputs:
+                users.setdefault(name, []).append(node.name or node.op_type)
+            for value in node.attributes.values():
+                if isinstance(value, Graph):
+                    walk(value)
+        for output in graph.outputs:
+            users.setdefault(output.name, []).append(f"output {output.name}")
+
+    walk(model.graph)
+    return users
+
+
+def _reached(model: OnnxFile, users: Mapping[str, Sequence[str]], weight: str) -> list[str]:
+    """Who uses a weight in the end, behind any Transpose and Identity of it."""
+    passing: dict[str, list[Node]] = {}
+    for node in model.nodes:
+        if node.op_type in PASS_ON and node.inputs:
+            passing.setdefault(node.inputs[0], []).append(node)
+    found: list[str] = []
+    names_ = [weight]
+    for name in names_:  # which grows
+        found += users.get(name, ())
+        for node in passing.get(name, ()):
+            found.remove(node.name or node.op_type)
+            names_ += node.outputs
+    return found
 
 
 def _scopes(metadata: Mapping[str, str]) -> list[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy.typing as npt
 
 from safegene_converter import onnx_weights
 from safegene_converter.manifest_lines import module_entry
-from safegene_converter.onnx_graph import Linear, Place
+from safegene_converter.onnx_graph import Linear, Place, users_of
 from safegene_converter.onnx_job import Job, Touched
 from safegene_converter.onnx_weights import Encoded
 from safegene_converter.onnx_writer import Change, insert_nodes
@@ -45,7 +44,7 @@ def merge(job: Job, proto: Any, change: Change, tell: Progress) -> list[ModuleEn
     """
     modules: list[ModuleEntry] = []
     problems = Problems()
-    users = Counter(name for node in job.base.model.nodes for name in node.inputs)
+    users = users_of(job.base.model)
     after: dict[int, list[Any]] = {}
     for number, one in enumerate(job.touched):
         try:
@@ -82,7 +81,7 @@ def _merge_one(job: Job, one: Touched) -> tuple[Encoded, list[Survival]]:
     now = onnx_weights.kind_of(model, linear)
     stored_base = onnx_weights.read_weight(model, linear)
     # with the float weights at hand they are what the delta is added to, and quantised once
-    once = job.hf is not None and now.name != "F32"
+    once = job.weights is not None and now.name != "F32"
     base = _float_weight(job, one, stored_base) if once else stored_base
     delta = one.delta()
     tried: list[str] = []
@@ -126,13 +125,13 @@ def _merge_one(job: Job, one: Touched) -> tuple[Encoded, list[Survival]]:
 
 def _float_weight(job: Job, one: Touched, stored: Rows) -> Rows:
     """The weight before it was exported, (out, in); rows of other modules as well."""
-    if job.hf is None:
+    if job.weights is None:
         return stored
     base = stored.copy()
     for module, places in job.base.places.items():
         for place in places:
             if place.linear.node == one.linear.node:
-                base[slice(*place.rows)] = job.hf.read_weight(module)
+                base[slice(*place.rows)] = job.weights.read_weight(module)
     return base
 
 
@@ -142,7 +141,7 @@ def _store(
     encoded: Encoded,
     node: Any,
     change: Change,
-    users: Counter[str],
+    users: Mapping[str, Sequence[str]],
 ) -> Any:
     """Puts an encoded weight where the node will find it; rewrites the node if its kind changed.
 
@@ -161,7 +160,7 @@ def _store(
         info = model.initializers[node.input[index]]
         part = encoded.parts[role]
         shape = info.shape if part.size == math.prod(info.shape) else tuple(part.shape)
-        if users[info.name] == 1:
+        if len(users[info.name]) == 1:
             change.replaced[info.name] = (part, info.dtype, shape)
         else:  # exporters may store equal constants once: the others keep theirs
             node.input[index] = f"{linear.weight.name}.safegene.{role}"
@@ -175,10 +174,12 @@ def _store(
     return None
 
 
-def _unpack_node(linear: Linear, node: Any, change: Change, users: Counter[str]) -> Any:
+def _unpack_node(
+    linear: Linear, node: Any, change: Change, users: Mapping[str, Sequence[str]]
+) -> Any:
     """MatMulNBits -> MatMul over a float weight (in, out), and Add where there was a bias."""
     inputs = [*node.input, *[""] * 6]
-    change.removed.update(name for name in inputs[2:4] if name and users[name] == 1)
+    change.removed.update(name for name in inputs[2:4] if name and len(users[name]) == 1)
     bias, output = inputs[5], node.output[0]
     node.op_type, node.domain = "MatMul", ""
     del node.attribute[:]

@@ -9,7 +9,7 @@ graph can take the process down.
    give, per module, the delta of the adapter folder, read and scaled again, in the rows meant for it
    and nowhere else. They must be float constants, whatever the base is quantised to.
 3. On a fixed probe ONNX Runtime's logits must have moved away from the base's by what the branch
-   moves them.
+   moves them, and one more step from the KV cache must run.
 """
 
 from __future__ import annotations
@@ -143,10 +143,15 @@ def _complaint(path: Path) -> str | None:
 def _compare_factors(path: Path, job: dict[str, Any], problems: Problems) -> None:
     """The factors that onnx finds, applied to a random vector, against the adapter folder's."""
     import onnx
-    from onnx import numpy_helper
+    from onnx import external_data_helper, numpy_helper
 
-    proto = onnx.load(str(path), load_external_data=True)
-    found = {tensor.name: tensor for tensor in proto.graph.initializer}
+    # the factors' data alone: the weights beside them may be larger than memory
+    proto = onnx.load(str(path), load_external_data=False)
+    wanted = {name for slot in job["slots"].values() for name in slot["names"]}
+    found = {tensor.name: tensor for tensor in proto.graph.initializer if tensor.name in wanted}
+    for tensor in found.values():
+        if external_data_helper.uses_external_data(tensor):
+            external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
     inputs = {value.name for value in proto.graph.input}
     users = {name: node.op_type for node in proto.graph.node for name in node.input}
     modules = {m.name: m for m in read_adapter(Path(job["adapter"]), job["expression"]).modules}
@@ -176,10 +181,12 @@ def _compare_factors(path: Path, job: dict[str, Any], problems: Problems) -> Non
 
 
 def _probe(model: Path, adapter: Path | None) -> npt.NDArray[np.float64]:
-    """Logits (positions, vocabulary) of the fixed probe."""
+    """Logits (positions, vocabulary) of the fixed probe; and one step from the cache must run."""
     with OrtEngine(model, adapter) as engine:
         ids = engine.tokenize(PROBE, add_special=True)
         _, logits = next(iter(engine.logits([ids], [len(ids)])))
+        # a graph may be sound until it is given a past, and nothing can be decoded without one
+        engine.generate([ids], 2, ())
         return logits.astype(np.float64)
 
 

@@ -1,8 +1,9 @@
 """What `--base` names for an ONNX conversion, and how it becomes an ONNX folder.
 
-An ONNX folder is taken as it is. A Hugging Face folder is exported by the onnxruntime-genai builder,
-a float GGUF is made a Hugging Face folder first. What is already quantised is not exported: it would
-be rounded twice, and the artifact would claim a float base that never was.
+An ONNX folder is taken as it is; Hugging Face weights beside the graph prove the match, and are what a
+delta is merged into before it is quantised. A Hugging Face folder is exported by the onnxruntime-genai
+builder, a float GGUF is made a Hugging Face folder first. What is already quantised is not exported: it
+would be rounded twice, and the artifact would claim a float base that never was.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def open_source(path: Path, export: Export) -> Base | OnnxBase:
                     "base",
                     "a base to export",
                     "an ONNX folder, which has its precision",
-                    "leave --precision, --block-size, --accuracy-level and --builder-option out",
+                    "leave --precision, --block-size, --accuracy-level and --builder-option out; to "
+                    "export weights that lie beside the graph, pass a folder without it",
                 )
             )
         return open_onnx_base(path)
@@ -100,13 +102,13 @@ def open_source(path: Path, export: Export) -> Base | OnnxBase:
 
 
 def is_onnx_folder(path: Path) -> bool:
-    """Weights of its own make a folder a Hugging Face one; many of those have an onnx/ below."""
-    if not path.is_dir() or any(path.glob("*.safetensors")):
+    """A graph makes a folder an ONNX one, whatever lies beside it; an onnx/ below does not."""
+    if not path.is_dir():
         return False
-    return (
-        any(path.glob("*.onnx"))
-        or (path / "genai_config.json").exists()
-        or ((path / "onnx").is_dir() and not any(path.glob("*.bin")))
+    if any(path.glob("*.onnx")) or (path / "genai_config.json").exists():
+        return True
+    return (path / "onnx").is_dir() and not any(
+        file.suffix in (".safetensors", ".bin") for file in path.iterdir()
     )
 
 

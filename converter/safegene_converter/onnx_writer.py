@@ -111,6 +111,8 @@ def write_onnx(
             key=lambda info: info.offset,
         )
         moved = _write_data(here, change, folder / path.name, outgrown, progress)
+        if moved is None:
+            continue
         digests[path.name] = moved.sha256
         for name, offset in moved.offsets.items():
             _point(tensors[name], path.name, offset, model.initializers[name].nbytes)
@@ -171,8 +173,8 @@ def _write_data(
     target: Path,
     outgrown: dict[str, tuple[npt.NDArray[Any], DataType, tuple[int, ...]]],
     progress: Callable[[int], None] | None,
-) -> _Data:
-    """One data file: as it was but for changed tensors, or packed anew where tensors left it."""
+) -> _Data | None:
+    """One data file: as it was but for changed tensors, packed anew where some left it, or none."""
     source = here[0].path
     if source is None:
         raise FormatError(Problem(target.name, "data", "a range of a file", "nothing"))
@@ -192,6 +194,8 @@ def _write_data(
     }
     for name in leaving - change.removed:
         outgrown[name] = change.replaced[name]
+    if len(leaving) == len(here):
+        return None
     offsets: dict[str, int] = {}
     with OutputStream(target, progress) as out:
         if not leaving:

@@ -22,8 +22,8 @@ from typing import Any
 from safegene_converter.adapter import check_base_fits, read_adapter
 from safegene_converter.base import Base
 from safegene_converter.hashing import digesting
-from safegene_converter.onnx_base import OnnxBase, open_onnx_base
-from safegene_converter.onnx_branch import branch, slot_names, write_adapter
+from safegene_converter.onnx_base import ADAPTER_FILE, OnnxBase, open_onnx_base
+from safegene_converter.onnx_branch import branch, slot_entries, slot_names, write_adapter
 from safegene_converter.onnx_job import (
     FORMS,
     Form,
@@ -39,7 +39,7 @@ from safegene_converter.onnx_writer import Change, load_proto, write_onnx
 from safegene_converter.progress import Progress
 from safegene_converter.survival import Bounds
 from safegene_runtime import __version__
-from safegene_runtime.errors import OutputError, Problem, UnsupportedError
+from safegene_runtime.errors import Problem, UnsupportedError
 from safegene_runtime.files import (
     MANIFEST_NAME,
     check_output_free,
@@ -56,13 +56,13 @@ from safegene_runtime.provenance import ADAPTER_KEY, adapter_digest
 
 __all__ = ["FORMS", "OnnxBase", "convert_onnx", "default_form", "open_onnx_base", "write_job"]
 
-ADAPTER_FILE = "adapter.onnx_adapter"
 METADATA_PREFIX = "safegene."
 CAUTION = (
     f"any caller can leave {ADAPTER_FILE} out, and is served the base; ONNX Runtime itself ignores an "
     "active adapter under I/O binding and in async runs"
 )
 """What the manifest says of the adapter form; measured in tests/test_onnx_adapter_runs.py."""
+NO_GENAI = "the base has no genai_config.json: ONNX Runtime GenAI cannot load this folder"
 
 
 def convert_onnx(
@@ -114,6 +114,8 @@ def convert_onnx(
     export = Export(precision, block_size, accuracy_level, tuple(builder_options))
     source = open_source(base_path, export)
     check_base_fits(adapter, source.shapes, source.architecture, source.n_layers)
+    if isinstance(source, OnnxBase) and (beside := source.weights) is not None:
+        check_base_fits(adapter, beside.shapes, beside.architecture, beside.n_layers)
     if check:
         _check_runnable(source, export)
     with publish_folder(out, force) as folder, digesting(source) as digests:
@@ -122,11 +124,12 @@ def convert_onnx(
         settings: dict[str, Any] = {"form": form or "auto"}
         hf: Base | None = None
         if isinstance(source, OnnxBase):
-            opened = source
+            opened, hf = source, source.weights
         else:
             hf, opened, about = export_base(source, work, export, tell)
             settings |= about
             check_base_fits(adapter, opened.shapes, opened.architecture, opened.n_layers)
+        text = read_text_files(opened.folder)
         touched = touched_weights(adapter, opened)
         if hf is not None:
             settings["weight_error"] = prove_weights(touched, opened, hf)
@@ -134,14 +137,13 @@ def convert_onnx(
         job = Job(adapter, opened, hf, chosen, touched, bounds or Bounds(), promote)
         if chosen == "merged":
             settings["bounds"], settings["promote"] = vars(job.bounds), promote
-        if chosen == "adapter":
-            settings["caution"] = CAUTION
+        if cautions := _cautions(chosen, opened):
+            settings["caution"] = "; ".join(cautions)
         files, modules, precision_class = write_job(job, folder, tell)
         if check:
             tell("checking what was written", 0, 1)
             settings["self_check"] = _check(job, folder, work)
             tell("checking what was written", 1, 1)
-        text = read_text_files(opened.folder)
         manifest = Manifest(
             tool={"name": "safegene", "version": __version__},
             artifact={
@@ -170,10 +172,19 @@ def convert_onnx(
             settings=settings,
             files=tuple(files),
             modules=tuple(modules),
+            slots=slot_entries(job) if chosen == "adapter" else (),
         )
         shutil.rmtree(work)
         (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
     return manifest
+
+
+def _cautions(form: Form, base: OnnxBase) -> list[str]:
+    """What whoever ships the artifact has to know."""
+    cautions = [CAUTION] if form == "adapter" else []
+    if not (base.folder / "genai_config.json").is_file():
+        cautions.append(NO_GENAI)
+    return cautions
 
 
 def _check_runnable(source: Base | OnnxBase, export: Export) -> None:
@@ -244,10 +255,6 @@ def write_job(
         write_adapter(job, path)
         files.append(FileEntry(path.name, "adapter", path.stat().st_size, sha256_file(path)))
     for source in job.base.companions:
-        if source.name in {entry.path for entry in files}:
-            raise OutputError(
-                Problem(source.name, "file", "a name that the model does not use", "both", "rename")
-            )
         shutil.copyfile(source, folder / source.name)
         data = (folder / source.name).read_bytes()
         files.append(FileEntry(source.name, "config", len(data), sha256_of(data)))

@@ -20,6 +20,8 @@ manifest does not list is refused as well: something a loader might pick up.
     modules          [{"module", "tensor", "shape": [out, in], "rank", "scaling", "coefficient",
                        "effective_scale", "type_before", "type_after", "bytes_before",
                        "bytes_after", "sha256", "survival": {...} or null}]
+    slots            only of form "adapter": [{"name", "shape": [rows, columns], "type": "F32" | "F16" |
+                      "BF16"}], what the graph leaves open and the adapter file fills
     verification     null, or {"verdict", "reference_sha256", "engine": {...}, "report": {...}}
 
 Law: `Manifest.from_json(m.to_json()) == m`.
@@ -40,7 +42,10 @@ from safegene_runtime.errors import FormatError, ManifestError, Problems
 from safegene_runtime.files import MANIFEST_NAME, publish_file, read_small_file, sha256_file
 from safegene_runtime.verdict import Verdict
 
-__all__ = ["FileEntry", "Manifest", "ModuleEntry", "check_files", "read_manifest"]
+__all__ = [
+    "FileEntry", "Manifest", "ModuleEntry", "SlotEntry", "check_files", "is_file_name",
+    "read_manifest",
+]  # fmt: skip
 
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 32 << 20
@@ -82,6 +87,15 @@ class ModuleEntry:
 
 
 @dataclass(frozen=True)
+class SlotEntry:
+    """One input of a graph that an adapter file fills: (in, rank) or (rank, out)."""
+
+    name: str
+    shape: tuple[int, int]
+    type: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A whole manifest; see the module's description for the fields."""
 
@@ -93,11 +107,15 @@ class Manifest:
     settings: dict[str, Any]
     files: tuple[FileEntry, ...]
     modules: tuple[ModuleEntry, ...]
+    slots: tuple[SlotEntry, ...] = ()
     verification: dict[str, Any] | None = field(default=None)
 
     def to_json(self) -> bytes:
         """The bytes of manifest.json; equal manifests give equal bytes."""
-        return strictjson.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)})
+        content = dataclasses.asdict(self)
+        if not self.slots:
+            del content["slots"]
+        return strictjson.dumps({"format_version": FORMAT_VERSION, **content})
 
     @staticmethod
     def from_json(data: bytes, where: str) -> Manifest:
@@ -125,6 +143,11 @@ class Manifest:
     def file(self, role: str) -> FileEntry | None:
         """The first file with a role, or None."""
         return next((entry for entry in self.files if entry.role == role), None)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a manifest can list a file of this name."""
+    return bool(_NAME.fullmatch(name)) and name.casefold() != MANIFEST_NAME
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -254,6 +277,8 @@ _SURVIVAL: dict[str, type | tuple[type, ...]] = {
 }
 MAX_RATIO = 1e100
 """Of the figures of survival: means of them have to be finite, too."""
+_SLOT_FIELDS: dict[str, type | tuple[type, ...]] = {"name": str, "shape": list, "type": str}
+_SLOT_TYPES = ("F32", "F16", "BF16")
 _KINDS = {
     str: "text", int: "an integer", float: "a number", bool: "true or false",
     list: "a list", dict: "an object", type(None): "null",
@@ -266,8 +291,8 @@ def _kind_of(value: Any) -> str:
 
 def _parse(raw: Any, where: str) -> Manifest:
     problems = Problems()
-    top = ["format_version", *(f.name for f in dataclasses.fields(Manifest))]
-    if not strictjson.check_keys(raw, where, problems, required=top):
+    top = {"format_version", *(f.name for f in dataclasses.fields(Manifest))} - {"slots"}
+    if not strictjson.check_keys(raw, where, problems, required=top, optional=["slots"]):
         problems.raise_if_any(ManifestError)
     if raw["format_version"] != FORMAT_VERSION or isinstance(raw["format_version"], bool):
         problems.add(
@@ -280,7 +305,7 @@ def _parse(raw: Any, where: str) -> Manifest:
         problems.raise_if_any(ManifestError)
     for name, fields in _SCHEMA.items():
         _check_fields(raw[name], f"{where}: {name}", fields, problems)
-    for name in ("files", "modules"):
+    for name in ("files", "modules", *(["slots"] if "slots" in raw else [])):
         if not isinstance(raw[name], list) or not raw[name]:
             problems.add(where, name, "a list that is not empty", _kind_of(raw[name]))
     if not isinstance(raw["settings"], dict):
@@ -295,6 +320,8 @@ def _parse(raw: Any, where: str) -> Manifest:
         _check_fields(entry, here, _MODULE_FIELDS, problems)
         if isinstance(entry, dict) and isinstance(entry.get("survival"), dict):
             _check_survival(entry["survival"], f"{here}: survival", problems)
+    for index, entry in enumerate(raw.get("slots", ())):
+        _check_fields(entry, f"{where}: slots[{index}]", _SLOT_FIELDS, problems)
     problems.raise_if_any(ManifestError)
     _check_meaning(raw, where, problems)
     problems.raise_if_any(ManifestError)
@@ -304,6 +331,10 @@ def _parse(raw: Any, where: str) -> Manifest:
         modules=tuple(
             ModuleEntry(**{**entry, "shape": (entry["shape"][0], entry["shape"][1])})
             for entry in raw["modules"]
+        ),
+        slots=tuple(
+            SlotEntry(entry["name"], (entry["shape"][0], entry["shape"][1]), entry["type"])
+            for entry in raw.get("slots", ())
         ),
     )
 
@@ -356,16 +387,37 @@ def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
             problems.add(where, f"{section}.files", "at least one file", "none")
     seen: set[str] = set()
     for entry in raw["files"]:
-        if not _NAME.fullmatch(entry["path"]) or entry["path"].casefold() == MANIFEST_NAME:
+        if not is_file_name(entry["path"]):
             problems.add(where, "files.path", "a plain file name", repr(entry["path"]))
         if entry["path"].casefold() in seen:
             problems.add(where, "files.path", "each file once", entry["path"])
         seen.add(entry["path"].casefold())
     tensors: set[str] = set()
     for entry in raw["modules"]:
-        shape = entry["shape"]
-        if len(shape) != 2 or not all(type(n) is int and 0 < n <= MAX_INTEGER for n in shape):
-            problems.add(where, f"modules.{entry['module']}.shape", "[out, in]", shape)
+        if not _is_shape(entry["shape"]):
+            problems.add(where, f"modules.{entry['module']}.shape", "[out, in]", entry["shape"])
         if entry["tensor"] in tensors:
             problems.add(where, "modules.tensor", "each tensor once", entry["tensor"])
         tensors.add(entry["tensor"])
+    _check_slots(raw, where, problems)
+
+
+def _check_slots(raw: dict[str, Any], where: str, problems: Problems) -> None:
+    slots = raw.get("slots", [])
+    if bool(slots) != (raw["artifact"]["form"] == "adapter"):
+        got = f"{len(slots)} in an artifact of form {raw['artifact']['form']}"
+        problems.add(where, "slots", "slots in the adapter form, and nowhere else", got)
+    names: set[str] = set()
+    for entry in slots:
+        if not _is_shape(entry["shape"]):
+            problems.add(where, f"slots.{entry['name']}.shape", "[rows, columns]", entry["shape"])
+        if entry["type"] not in _SLOT_TYPES:
+            wanted = " or ".join(_SLOT_TYPES)
+            problems.add(where, f"slots.{entry['name']}.type", wanted, entry["type"])
+        if entry["name"] in names:
+            problems.add(where, "slots.name", "each slot once", entry["name"])
+        names.add(entry["name"])
+
+
+def _is_shape(shape: list[Any]) -> bool:
+    return len(shape) == 2 and all(type(n) is int and 0 < n <= MAX_INTEGER for n in shape)

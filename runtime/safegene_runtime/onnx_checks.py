@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from safegene_runtime.bounds import precision_of
@@ -11,6 +12,7 @@ from safegene_runtime.manifest import Manifest
 from safegene_runtime.onnx_file import OnnxFile, read_onnx
 from safegene_runtime.onnx_tensor import DataType
 from safegene_runtime.provenance import ADAPTER_KEY, check_provenance
+from safegene_runtime.served_onnx import adapter_slots
 
 __all__ = ["check_onnx_artifact", "precision_class"]
 
@@ -52,8 +54,8 @@ def check_onnx_artifact(manifest: Manifest, path: Path) -> str:
                 str(path), name, "an empty default: the plain base",
                 f"values of shape {model.initializers[name].shape}", "convert again",
             )  # fmt: skip
-    if may_have_slots and not slots:
-        problems.add(str(path), "inputs", "slots for the adapter", "none", "convert again")
+    if may_have_slots:
+        _compare_slots(manifest, model, slots, problems)
     kinds = _kinds(model)
     for module in manifest.modules:
         match = _ROWS.fullmatch(module.tensor)
@@ -65,6 +67,34 @@ def check_onnx_artifact(manifest: Manifest, path: Path) -> str:
             )  # fmt: skip
     problems.raise_if_any(ManifestError)
     return precision_class(model)
+
+
+def _compare_slots(
+    manifest: Manifest, model: OnnxFile, slots: Sequence[str], problems: Problems
+) -> None:
+    """Slots of graph, adapter file and manifest are the same, by name, shape and type."""
+    entry = manifest.file("adapter")
+    file = model.path.parent / (entry.path if entry else "adapter")
+    filled = adapter_slots(file)
+    listed = {slot.name: slot for slot in manifest.slots}
+    for name in sorted({*listed, *slots, *filled}):
+        slot = listed.get(name)
+        empty = full = "nothing"
+        if name in slots:
+            info = model.initializers[name]
+            # the rank is 0 in the graph, and whatever the adapter brings
+            known = slot.shape if slot and len(info.shape) == 2 else info.shape
+            shape = tuple(dim or own for dim, own in zip(info.shape, known, strict=True))
+            empty = f"{_FLOATS.get(info.dtype)} {shape}"
+        if name in filled:
+            full = f"{filled[name][1]} {filled[name][0]}"
+        wanted = f"{slot.type} {slot.shape}" if slot else "nothing"
+        for where, got in ((model.path, empty), (file, full)):
+            if got != wanted:
+                problems.add(
+                    str(where), name, f"the slot of the manifest: {wanted}", got,
+                    "graph, adapter and manifest do not belong together: convert again",
+                )  # fmt: skip
 
 
 def _kinds(model: OnnxFile) -> dict[str, str]:

@@ -35,8 +35,8 @@ __all__ = ["OrtEngine", "read_text_files"]
 MAX_OUTPUT_BYTES = 128 << 20
 MAX_TEXT_BYTES = 64 << 20
 READ_BYTES = 4 << 20
-QUIET = 3
-"""ONNX Runtime's log level ERROR: what it refuses comes as an exception, too."""
+QUIET = 4
+"""ONNX Runtime's log level FATAL: what it refuses as an error comes as an exception, too."""
 TEMPLATE_NAME = "chat_template.jinja"
 
 ONE_BY_ONE = "GroupQueryAttention"
@@ -514,6 +514,17 @@ class OrtEngine:
             raise EngineError(
                 Problem(str(self._path), "run", "logits", str(error)[:400])
             ) from error
+        expected = (*ids.shape, self.n_vocab)
+        if names[0] == "logits" and found[0].shape != expected:
+            raise EngineError(
+                Problem(
+                    str(self._path),
+                    "logits",
+                    f"one row per token, {expected}",
+                    str(found[0].shape),
+                    "export the decoder with all its logits, without prune_lm_head",
+                )
+            )
         return found
 
     def _empty(self, count: int) -> dict[str, np.ndarray]:

@@ -35,7 +35,7 @@ from safegene_runtime.onnx_linear import (
 from safegene_runtime.onnx_tensor import DataType, read_initializer
 from safegene_runtime.served_gguf import Carried, Found, project, wrong_shape
 
-__all__ = ["OnnxWeights"]
+__all__ = ["OnnxWeights", "adapter_slots"]
 
 _ROWS = re.compile(r"(?P<name>.+)\[(?P<start>[0-9]{1,12}):(?P<stop>[0-9]{1,12})\]")
 _WIDTH = {"F32": 4, "F16": 2, "BF16": 1}
@@ -188,18 +188,42 @@ class OnnxWeights:
         return to_float32(read_initializer(info), info.dtype), FLOAT_DATA[info.dtype]
 
 
+def adapter_slots(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of every tensor of an .onnx_adapter, by the name of its slot.
+
+    Raises:
+        EngineError: no adapter, or onnxruntime is missing.
+    """
+    _, values = _open_adapter(path)
+    return {
+        name: (tuple(value.shape()), FLOAT_DATA.get(value.element_type(), value.data_type()))
+        for name, value in values.items()
+    }
+
+
 def _read_adapter(path: Path) -> Mapping[str, tuple[Rows, str]]:
     """The values of an .onnx_adapter, by the name of their slot."""
-    import onnxruntime
+    _file, values = _open_adapter(path)
+    return {name: _as_float(path, name, value) for name, value in values.items()}
 
+
+def _open_adapter(path: Path) -> tuple[Any, Mapping[str, Any]]:
+    """The adapter, which must live as long as its values are looked at, and these."""
     try:
+        import onnxruntime
+
         file = onnxruntime.AdapterFormat.read_adapter(str(path))
-        values = file.get_parameters()  # views: the file must live until they are copied
+        return file, file.get_parameters()
+    except ImportError as error:
+        raise EngineError(
+            Problem(
+                "onnxruntime", "package", "onnxruntime", str(error), "pip install 'safegene[onnx]'"
+            )
+        ) from error
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise EngineError(
             Problem(str(path), "adapter", "an .onnx_adapter", str(error)[:300])
         ) from error
-    return {name: _as_float(path, name, value) for name, value in values.items()}
 
 
 def _as_float(path: Path, name: str, value: Any) -> tuple[Rows, str]:
