@@ -10,7 +10,6 @@ import resource
 import signal
 import stat
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -624,31 +623,12 @@ def test_a_digest_of_another_size_than_announced_is_refused(tmp_path: Path, anno
         following.result()
 
 
-def test_hashers_leave_one_cpu_and_wait_for_nobody_who_waits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With one slot for hashers, a digest that waits for its writer does not keep another one out."""
-    monkeypatch.setattr(files, "_HASHERS", threading.BoundedSemaphore(1))
+def test_an_abandoned_digest_does_not_read_on(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    path.write_bytes(b"12345678")
-    waiting, other = files.FollowingDigest(path), files.FollowingDigest(path)
-    waiting.reached(4)
-    other.reached(8)
-    expected = hashlib.sha256(b"12345678").hexdigest()
-    assert other.result() == expected
-    waiting.reached(8)
-    assert waiting.result() == expected
-
-
-def test_who_waits_to_hash_can_be_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    taken = threading.BoundedSemaphore(1)
-    taken.acquire()
-    monkeypatch.setattr(files, "_HASHERS", taken)
-    path = tmp_path / "file"
-    path.write_bytes(b"12345678")
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # hours of hashing, and no byte on the disk
     following = files.FollowingDigest(path)
-    following.reached(8)
-    following.abandon()  # returns, though the slot is never free
-    taken.release()
-    with pytest.raises(ValueError, match="released too many"):  # it gave back nothing it had not
-        taken.release()
+    following.reached(1 << 40)
+    following.abandon()
+    with pytest.raises(FormatError, match="size"):
+        following.result()

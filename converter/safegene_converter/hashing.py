@@ -8,8 +8,6 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol
 
-from safegene_runtime.files import hashing
-
 __all__ = ["digesting"]
 
 
@@ -28,12 +26,8 @@ def digesting(base: _Hashable) -> Iterator[Future[dict[str, str]]]:
         if ended.is_set():
             raise CancelledError
 
-    def digests() -> dict[str, str]:
-        with hashing(ended):
-            return base.digests(step)
-
     with ThreadPoolExecutor(1, "digest") as pool:
-        future = pool.submit(digests)
+        future = pool.submit(base.digests, step)
         try:
             yield future
         finally:

@@ -30,7 +30,6 @@ __all__ = [
     "FollowingDigest",
     "check_output_free",
     "check_writable",
-    "hashing",
     "open_regular",
     "publish_file",
     "publish_folder",
@@ -42,7 +41,6 @@ __all__ = [
 CHUNK_BYTES = 4 << 20
 MANIFEST_NAME = "manifest.json"
 _READING_UMASK = threading.Lock()
-_HASHERS = threading.BoundedSemaphore(max(1, (os.cpu_count() or 1) - 1))
 
 
 def open_regular(path: Path, *, follow_symlinks: bool = False) -> BinaryIO:
@@ -112,24 +110,6 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def hashing(stop: threading.Event) -> Iterator[None]:
-    """Waits for a CPU to hash on beside other work, or until `stop` is set.
-
-    One CPU is left to the copy that is hashed: it takes as long as hashing both its ends, so two
-    hashers beside it on two CPUs would slow down what everything waits for. Whoever is inside must not
-    wait for anybody else.
-    """
-    held = False
-    while not held and not stop.is_set():
-        held = _HASHERS.acquire(timeout=0.05)
-    try:
-        yield
-    finally:
-        if held:
-            _HASHERS.release()
-
-
 class FollowingDigest:
     """The SHA-256 of a file, taken by a thread while the file is being written from start to end.
 
@@ -173,13 +153,12 @@ class FollowingDigest:
         with open_regular(self._path) as file:
             while (goal := self._written.get()) is not None:
                 announced = goal
-                with hashing(self._abandoned):
-                    while done < announced:
-                        count = file.readinto(view[: min(CHUNK_BYTES, announced - done)])  # type: ignore[attr-defined]
-                        if not count:
-                            break
-                        digest.update(view[:count])
-                        done += count
+                while done < announced and not self._abandoned.is_set():
+                    count = file.readinto(view[: min(CHUNK_BYTES, announced - done)])  # type: ignore[attr-defined]
+                    if not count:
+                        break
+                    digest.update(view[:count])
+                    done += count
             size = os.fstat(file.fileno()).st_size
         if not done == announced == size:
             raise FormatError(
