@@ -134,6 +134,21 @@ def test_json_that_cannot_be_written_is_refused_before_the_work(
     )
 
 
+@pytest.mark.parametrize("place", ["out/found.json", "adapter/found.json", "base.gguf"])
+@pytest.mark.parametrize("command", ["convert", "record"])
+def test_json_in_the_place_of_an_input_or_inside_the_output_is_refused(
+    command: str, place: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = Path(shutil.copy(tiny.gguf_model("llama"), tmp_path / "base.gguf"))
+    copied = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    before = base.read_bytes()
+    check_refused(
+        capsys, tmp_path, "of its own", command, copied, "--base", base, "-o", tmp_path / "out",
+        "--json", tmp_path / place,
+    )  # fmt: skip
+    assert base.read_bytes() == before
+
+
 @pytest.mark.parametrize("adapter_name", ["nothing", "wrong"])
 def test_a_demo_that_cannot_be_made_leaves_the_earlier_one(
     adapter_name: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -147,18 +147,31 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_APART = (
+    "output", "artifact", "artifacts", "adapter", "gene", "path", "base", "reference", "prompts",
+    "imatrix", "model", "shots", "harmful", "benign", "aligned", "degraded", "evaluation", "task",
+    "check",
+)  # fmt: skip
+"""Arguments that name files or folders, in any command."""
+
+
 def check_json(arguments: argparse.Namespace) -> None:
     """Asks whether `--json FILE` can be written, before the work whose result goes there.
 
     Raises:
-        OutputError: it cannot.
+        OutputError: it cannot, or it would be in the place of what the command reads, or inside that
+            or the output: a file that a manifest does not list.
     """
-    from safegene_runtime.errors import OutputError
-    from safegene_runtime.files import check_writable
+    from safegene_runtime.reporting.places import check_places
 
     where = getattr(arguments, "json", None)
-    if where not in (None, "-") and (problem := check_writable(Path(where))):
-        raise OutputError(problem)
+    if where in (None, "-"):
+        return
+    apart: list[Path] = []
+    for name in _APART:
+        found = getattr(arguments, name, None) or []
+        apart += [Path(one) for one in (found if isinstance(found, list) else [found])]
+    check_places({"--json": Path(where)}, apart)
 
 
 def put_json(where: str | None, value: Any) -> bool:

@@ -103,7 +103,7 @@ def onnx_rebuild(
     with _beside(gene) as work:
         hf: Base | None = None
         if isinstance(source, OnnxBase):
-            opened = source
+            opened, hf = source, source.weights
         else:
             hf, opened, _ = export_base(source, work / "export", export, tell)
             check_base_fits(adapter, opened.shapes, opened.architecture, opened.n_layers)
