@@ -7,18 +7,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 
-from safegene_converter import cli
+from safegene_converter import child, cli
 from safegene_converter.child import python_environment
 from safegene_converter.command_line import Stopped, stoppable
 from safegene_runtime import ladder, session
-from safegene_runtime.errors import EngineError
+from safegene_runtime.errors import EngineError, SafeGeneError
 
 LONG = "x" * 300
 
@@ -242,14 +244,39 @@ def test_a_stopped_conversion_leaves_no_folder_and_no_child(
     ) as running:
         _until(lambda: running.poll() is not None or _children(running.pid))
         assert list(tmp_path.glob(".out.*.partial"))
-        (child,) = _children(running.pid)
+        (its_child,) = _children(running.pid)
         running.send_signal(number)
         _, said = running.communicate(timeout=60)
     assert running.returncode == 128 + number
     assert f"stopped by {number.name}".encode() in said
     assert b"Traceback" not in said
     assert list(tmp_path.iterdir()) == []
-    assert not Path(f"/proc/{child}").exists()
+    assert not Path(f"/proc/{its_child}").exists()
+
+
+def test_a_signal_while_a_child_starts_waits_until_it_can_be_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel may give it to another thread than the one that starts the child."""
+    original, started = child._start, []
+
+    def start(*arguments: Any) -> Any:
+        started.append(original(*arguments))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        return started[0]
+
+    monkeypatch.setattr(child, "_start", start)
+    ended = threading.Event()
+    other = threading.Thread(target=ended.wait)
+    other.start()
+    try:
+        with pytest.raises(Stopped, match="SIGTERM"), stoppable():
+            child.run_child(["sleep", "60"], what="a test", error=SafeGeneError)
+    finally:
+        ended.set()
+        other.join()
+    assert started[0].poll() == -signal.SIGKILL
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:

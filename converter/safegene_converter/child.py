@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from safegene_runtime.errors import Problem, SafeGeneError
 
@@ -59,23 +60,21 @@ def run_child(
         given.write(stdin)
         given.seek(0)
         # while it starts nobody could end it: a signal waits until there is a child to kill
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        held = _Held()
         try:
             child = _start(command, given, out, log, environment)
         except OSError as cause:
+            held.release()
             raise error(
                 Problem(what, "child process", "to start", str(cause), "check the installation")
             ) from cause
-        else:
-            try:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-                _wait(child, grows, progress)
-            finally:
-                if child.poll() is None:
-                    child.kill()
-                    child.wait()
+        try:
+            held.release()
+            _wait(child, grows, progress)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if child.poll() is None:
+                child.kill()
+                child.wait()
         log.seek(0)
         out.seek(0)
         output = out.read().decode("utf-8", "replace")
@@ -105,6 +104,30 @@ def python_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]
         "TRANSFORMERS_OFFLINE": "1",
         **(extra or {}),
     }
+
+
+class _Held:
+    """Signals that Python handles, kept from their handlers until `release`.
+
+    Masking them would not do: it holds for one thread, and the kernel gives a signal to any that has
+    not masked it, a BLAS worker for one; Python then interrupts the main thread all the same.
+    """
+
+    def __init__(self) -> None:
+        self._came: list[int] = []
+        self._handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # the only one they interrupt
+            for number in STOPPING:
+                if callable(handler := signal.getsignal(number)):
+                    self._handlers[number] = handler
+                    signal.signal(number, lambda number, frame: self._came.append(number))
+
+    def release(self) -> None:
+        """Puts the handlers back, and calls them for what came."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        for number in self._came:
+            self._handlers[number](number, None)
 
 
 def _start(
