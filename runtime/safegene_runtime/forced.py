@@ -147,8 +147,6 @@ def _one_pass(
     moved = compare.change(position.ref_logits[first], position.base_logits[first])
     ours = compare.change(at_ids[first], position.base_logits[first])
     argmax = logits.argmax(axis=1)
-    # row by row: a copy of all of them would be as large as what the engine holds
-    top2 = np.array([np.partition(row, -2)[-2:] for row in logits])
     return ForcedPass(
         kl=kl,
         beta_dot=float((ours * moved).sum()),
@@ -156,6 +154,13 @@ def _one_pass(
         ref_nearer=bool(kl[first].sum() <= kl_base.sum()),
         agree=argmax == np.asarray(record.prompts[index].ref_ids),
         argmax=argmax,
-        gap=np.abs(top2[:, 1] - top2[:, 0]),
+        gap=np.array([_lead(row, top) for row, top in zip(logits, argmax, strict=True)]),
         margin=margin_of(rule, record.prompts[index], logits),
     )
+
+
+def _lead(row: npt.NDArray[np.float32], top: int) -> np.float32:
+    """By how much the largest logit, at `top`, leads; without a copy of the row, or sorting it."""
+    others = (row[:top], row[top + 1 :])
+    lead: np.float32 = row[top] - max(part.max() for part in others if len(part))
+    return lead
