@@ -240,8 +240,9 @@ def test_a_stopped_conversion_leaves_no_folder_and_no_child(
         str(tiny.gguf_model("llama")), "-o", str(tmp_path / "out"),
     ]  # fmt: skip
     with subprocess.Popen(
-        command, env=python_environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    ) as running:
+        command, env=python_environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # ours may run under nohup
+    ) as running:  # fmt: skip
         _until(lambda: running.poll() is not None or _children(running.pid))
         assert list(tmp_path.glob(".out.*.partial"))
         (its_child,) = _children(running.pid)

@@ -23,6 +23,7 @@ from safegene_runtime.files import sha256_file
 from safegene_runtime.gguf import Value, ValueType, open_model
 from safegene_runtime.ladder import verify
 from safegene_runtime.manifest import FileEntry, read_manifest
+from safegene_runtime.provenance import ADAPTER_KEY, adapter_digest
 from safegene_runtime.reference import read_reference
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo"), pytest.mark.timeout(3000)]
@@ -135,7 +136,7 @@ def test_in_f32_the_real_model_is_exact(
 
 
 def rewritten(artifact: Path, out: Path, metadata: dict[str, Value] | None = None,
-              expression: str | None = None) -> Path:  # fmt: skip
+              adapter: dict[str, Any] | None = None) -> Path:  # fmt: skip
     """A forged copy whose manifest agrees with its changed file: only behaviour can tell."""
     shutil.copytree(artifact, out)
     manifest = read_manifest(out)
@@ -147,8 +148,10 @@ def rewritten(artifact: Path, out: Path, metadata: dict[str, Value] | None = Non
         write_gguf(out / entry.path, {**model.metadata, **metadata}, tensors)
     path = out / entry.path
     files = (FileEntry(entry.path, entry.role, path.stat().st_size, sha256_file(path)),)
-    adapter = {**manifest.adapter, "expression": expression or manifest.adapter["expression"]}
-    dataclasses.replace(manifest, files=files, adapter=adapter, verification=None).write(out)
+    made = dataclasses.replace(
+        manifest, files=files, adapter=adapter or manifest.adapter, verification=None
+    )
+    made.write(out)
     return out
 
 
@@ -164,7 +167,9 @@ def coefficients_ignored(demo: Path, out: Path) -> tuple[Path, Path | None]:
     convert(
         find_adapter(), base, out / "uniform", form="sidecar", expression="uniform", check=False
     )
-    return rewritten(out / "uniform", out / "forged", expression="default"), base
+    genuine = read_manifest(demo / "merged-into-q4_1").adapter  # what it is passed off as
+    digest = Value(ValueType.STRING, adapter_digest(genuine["files"]), None)
+    return rewritten(out / "uniform", out / "forged", {ADAPTER_KEY: digest}, genuine), base
 
 
 def base_served(demo: Path, out: Path) -> tuple[Path, Path | None]:
