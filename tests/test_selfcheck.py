@@ -84,7 +84,7 @@ def test_what_rounding_adds_widens_the_band_and_nothing_else_does() -> None:
 
     def found(artifact: np.ndarray) -> int:
         problems = Problems()
-        selfcheck.effect_within(0.01, base, moved, artifact, "x", problems)
+        selfcheck.effect(0.01, base, moved, artifact, "x", problems)
         return len(problems)
 
     assert found(moved) == found(moved + noise) == 0

@@ -119,17 +119,10 @@ def _add_attacks(parser: Any, what: str) -> None:
     parser.add_argument(
         "--attacks",
         metavar="NAMES",
-        type=_attack_names,
+        type=attack_list,
         default=[],
         help=f"{what}: all, or names with commas between them (docs/attacks.md)",
     )
-
-
-def _attack_names(text: str) -> list[str]:
-    try:
-        return attack_list(text)
-    except ValueError as error:  # of which argparse would show the type only
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 # --- inspect ---------------------------------------------------------------------------------------
@@ -233,16 +226,12 @@ def _add_convert(commands: Any) -> None:
         type=float,
         nargs=2,
         metavar=("MIN", "MAX"),
-        default=(0.95, 1.05),
         help="share of the delta that is kept (default: 0.95 1.05)",
     )
-    gate.add_argument(
-        "--max-error", type=float, default=0.5, help="error relative to the delta (default: 0.5)"
-    )
+    gate.add_argument("--max-error", type=float, help="error relative to the delta (default: 0.5)")
     gate.add_argument(
         "--max-base-error",
         type=float,
-        default=1.1,
         help="from float: error relative to the base's own rounding (default: 1.1)",
     )
     parser.add_argument(
@@ -267,9 +256,12 @@ def _convert(arguments: argparse.Namespace) -> int:
     from safegene_converter.survival import Bounds
 
     _refuse_options_of_the_other_target(arguments)
-    bounds = Bounds(
-        arguments.gain[0], arguments.gain[1], arguments.max_error, arguments.max_base_error
-    )
+    low, high = arguments.gain or (None, None)
+    given = {
+        "gain_min": low, "gain_max": high, "error_max": arguments.max_error,
+        "base_error_ratio_max": arguments.max_base_error,
+    }  # fmt: skip
+    bounds = Bounds(**{name: value for name, value in given.items() if value is not None})
     if arguments.to == "onnx":
         from safegene_converter.to_onnx import convert_onnx
 
@@ -363,9 +355,9 @@ def _options_of_a_merge(arguments: argparse.Namespace) -> list[str]:
     given = {
         "--type": arguments.type == "keep",
         "--promote": arguments.promote is not None,
-        "--gain": not rounds and tuple(arguments.gain) != (0.95, 1.05),
-        "--max-error": not rounds and arguments.max_error != 0.5,
-        "--max-base-error": arguments.max_base_error != 1.1,
+        "--gain": not rounds and arguments.gain is not None,
+        "--max-error": not rounds and arguments.max_error is not None,
+        "--max-base-error": arguments.max_base_error is not None,
     }
     return [flag for flag, is_given in given.items() if is_given]
 

@@ -148,7 +148,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 _APART = (
-    "output", "artifact", "artifacts", "adapter", "gene", "path", "base", "reference", "prompts",
+    "output", "artifact", "adapter", "gene", "path", "base", "reference", "prompts",
     "imatrix", "model", "shots", "harmful", "benign", "aligned", "degraded", "evaluation", "task",
     "check",
 )  # fmt: skip

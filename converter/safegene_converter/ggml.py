@@ -12,7 +12,6 @@ from safegene_runtime.errors import EngineError, PostconditionError, Problem, Un
 from safegene_runtime.ggml import (
     Bytes,
     FloatRows,
-    default_threads,
     dequantize,
     for_row_chunks,
     library,
@@ -20,7 +19,7 @@ from safegene_runtime.ggml import (
 from safegene_runtime.gguf import GGMLType, type_traits
 
 __all__ = [
-    "OutOfRangeError", "can_encode", "default_threads", "dequantize", "quantize", "requires_imatrix",
+    "OutOfRangeError", "can_encode", "dequantize", "quantize", "requires_imatrix",
 ]  # fmt: skip
 
 # The cases of ggml_quantize_chunk (ggml.c). NVFP4 is left out on purpose: its blocks are relative

@@ -32,6 +32,7 @@ from safegene_converter.manifest_lines import module_entry
 from safegene_converter.presets import PRESETS, preset, quantize_gguf
 from safegene_converter.progress import Progress
 from safegene_converter.survival import Meter, Mode, Survival, candidates, passes
+from safegene_runtime.engine import usable_cpus
 from safegene_runtime.errors import (
     BaseModelError,
     Problem,
@@ -167,7 +168,7 @@ def _encode_touched(
         module = job.adapter.modules[index]
         return _encode_one(job, module, source[job.tensor(module)], spool / str(index))
 
-    with ThreadPoolExecutor(min(ENCODERS, ggml.default_threads()), "encode") as pool:
+    with ThreadPoolExecutor(min(ENCODERS, usable_cpus()), "encode") as pool:
         waiting = [pool.submit(one, index) for index in range(len(job.adapter.modules))]
         for done, (module, future) in enumerate(zip(job.adapter.modules, waiting, strict=True)):
             try:

@@ -16,7 +16,6 @@ from safegene_converter.base import open_base
 from safegene_runtime.errors import AdapterError, Problem, Problems
 from safegene_runtime.files import MANIFEST_NAME
 from safegene_runtime.manifest import Manifest, check_files, read_manifest
-from safegene_runtime.verdict import Verdict
 
 if TYPE_CHECKING:  # what neither `inspect` nor `convert` needs
     from safegene_runtime.reference import Reference
@@ -290,12 +289,13 @@ def show_report(report: Report, console: Console, texts: bool) -> None:
                 flips.add_row("", "", escape(flip.reference_text), escape(flip.artifact_text))
         console.print(flips)
     if report.attacks:
+        from safegene_runtime.reporting.view import standing
+
         under = Table("under attack", "verdict", "lost", "of refused")
         for name, gate in report.attacks.items():
-            loss, verdict = gate.loss, str(gate.verdict)
+            loss, verdict = gate.loss, standing(gate.to_dict())
             if gate.not_decided:
-                said = "not decided" if gate.verdict is Verdict.VACUOUS else verdict
-                verdict = f"{said} ({gate.not_decided})"
+                verdict = f"{verdict} ({gate.not_decided})"
             under.add_row(name, verdict, str(loss.events_worst), str(loss.trials_worst))
         console.print(under)
     colour = {"PASS": "green", "FAIL": "red"}.get(report.verdict, "yellow")

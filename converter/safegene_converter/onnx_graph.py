@@ -203,7 +203,7 @@ def place_modules(
         BaseModelError: a module that is found nowhere, or twice, or whose weight other nodes use.
     """
     problems = Problems()
-    users = users_of(model)
+    users, passing = users_of(model), _passing(model)
     for module in wanted:
         found = places.get(module, ())
         layer, part = module.split(".")[2], module.rsplit(".", 1)[-1]
@@ -218,7 +218,7 @@ def place_modules(
             )
             continue
         weight = found[0].linear.weight.name
-        reached = _reached(model, users, weight)
+        reached = _reached(users, passing, weight)
         if len(reached) != 1:
             problems.add(
                 str(model.path),
@@ -249,12 +249,19 @@ def users_of(model: OnnxFile) -> dict[str, list[str]]:
     return users
 
 
-def _reached(model: OnnxFile, users: Mapping[str, Sequence[str]], weight: str) -> list[str]:
-    """Who uses a weight in the end, behind any Transpose and Identity of it."""
+def _passing(model: OnnxFile) -> dict[str, list[Node]]:
+    """The nodes that only pass a value on, by that value."""
     passing: dict[str, list[Node]] = {}
     for node in model.nodes:
         if node.op_type in PASS_ON and node.inputs:
             passing.setdefault(node.inputs[0], []).append(node)
+    return passing
+
+
+def _reached(
+    users: Mapping[str, Sequence[str]], passing: Mapping[str, Sequence[Node]], weight: str
+) -> list[str]:
+    """Who uses a weight in the end, behind any Transpose and Identity of it."""
     found: list[str] = []
     names_ = [weight]
     for name in names_:  # which grows

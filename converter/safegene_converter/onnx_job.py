@@ -70,11 +70,6 @@ class Job:
     bounds: Bounds
     promote: bool
 
-    @property
-    def weights(self) -> Base | None:
-        """The Hugging Face weights that the graph's were made from, where they are at hand."""
-        return self.hf or self.base.weights
-
 
 def touched_weights(adapter: Adapter, base: OnnxBase) -> tuple[Touched, ...]:
     """The weights that change, in the order of the graph."""

@@ -81,7 +81,7 @@ def _merge_one(job: Job, one: Touched) -> tuple[Encoded, list[Survival]]:
     now = onnx_weights.kind_of(model, linear)
     stored_base = onnx_weights.read_weight(model, linear)
     # with the float weights at hand they are what the delta is added to, and quantised once
-    once = job.weights is not None and now.name != "F32"
+    once = job.hf is not None and now.name != "F32"
     base = _float_weight(job, one, stored_base) if once else stored_base
     delta = one.delta()
     tried: list[str] = []
@@ -125,13 +125,13 @@ def _merge_one(job: Job, one: Touched) -> tuple[Encoded, list[Survival]]:
 
 def _float_weight(job: Job, one: Touched, stored: Rows) -> Rows:
     """The weight before it was exported, (out, in); rows of other modules as well."""
-    if job.weights is None:
+    if job.hf is None:
         return stored
     base = stored.copy()
     for module, places in job.base.places.items():
         for place in places:
             if place.linear.node == one.linear.node:
-                base[slice(*place.rows)] = job.weights.read_weight(module)
+                base[slice(*place.rows)] = job.hf.read_weight(module)
     return base
 
 

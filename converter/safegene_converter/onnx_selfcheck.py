@@ -25,6 +25,7 @@ import numpy.typing as npt
 from safegene_converter.adapter import Adapter, read_adapter
 from safegene_converter.child import python_environment, run_child
 from safegene_converter.selfcheck import PROBE, effect
+from safegene_runtime.bounds import beta_band
 from safegene_runtime.errors import PostconditionError, Problems, SafeGeneError
 from safegene_runtime.onnx_file import read_onnx
 from safegene_runtime.ort_engine import OrtEngine
@@ -110,7 +111,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
             str(artifact), "logits without the adapter", "the base's, bit for bit", "others",
             "rank 0 adds nothing: please report this",
         )  # fmt: skip
-    found = effect(z_base, z_expected, z_artifact, job["is_float"], str(artifact), problems)
+    band = beta_band("f16" if job["is_float"] else "unknown")
+    found = effect(band, z_base, z_expected, z_artifact, str(artifact), problems)
     problems.raise_if_any(PostconditionError)
     return found
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safegene_converter.adapter import Adapter, check_base_fits
 from safegene_converter.base import Base, open_base
 from safegene_converter.gguf_to_hf import check_decodable, gguf_to_hf
 from safegene_converter.onnx_base import OnnxBase, open_onnx_base
@@ -20,7 +21,7 @@ from safegene_converter.onnx_build import build_onnx, check_build_options
 from safegene_converter.progress import Progress
 from safegene_runtime.errors import BaseModelError, Problem, UnsupportedError
 
-__all__ = ["Export", "export_base", "is_onnx_folder", "open_source"]
+__all__ = ["Export", "check_source_fits", "export_base", "is_onnx_folder", "open_source"]
 
 _WIDTH = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.1, "int4": 0.6}
 """Bytes an exported parameter takes, roughly: for the progress bar."""
@@ -112,20 +113,35 @@ def is_onnx_folder(path: Path) -> bool:
     )
 
 
+def check_source_fits(adapter: Adapter, source: Base | OnnxBase) -> None:
+    """`check_base_fits`, and likewise for the weights that lie beside a graph.
+
+    Raises:
+        AdapterError: adapter and base do not belong together.
+    """
+    beside = source.weights if isinstance(source, OnnxBase) else None
+    for one in (source, beside):
+        if one is not None:
+            check_base_fits(adapter, one.shapes, one.architecture, one.n_layers)
+
+
 def export_base(
-    base: Base, work: Path, export: Export, tell: Progress
-) -> tuple[Base, OnnxBase, dict[str, Any]]:
-    """Exports a base to ONNX.
+    base: Base | OnnxBase, work: Path, export: Export, tell: Progress
+) -> tuple[Base | None, OnnxBase, dict[str, Any]]:
+    """Exports a base to ONNX; an ONNX folder is one already.
 
     Args:
-        base: a Hugging Face folder, or a GGUF that `open_source` accepted.
+        base: what `open_source` returned.
         work: a folder for the results, `work`/base and, from a GGUF, `work`/float.
         export: how.
         tell: told how far it is.
 
     Returns:
-        the Hugging Face folder that was exported, the graph, and what the manifest says about it.
+        the Hugging Face weights of the graph, where they are at hand, the graph, and what the manifest
+        says about the export.
     """
+    if isinstance(base, OnnxBase):
+        return base.weights, base, {}
     settings: dict[str, Any] = {"export": export.to_dict()}
     if base.kind == "gguf":
         base, settings["transform_error"] = gguf_to_hf(base, work / "float", tell)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safegene_converter.child import python_environment, run_child
-from safegene_converter.ggml import default_threads
+from safegene_runtime.engine import usable_cpus
 from safegene_runtime.errors import (
     EngineError,
     PostconditionError,
@@ -203,7 +203,7 @@ def _run(
         "ftype": wanted.ftype,
         "imatrix": str(imatrix.resolve()) if imatrix else None,
         "overrides": {name: int(type) for name, type in (overrides or {}).items()},
-        "threads": default_threads(),
+        "threads": usable_cpus(),
     }
     return run_child(
         [sys.executable, "-m", "safegene_converter.quantize_child"],

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safegene_converter.adapter import check_base_fits, read_adapter
+from safegene_converter.adapter import read_adapter
 from safegene_converter.base import Base
 from safegene_converter.hashing import digesting
 from safegene_converter.onnx_base import ADAPTER_FILE, OnnxBase, open_onnx_base
@@ -34,7 +34,7 @@ from safegene_converter.onnx_job import (
 )
 from safegene_converter.onnx_merge import merge
 from safegene_converter.onnx_selfcheck import check_onnx
-from safegene_converter.onnx_source import Export, export_base, open_source
+from safegene_converter.onnx_source import Export, check_source_fits, export_base, open_source
 from safegene_converter.onnx_writer import Change, load_proto, write_onnx
 from safegene_converter.progress import Progress
 from safegene_converter.survival import Bounds
@@ -113,22 +113,15 @@ def convert_onnx(
     adapter = read_adapter(adapter_path, expression)
     export = Export(precision, block_size, accuracy_level, tuple(builder_options))
     source = open_source(base_path, export)
-    check_base_fits(adapter, source.shapes, source.architecture, source.n_layers)
-    if isinstance(source, OnnxBase) and (beside := source.weights) is not None:
-        check_base_fits(adapter, beside.shapes, beside.architecture, beside.n_layers)
+    check_source_fits(adapter, source)
     if check:
         _check_runnable(source, export)
     with publish_folder(out, force) as folder, digesting(source) as digests:
         work = folder / ".work"
         work.mkdir()
-        settings: dict[str, Any] = {"form": form or "auto"}
-        hf: Base | None = None
-        if isinstance(source, OnnxBase):
-            opened, hf = source, source.weights
-        else:
-            hf, opened, about = export_base(source, work, export, tell)
-            settings |= about
-            check_base_fits(adapter, opened.shapes, opened.architecture, opened.n_layers)
+        hf, opened, about = export_base(source, work, export, tell)
+        settings: dict[str, Any] = {"form": form or "auto", **about}
+        check_source_fits(adapter, opened)
         text = read_text_files(opened.folder)
         touched = touched_weights(adapter, opened)
         if hf is not None:

@@ -11,6 +11,7 @@ import base64
 import codecs
 import functools
 import re
+from argparse import ArgumentTypeError
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -106,14 +107,14 @@ def wrap(prompts: Sequence[Prompt], attacks: Sequence[str]) -> tuple[Prompt, ...
 
 
 def attack_list(text: str) -> list[str]:
-    """The names in what an option `--attacks` was given: commas between them, not checked yet.
+    """The type of an option `--attacks`: names with commas between them, not checked yet.
 
     Raises:
-        ValueError: no name at all; whoever writes the option means to gate under something.
+        ArgumentTypeError: no name at all; whoever writes the option means to gate under something.
     """
     names = [name for part in text.split(",") if (name := part.strip())]
     if not names:
-        raise ValueError(f"expected names of attacks with commas between them, got {text!r}")
+        raise ArgumentTypeError(f"expected names of attacks with commas between them, got {text!r}")
     return names
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from safegene_runtime.base_noise import BaseNoise, base_kl
-from safegene_runtime.bounds import BETA_BAND_COARSE, ParityBounds, beta_band, bounds_for
+from safegene_runtime.bounds import ParityBounds, beta_band, bounds_for
 from safegene_runtime.divergence import Divergence, first_divergence
 from safegene_runtime.engine import Engine
 from safegene_runtime.forced import ForcedPass, forced_passes, kl_by_position
@@ -41,7 +41,7 @@ from safegene_runtime.static_proof import StaticProof, static_proof
 from safegene_runtime.text_parity import compare_text
 from safegene_runtime.verdict import Verdict
 
-__all__ = ["BETA_BAND_COARSE", "Climb", "Mode", "Tell", "refusals_rung"]
+__all__ = ["Climb", "Mode", "Tell", "refusals_rung"]
 
 AHEAD = 16
 """Prompts run together in sequential mode: what an engine batches, and at most that many too many."""

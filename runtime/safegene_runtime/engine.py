@@ -16,7 +16,7 @@ import numpy as np
 
 from safegene_runtime.errors import EngineError, Problem
 
-__all__ = ["Engine", "OnProgress", "open_engine", "shared_length", "thread_count"]
+__all__ = ["Engine", "OnProgress", "open_engine", "shared_length", "thread_count", "usable_cpus"]
 
 DEFAULT_THREADS_MAX = 32
 THREADS_MAX = 512
@@ -149,15 +149,20 @@ def open_engine(model: Path, adapter: Path | None = None, **settings: Any) -> En
     )
 
 
+def usable_cpus() -> int:
+    """How many CPUs this process may run on, where the system can tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0)) or 1
+    return os.cpu_count() or 1
+
+
 def thread_count(asked: int | None) -> int:
     """How many CPU threads an engine gets: as many as were asked for, else one per usable CPU.
 
     Raises:
         EngineError: none, or more than this machine can run.
     """
-    # where the system can tell, only the CPUs that this process may run on
-    known = hasattr(os, "sched_getaffinity")
-    cpus = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    cpus = usable_cpus()
     default = min(cpus, DEFAULT_THREADS_MAX)
     limit = min(max(cpus * THREADS_PER_CPU, DEFAULT_THREADS_MAX), THREADS_MAX)
     if asked is not None and not 1 <= asked <= limit:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,10 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from safegene_runtime.engine import usable_cpus
 from safegene_runtime.errors import EngineError, Problem, UnsupportedError
 from safegene_runtime.gguf import GGMLType, type_traits
 
-__all__ = ["default_threads", "dequantize", "for_row_chunks", "library"]
+__all__ = ["dequantize", "for_row_chunks", "library"]
 
 FloatRows = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -47,13 +47,6 @@ class _TypeTraits(ctypes.Structure):
         ("to_float", ctypes.c_void_p),
         ("from_float_ref", ctypes.c_void_p),
     ]
-
-
-def default_threads() -> int:
-    """The number of CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0)) or 1
-    return os.cpu_count() or 1
 
 
 def dequantize(
@@ -112,7 +105,7 @@ def for_row_chunks(
     """Calls `work(start, stop)` for row ranges that cover all rows; re-raises the first error."""
     step = max(1, CHUNK_ELEMENTS // max(1, n_cols))
     ranges = [(start, min(n_rows, start + step)) for start in range(0, n_rows, step)]
-    n_threads = min(threads or default_threads(), len(ranges))
+    n_threads = min(threads or usable_cpus(), len(ranges))
     if n_threads <= 1:
         for start, stop in ranges:
             work(start, stop)

@@ -538,6 +538,15 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.
 MAX_SHARDS = 10_000
 
 
+def shard_paths(path: Path) -> list[Path]:
+    """Every file of a model by the name of one of them, in order; nothing is opened."""
+    match = _SHARD.fullmatch(path.name)
+    if not match or not 1 < int(match["count"]) <= MAX_SHARDS:
+        return [path]
+    names = f"{match['stem']}-{{:05}}-of-{match['count']}.gguf"
+    return [path.with_name(names.format(number + 1)) for number in range(int(match["count"]))]
+
+
 def open_model(path: Path, *, follow_symlinks: bool = True) -> GGUFModel:
     """Reads a model: one file, or, named by its first shard, all of them.
 
@@ -574,15 +583,12 @@ def open_model(path: Path, *, follow_symlinks: bool = True) -> GGUFModel:
         )
     problems.raise_if_any(FormatError)
     shards = [first]
-    for number in range(2, count + 1):
-        name = f"{match['stem']}-{number:05}-of-{count:05}.gguf"  # type: ignore[index]
-        if not (path.parent / name).exists():
-            problems.add(
-                str(path.parent / name), "shard", "a file", "nothing", "download all shards"
-            )
+    for number, place in enumerate(shard_paths(path)[1:], start=1):
+        if not place.exists():
+            problems.add(str(place), "shard", "a file", "nothing", "download all shards")
             continue
-        shard = read_gguf(path.parent / name, follow_symlinks=follow_symlinks)
-        for key, wanted in (("split.no", number - 1), ("split.count", count)):
+        shard = read_gguf(place, follow_symlinks=follow_symlinks)
+        for key, wanted in (("split.no", number), ("split.count", count)):
             if shard.get(key) != wanted:
                 problems.add(
                     str(shard.path), key, wanted, shard.get(key), "download all shards again"

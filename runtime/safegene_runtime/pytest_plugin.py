@@ -19,7 +19,6 @@ a test asks for it. Nothing else in the runtime imports pytest.
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -168,10 +167,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _names(text: str) -> list[str]:
     from safegene_runtime.attacks import attack_list
 
-    try:
-        return attack_list(text)
-    except ValueError as error:  # of which argparse would show the type only
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return attack_list(text)
 
 
 def _check_attacks(names: list[str]) -> None:

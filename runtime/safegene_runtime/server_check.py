@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from safegene_runtime.attacks import attack_names
-from safegene_runtime.climb import BETA_BAND_COARSE, refusals_rung
+from safegene_runtime.bounds import BETA_BAND_COARSE
+from safegene_runtime.climb import refusals_rung
 from safegene_runtime.errors import Problem, RecordError
 from safegene_runtime.gate import NOT_RUN, Pair, combine, decide_by_attack
 from safegene_runtime.judge import Judge, RulesAndNgram, label_all

@@ -16,14 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from safegene_converter.adapter import check_base_fits, read_adapter
-from safegene_converter.base import Base
+from safegene_converter.adapter import read_adapter
 from safegene_converter.gene.folder import copy_with
 from safegene_converter.gguf_merge import MODEL_FILE
 from safegene_converter.gguf_sidecar import ADAPTER_FILE
-from safegene_converter.onnx_base import OnnxBase
 from safegene_converter.onnx_job import Job, prove_weights, touched_weights
-from safegene_converter.onnx_source import Export, export_base, open_source
+from safegene_converter.onnx_source import Export, check_source_fits, export_base, open_source
 from safegene_converter.progress import Progress
 from safegene_converter.survival import Bounds
 from safegene_converter.to_gguf import convert
@@ -99,14 +97,10 @@ def onnx_rebuild(
     adapter = read_adapter(gene)
     export = Export(precision)
     source = open_source(base, export)
-    check_base_fits(adapter, source.shapes, source.architecture, source.n_layers)
+    check_source_fits(adapter, source)
     with _beside(gene) as work:
-        hf: Base | None = None
-        if isinstance(source, OnnxBase):
-            opened, hf = source, source.weights
-        else:
-            hf, opened, _ = export_base(source, work / "export", export, tell)
-            check_base_fits(adapter, opened.shapes, opened.architecture, opened.n_layers)
+        hf, opened, _ = export_base(source, work / "export", export, tell)
+        check_source_fits(adapter, opened)
         touched = touched_weights(adapter, opened)
         if hf is not None:
             prove_weights(touched, opened, hf)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safegene_runtime.errors import OutputError, Problems
 from safegene_runtime.files import check_writable
+from safegene_runtime.gguf import shard_paths
 
 __all__ = ["check_places", "read_files"]
-
-_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5}\.gguf)", re.ASCII)
 
 
 def read_files(base: Path | None, judge: str | None) -> list[Path]:
@@ -21,12 +19,7 @@ def read_files(base: Path | None, judge: str | None) -> list[Path]:
         base: as `--base` names it.
         judge: as `--judge` names it; the argument of a plug-in may be a path.
     """
-    found = [] if base is None else [base]
-    if base is not None and (match := _SHARD.fullmatch(base.name)):
-        found += [
-            one for one in base.parent.glob("*.gguf")
-            if (other := _SHARD.fullmatch(one.name)) and other.groups() == match.groups()
-        ]  # fmt: skip
+    found = [] if base is None else [base, *shard_paths(base)]
     kind, _, argument = (judge or "").partition(":")
     place = Path(argument)
     if argument and place.is_file():
