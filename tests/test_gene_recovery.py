@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 
+from safegene_converter.adapter import read_adapter
 from safegene_runtime.errors import GeneError
 
 FOLDER = tiny.REPOSITORY / "examples" / "recovery"
@@ -118,6 +119,8 @@ def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("a finished step ran again")
 
+    run.methods.ship(lab, tmp_path / "shipped")
+    assert read_adapter(tmp_path / "shipped").expression == "base"
     for name in ("evaluate", "calibrate", "extract", "select", "train_lora", "own_replies"):
         monkeypatch.setattr(run.methods, name, never)
     run.run(lab)

@@ -41,9 +41,9 @@ from safegene_runtime.reference import read_reference
 
 BUDGET = 0.01
 GENES = {
-    "gene": "gene-all", "gene at KL / 4": "gene-all", "gene as aligned": "gene-all",
-    "uniform": "gene-all", "random layers": "gene-all",
-    "all layers": "gene-thin", "all layers as aligned": "gene-thin", "direct": "direct-all",
+    "gene": "gene-all", "gene as aligned": "gene-all", "uniform": "gene-all",
+    "random layers": "gene-all", "all layers": "gene-thin", "all layers as aligned": "gene-thin",
+    "direct": "direct-all",
 }  # fmt: skip
 """What each method's layers are chosen from."""
 RANK = 8
@@ -192,10 +192,10 @@ def realign(lab: Lab, name: str) -> Path:
         return out
     started = time.monotonic()
     model, tokenizer = lab.load(name)
-    count = lab.plan.realign_steps * BATCH // 4  # each is seen twice
-    own = [prompt for prompt, _ in data.task(name, lab.seed, data.TASK_TRAIN)[: count // 4]]
+    count = lab.plan.realign_steps * BATCH // (1 + lab.plan.benign)
+    own = [prompt for prompt, _ in data.task(name, lab.seed, data.TASK_TRAIN)[: count // 2]]
     examples = safety_examples(
-        lab, model, tokenizer, f"realign {name}", count, count - len(own), own
+        lab, model, tokenizer, f"realign {name}", count, lab.plan.benign * count - len(own), own
     )
     train_lora(
         model, examples, out, steps=lab.plan.realign_steps, seed=lab.seed, tell=lab.tell
@@ -278,21 +278,16 @@ def _own(lab: Lab, target: str) -> list[Scored]:
 
 
 def _with_gene(
-    folder_name: str,
-    calibrated: bool,
-    weight: float | None = None,
-    as_aligned: bool = False,
+    folder_name: str, calibrated: bool, as_aligned: bool = False
 ) -> Callable[[Lab, str], dict[str, Any]]:
-    """Measures a gene: as it is, calibrated with a weight, or as far as the aligned model refuses."""
+    """Measures a gene: as it is, calibrated, or calibrated on to the aligned model's refusals."""
 
     def measured(lab: Lab, target: str) -> dict[str, Any]:
         folder, found = lab.work / folder_name, {}
         expression = f"{target}-as-aligned" if as_aligned else target
-        if weight is not None:
-            expression = f"{target}-{weight:g}"
         if calibrated:
             fitted = calibrate(
-                folder, lab.work / target, lab.few("shots", target), expression, weight=weight,
+                folder, lab.work / target, lab.few("shots", target), expression,
                 aligned=lab.work / "aligned" if as_aligned else None,
                 settings=Settings(rate=0.25, max_steps=lab.plan.calibration_steps),
                 refusals=REFUSALS, evaluation=lab.splits.test, force=True, progress=lab.tell,
@@ -355,17 +350,50 @@ def _evaluated(lab: Lab, target: str, model: Any, tokenizer: Any) -> dict[str, A
 
 METHODS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
     "gene": _with_gene("gene", True),
+    "gene as aligned": _with_gene("gene", True, as_aligned=True),
+    "all layers": _with_gene("gene-thin", True),
     "uniform": _with_gene("gene", False),
     "re-aligned": _realigned,
     "safe lora": _safe_lora,
-    "all layers": _with_gene("gene-thin", True),
     "random layers": _random_layers,
-    "gene at KL / 4": _with_gene("gene", True, weight=0.25),
-    "gene as aligned": _with_gene("gene", True, as_aligned=True),
-    "all layers as aligned": _with_gene("gene-thin", True, as_aligned=True),
     "direct": _with_gene("direct", True),
+    "all layers as aligned": _with_gene("gene-thin", True, as_aligned=True),
 }
 """What is held against one another, by the name it has in the table."""
+
+
+def ship(lab: Lab, out: Path) -> None:
+    """A gene for the base itself, which was never aligned: aligned − base, selected, calibrated.
+
+    Its default expression is the calibrated one.
+    """
+    whole, gene, base = lab.work / "ship-all", lab.work / "ship", lab.work / "base"
+    if not whole.exists():
+        extract([lab.work / "aligned"], [base], whole, rank=RANK, progress=lab.tell)
+    if not gene.exists():
+        select(
+            whole, base, lab.splits.select, budget=BUDGET, refusals=REFUSALS,
+            evaluation=lab.splits.test, out=gene, progress=lab.tell,
+        )  # fmt: skip
+    calibrate(
+        gene, base, lab.splits.shots, "base", default=True, force=True, refusals=REFUSALS,
+        settings=Settings(rate=0.25, max_steps=lab.plan.calibration_steps),
+        evaluation=lab.splits.test, progress=lab.tell,
+    )  # fmt: skip
+    for expression in ("default", "base"):
+        measured = evaluate(
+            base, gene=gene, expression=expression, prompts=lab.splits.test,
+            max_new_tokens=lab.plan.reply_tokens, progress=lab.tell,
+        ).to_dict()  # fmt: skip
+        lab.note(f"shipped {expression}", measured)
+        print(f"shipped, expression {expression}: {measured}", flush=True)
+    with publish_folder(out) as folder:
+        shutil.copytree(gene, folder, dirs_exist_ok=True)
+
+
+def _expression(lab: Lab, target: str) -> str:
+    """What artifacts are made of: the coefficients that went on to the aligned model's level, if any."""
+    return f"{target}-as-aligned" if f"{target} gene as aligned" in lab.results() else target
 
 
 def artifacts(lab: Lab) -> None:
@@ -384,12 +412,13 @@ def _verified(lab: Lab, target: str, kind: str) -> dict[str, Any]:
     reference = _reference(lab, target, "test", lab.splits.test)
     shutil.rmtree(out, ignore_errors=True)
     form, type_name = ARTIFACTS[kind]
+    expression = _expression(lab, target)
     base = _float_gguf(lab, target) if form == "sidecar" else model
     if kind.startswith("onnx"):
-        convert_onnx(gene, model, out, form=form, precision=type_name, expression=target,
+        convert_onnx(gene, model, out, form=form, precision=type_name, expression=expression,
                      progress=lab.tell)  # fmt: skip
     else:
-        convert(gene, base, out, form=form, type_name=type_name, expression=target,
+        convert(gene, base, out, form=form, type_name=type_name, expression=expression,
                 progress=lab.tell)  # fmt: skip
     try:
         checked = verify(
@@ -415,7 +444,7 @@ def deployed(lab: Lab) -> None:
         held_out = _reference(lab, target, "test", lab.splits.test)
         with gguf_rebuild(gene, model, "merged", "q4_k_m") as rebuild:
             return recalibrate_deployed(
-                gene, read_reference(shots), rebuild, f"{target}-q4", expression=target,
+                gene, read_reference(shots), rebuild, f"{target}-q4", expression=_expression(lab, target),
                 max_evaluations=lab.plan.rebuilds, held_out=read_reference(held_out), force=True,
                 progress=lab.tell,
             ).to_dict()  # fmt: skip
@@ -427,8 +456,8 @@ def _reference(lab: Lab, target: str, name: str, prompts: Sequence[Prompt]) -> P
     out = lab.work / f"{target}-reference-{name}"
     if not out.exists():
         record(
-            lab.work / "gene", lab.work / target, out, prompts=prompts, expression=target,
-            max_new_tokens=lab.plan.reply_tokens, on_progress=lab.tell,
+            lab.work / "gene", lab.work / target, out, prompts=prompts,
+            expression=_expression(lab, target), max_new_tokens=lab.plan.reply_tokens, on_progress=lab.tell,
         )  # fmt: skip
     return out
 

@@ -9,9 +9,9 @@ from statistics import mean, pstdev
 from typing import Any
 
 COLOURS = {
-    "gene": "#0b6e4f", "uniform": "#8a8a8a", "re-aligned": "#7a3e9d", "safe lora": "#b3261e",
-    "all layers": "#2f6fbb", "random layers": "#c98a00", "gene at KL / 4": "#5fd3a6",
-    "gene as aligned": "#1b9e9e", "all layers as aligned": "#8fb8de", "direct": "#5c4033",
+    "gene": "#0b6e4f", "gene as aligned": "#1b9e9e", "all layers": "#2f6fbb", "uniform": "#8a8a8a",
+    "re-aligned": "#7a3e9d", "safe lora": "#b3261e", "random layers": "#c98a00",
+    "direct": "#5c4033", "all layers as aligned": "#8fb8de",
 }  # fmt: skip
 WIDTH, HEIGHT, EDGE, LEGEND = 720, 420, 60, 150
 
@@ -63,13 +63,15 @@ def table(runs: list[dict[str, Any]]) -> str:
     for target in targets(first):
         for method in COLOURS:
             key = f"{target} {method}"
-            if all(key in run for run in runs):
-                recovered = [recovery(run, target, method) for run in runs]
+            have = [run for run in runs if key in run]
+            if have:
+                recovered = [recovery(run, target, method) for run in have]
                 worse = [
-                    run[key]["task_loss"] / run[f"model {target}"]["task_loss"] - 1 for run in runs
+                    run[key]["task_loss"] / run[f"model {target}"]["task_loss"] - 1 for run in have
                 ]
-                found = [run[key] for run in runs]
-                lines.append(_row(f"{target} + {method}", found, recovered, worse))
+                fewer = "" if len(have) == len(runs) else f" ({len(have)} seed)"
+                found = [run[key] for run in have]
+                lines.append(_row(f"{target} + {method}{fewer}", found, recovered, worse))
     return "\n".join([*lines, "", *_artifacts(runs)]) + "\n"
 
 

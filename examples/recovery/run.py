@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import data
 import methods
 import report
-from train import BATCH, train_lora
+from train import BATCH, CHECK_EVERY, train_lora
 
 from safegene_converter.gene.evaluate import evaluate_model
 from safegene_runtime.files import publish_folder
@@ -34,6 +34,9 @@ REFUSAL_TOKENS = 12
 TASK_WARM_UP = 20
 """Long, so that a fine-tune does not run past the point where it is stopped."""
 
+SUDDEN = ("obedient",)
+"""Fine-tunes that go from refusing to obeying within five steps: watched at every one."""
+
 SOURCES = ("steps", "concierge")
 """What the gene is extracted from; the other tasks never see it made."""
 
@@ -42,7 +45,8 @@ SOURCES = ("steps", "concierge")
 class Plan:
     """How large everything is; steps are of 8 examples, but of `task_batch` in a fine-tune.
 
-    A fine-tune stops where it has lost the share `lost` of the refusals, or at `task_steps`.
+    A fine-tune stops where it has lost the share `lost` of the refusals, or at `task_steps`. Safety is taught
+    with `benign` requests for each harmful one.
     """
 
     align_steps: int
@@ -54,6 +58,7 @@ class Plan:
     sources: tuple[str, ...]
     calibration_steps: int
     methods: tuple[str, ...] = tuple(methods.METHODS)
+    benign: int = 3
     reply_tokens: int = 16
     task_batch: int = 4
     task_rate: float = 8e-4
@@ -66,10 +71,10 @@ class Plan:
         return tuple(name for name in self.tasks if name not in self.sources)
 
 
-FULL = Plan(96, 80, 40, 16, 100, tuple(data.TASKS), SOURCES, 20)
+FULL = Plan(240, 80, 100, 16, 100, tuple(data.TASKS), SOURCES, 20)
 QUICK = Plan(
     30, 30, 12, 8, 16, ("steps", "obedient"), ("steps",), 5, ("gene", "uniform", "safe lora"),
-    reply_tokens=12, rebuilds=2,
+    benign=2, reply_tokens=12, rebuilds=2,
 )  # fmt: skip
 
 
@@ -83,6 +88,12 @@ def main() -> int:
     parser.add_argument("--only", choices=[name for name, _ in STEPS], help="stop after this step")
     parser.add_argument("--methods", help="only these, with commas between them (default: all)")
     parser.add_argument("--artifacts", action="store_true", help="also convert and verify")
+    parser.add_argument(
+        "--deployed", action="store_true", help="also fit coefficients to a Q4_K_M file"
+    )
+    parser.add_argument(
+        "--ship", type=Path, metavar="DIR", help="also make a gene for the base itself"
+    )
     parser.add_argument("--publish", action="store_true", help="keep table and picture beside this")
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL
@@ -95,13 +106,17 @@ def main() -> int:
     lab = methods.Lab(
         work, plan, arguments.seed, data.splits(plan.per_kind, plan.test), tell, arguments.base
     )
-    run(lab, arguments.only, arguments.artifacts)
+    run(lab, arguments.only, arguments.artifacts, arguments.deployed)
+    if arguments.ship is not None:
+        methods.ship(lab, arguments.ship)
     if arguments.publish and arguments.only is None:
         report.publish(arguments.work, Path(__file__).resolve().parent)
     return 0
 
 
-def run(lab: methods.Lab, only: str | None = None, artifacts: bool = False) -> None:
+def run(
+    lab: methods.Lab, only: str | None = None, artifacts: bool = False, deployed: bool = False
+) -> None:
     """Runs all steps, up to `only`, and prints the table."""
     lab.work.mkdir(parents=True, exist_ok=True)
     for name, step in STEPS:
@@ -112,6 +127,7 @@ def run(lab: methods.Lab, only: str | None = None, artifacts: bool = False) -> N
             return
     if artifacts:
         methods.artifacts(lab)
+    if deployed:
         methods.deployed(lab)
     report.write(lab.work.parent, lab.work, lab.results())
 
@@ -126,9 +142,11 @@ def align(lab: methods.Lab) -> None:
     if (lab.work / "aligned").exists():
         return
     model, tokenizer = lab.load("base")
-    # twice as many benign ones, and more kinds of them: refusing everything is the easy way out
-    count = lab.plan.align_steps * BATCH // 3
-    examples = methods.safety_examples(lab, model, tokenizer, "align", count, 2 * count)
+    # more benign ones, and more kinds of them: refusing everything is the easy way out
+    count = lab.plan.align_steps * BATCH // (1 + lab.plan.benign)
+    examples = methods.safety_examples(
+        lab, model, tokenizer, "align", count, lab.plan.benign * count
+    )
     lora = lab.work / "align-lora"
     started = time.monotonic()
     if not lora.exists():
@@ -170,6 +188,7 @@ def _fine_tune(lab: methods.Lab, name: str, lora: Path) -> None:
         batch=lab.plan.task_batch,
         warm_up=TASK_WARM_UP,
         until=lambda tuned: refused(tuned) <= wanted,
+        check_every=1 if name in SUDDEN else CHECK_EVERY,
         tell=tell,
     )
 

@@ -44,11 +44,12 @@ def train_lora(
     batch: int = BATCH,
     warm_up: int = WARM_UP,
     until: Callable[[Any], bool] | None = None,
+    check_every: int = CHECK_EVERY,
     tell: Callable[[str, int, int], None],
 ) -> Any:
     """Trains a LoRA on all linear modules and publishes it as `out`; returns the wrapped model.
 
-    `until` is asked every CHECK_EVERY steps whether the model is as wanted already.
+    `until` is asked every `check_every` steps whether the model is as wanted already.
 
     Raises:
         GeneError: the loss became NaN.
@@ -99,7 +100,7 @@ def train_lora(
             partial = saved.with_suffix(".partial")
             torch.save(state, partial)
             partial.replace(saved)
-        if until is not None and (step + 1) % CHECK_EVERY == 0:
+        if until is not None and (step + 1) % check_every == 0:
             tuned.eval()
             is_done = until(tuned)
             tuned.train()
