@@ -5,6 +5,12 @@ in float, quantised once with a preset; bounds switched off, nothing promoted; a
 PyTorch reference. Prints both tables of docs/survival.md.
 
     python benchmarks/bounds.py [--suite smoke | --reference DIR] [--types q4_1 ...] [--presets q4_k_m ...]
+
+With --relative instead the KL of sidecars and ONNX adapters, genuine and wrong, beside that of their
+bases: the table of docs/ladder.md.
+
+    python benchmarks/bounds.py --relative [--suite smoke | --reference DIR] [--bases q4_k_m ...]
+        [--onnx int4 ...] [--threads 2]
 """
 
 from __future__ import annotations
@@ -14,6 +20,9 @@ import platform
 import tempfile
 from pathlib import Path
 from statistics import fmean
+
+from relative import ONNX, relative
+from relative import TYPES as BASES
 
 from safegene_converter.demo import find_adapter, find_smollm2, write_float_base
 from safegene_converter.recorder import record
@@ -37,6 +46,10 @@ def main() -> None:
     asked.add_argument("--reference", type=Path, help="made by `safegene record` or the demo")
     parser.add_argument("--types", nargs="*", default=TYPES, help="on the grid of the Q4_1 base")
     parser.add_argument("--presets", nargs="*", default=PRESETS, help="from float, quantised once")
+    parser.add_argument("--relative", action="store_true", help="against the bases' own KL instead")
+    parser.add_argument("--bases", nargs="*", default=BASES, help="of --relative, in GGUF")
+    parser.add_argument("--onnx", nargs="*", default=ONNX, help="of --relative, in ONNX")
+    parser.add_argument("--threads", type=int, help="of --relative (default: all)")
     arguments = parser.parse_args()
     base, adapter = find_smollm2(), find_adapter()
     print(
@@ -50,6 +63,10 @@ def main() -> None:
             else record(adapter, base, root / "reference", prompts=builtin_suite(arguments.suite))
         )
         write_float_base(base, root / "float.gguf")
+        if arguments.relative:
+            relative(reference, base, root / "float.gguf", arguments.bases, arguments.onnx, root,
+                     arguments.threads)  # fmt: skip
+            return
         rates: dict[str, float] = {}
         for names, source, error in (
             (arguments.types, base, "relative_error"),

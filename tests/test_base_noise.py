@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
-from workshop import Workshop
+from mutants import MUTANTS
+from workshop import PROMPTS, Workshop
 
+from safegene_converter.presets import quantize_gguf
+from safegene_converter.recorder import record
 from safegene_converter.to_gguf import convert
-from safegene_runtime import base_noise
-from safegene_runtime.base_noise import FLOOR, MUCH, BaseNoise, base_kl
-from safegene_runtime.engine import open_engine
+from safegene_runtime import base_noise, ladder
+from safegene_runtime.base_noise import (
+    FLOOR,
+    MIN_PROMPTS,
+    NEGLIGIBLE,
+    RATIO,
+    BaseNoise,
+    base_kl,
+)
+from safegene_runtime.bounds import BOUNDS
+from safegene_runtime.engine import Engine, open_engine
 from safegene_runtime.errors import EngineError
 from safegene_runtime.ladder import verify
+from safegene_runtime.reference import Reference
 from safegene_runtime.report import Report
 
 
@@ -49,7 +62,7 @@ def test_a_sidecar_on_a_rounded_base_moves_about_as_much_as_its_base(
     assert noise["artifact_kl"] == pytest.approx(rung.figures["mean_kl"], rel=1e-9)
     assert noise["ratio"] == pytest.approx(noise["artifact_kl"] / noise["base_kl"], rel=1e-9)
     assert noise["base_kl"] > 1000 * FLOOR
-    assert 1 / MUCH < noise["ratio"] < MUCH
+    assert 1 / RATIO < noise["ratio"] < RATIO
     assert f"{noise['ratio']:.2g} times its base's own" in rung.detail
     assert "not what causes it" not in rung.detail
 
@@ -119,6 +132,65 @@ def test_a_base_that_gives_no_logits_is_an_error(what: str, shop: Workshop) -> N
     broken: Any = Broken()
     with pytest.raises(EngineError, match="logits of the base"):
         base_kl(broken, shop.reference, [0, 1])
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """A tiny base whose weights are 4-bit numbers in PyTorch, too, and a sidecar beside it."""
+
+    shop: Workshop
+    base: Path
+    artifact: Path
+    reference: Reference
+
+
+@pytest.fixture(scope="module")
+def coarse(tmp_path_factory: pytest.TempPathFactory) -> Coarse:
+    folder = tmp_path_factory.mktemp("coarse")
+    shop, base, artifact = Workshop(folder, scale=0.04), folder / "base.gguf", folder / "sidecar"
+    quantize_gguf(tiny.gguf_model("llama"), base, "q4_1")
+    convert(shop.adapter, base, artifact, form="sidecar", check=False)
+    reference = record(
+        shop.adapter, base, folder / "of-it", prompts=PROMPTS, max_new_tokens=4
+    )  # fmt: skip
+    return Coarse(shop, base, artifact, reference)
+
+
+@pytest.mark.parametrize(
+    "mistake", [None, "scale 0.5", "scale 2", "coefficients ignored", "one layer dropped"]
+)
+def test_a_wrong_adapter_that_its_class_would_let_pass_breaks_against_its_base(
+    mistake: str | None, coarse: Coarse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes are the genuine ones: the program that runs them applies others."""
+    if mistake is not None:
+        wrong = MUTANTS[mistake](coarse.shop, "gguf sidecar", tmp_path / "wrong").folder
+
+        def other(model: Path, adapter: Path | None, **settings: Any) -> Engine:
+            return open_engine(model, adapter and wrong / adapter.name, **settings)
+
+        monkeypatch.setattr(ladder, "open_engine", other)
+    monkeypatch.setattr(base_noise, "MIN_PROMPTS", len(PROMPTS))
+    report = verify(coarse.artifact, coarse.reference, base=coarse.base, threads=1, write=False)
+    rung = report.rung("logits")
+    assert report.precision == "4-bit"
+    assert rung.figures["mean_kl"] < BOUNDS["4-bit"].kl_ceiling
+    assert rung.status == ("ok" if mistake is None else "broken"), rung.detail
+    assert ("of which it may have" in rung.detail) == (mistake is not None)
+
+
+def test_only_what_is_sure_breaks_and_only_where_the_class_leaves_room() -> None:
+    def breaks(base: float, artifact: float, precision: str, prompts: int = MIN_PROMPTS) -> bool:
+        arms = ({at: np.full(3, kl) for at in range(prompts)} for kl in (base, artifact))
+        return BaseNoise.of(*arms).breaks(BOUNDS[precision])
+
+    base = 2 * NEGLIGIBLE
+    for precision, bounds in BOUNDS.items():
+        assert breaks(base, 1.01 * RATIO * base, precision) == (not bounds.kl_gates)
+        assert not breaks(base, 0.99 * RATIO * base, precision)
+    assert not breaks(base, 9 * base, "4-bit", MIN_PROMPTS - 1)
+    assert not breaks(NEGLIGIBLE / 9, 0.99 * NEGLIGIBLE, "4-bit")
+    assert not breaks(FLOOR / 2, 1.0, "4-bit")
 
 
 def test_what_the_base_does_not_explain_is_said() -> None:

@@ -18,6 +18,10 @@ from safegene_converter.child import python_environment
 from safegene_converter.demo import JOBS, find_adapter, find_smollm2
 from safegene_converter.gguf_writer import OutTensor, write_gguf
 from safegene_converter.to_gguf import convert
+from safegene_runtime import ladder
+from safegene_runtime.base_noise import RATIO
+from safegene_runtime.bounds import bounds_for
+from safegene_runtime.engine import Engine, open_engine
 from safegene_runtime.errors import EngineError, SurvivalError
 from safegene_runtime.files import sha256_file
 from safegene_runtime.gguf import Value, ValueType, open_model
@@ -87,6 +91,30 @@ def test_merged_into_4_bits_the_refusals_are_kept(demo: tuple[Path, dict[str, An
     assert row["losses"] <= 4
     assert row["survival"]["gain_min"] >= 0.95
     assert row["size_bytes"] < 1.1 * demo[1]["base_bytes"]
+
+
+@pytest.mark.parametrize("expression", ["default", "uniform"])
+def test_a_sidecar_is_held_to_what_its_own_base_does(
+    expression: str,
+    demo: tuple[Path, dict[str, Any]],
+    reference: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Coefficients ignored: 4 bits would let the KL pass, this 4-bit base does not explain it."""
+    convert(find_adapter(), find_smollm2(), tmp_path / "run", form="sidecar", check=False,
+            expression=expression)  # fmt: skip
+
+    def other(model: Path, adapter: Path | None, **settings: Any) -> Engine:
+        return open_engine(model, adapter and tmp_path / "run" / adapter.name, **settings)
+
+    monkeypatch.setattr(ladder, "open_engine", other)
+    artifact = demo[0] / "sidecar-beside-q4_1"
+    report = verify(artifact, reference, base=find_smollm2(), write=False)
+    rung, genuine = report.rung("logits"), expression == "default"
+    assert rung.figures["mean_kl"] < bounds_for(report.precision).kl_ceiling
+    assert (rung.figures["base_noise"]["ratio"] < RATIO) == genuine
+    assert rung.status == ("ok" if genuine else "broken"), rung.detail
 
 
 def test_the_verdict_is_in_the_manifest(demo: tuple[Path, dict[str, Any]], reference: Path) -> None:

@@ -6,8 +6,9 @@ the adapter. Along the same replies of the reference, PyTorch's base was recorde
     base_kl = mean KL(PyTorch base || engine's base)        nats per position
 
 is what the base's own rounding and the engine's arithmetic make of the same positions, and the ratio of
-the artifact's KL to it says what the adapter adds. Advice: rounding shifts an adapted model by about as
-much as its base, but nothing says by how much more before it is a mistake.
+the artifact's KL to it says what the adapter adds: rounding shifts an adapted model by about as much as
+its base. Below 8 bits, where the bounds of a class leave room for every base of that class, a ratio above
+`RATIO` breaks the rung; docs/ladder.md says what lies on either side of it.
 """
 
 from __future__ import annotations
@@ -20,18 +21,23 @@ import numpy as np
 import numpy.typing as npt
 
 from safegene_runtime import compare
+from safegene_runtime.bounds import BOUNDS, ParityBounds
 from safegene_runtime.engine import Engine
 from safegene_runtime.forced import reply_logits
 from safegene_runtime.reference import Reference
 
-__all__ = ["BaseNoise", "base_kl"]
+__all__ = ["RATIO", "BaseNoise", "base_kl"]
 
 PROMPTS = 32
 """As many of the prompts that ran, in the recorded order: a mean needs no more, and a pass costs time."""
 FLOOR = 1e-9
 """Nats below which a KL is arithmetic, and no rounding to compare with; `f32` may have 1e-8."""
-MUCH = 10.0
-"""A ratio above which the report says that the base does not explain the KL."""
+RATIO = 3.0
+"""Times its base's own KL that an artifact may have: three times the largest of a genuine one."""
+MIN_PROMPTS = 16
+"""The mean of fewer prompts hangs on single ones: then the ratio is told, and breaks nothing."""
+NEGLIGIBLE = BOUNDS["bf16"].mean_kl
+"""Nats that break nothing, however little the base has: a sidecar's own factors may be rounded."""
 
 KL = npt.NDArray[np.float64]
 
@@ -60,12 +66,22 @@ class BaseNoise:
         return cls(len(base), below, above, above / below if below > FLOOR else None)
 
     @property
+    def unexplained(self) -> bool:
+        """Whether the artifact has so much more than its base that rounding does not cause it."""
+        return self.ratio is not None and self.ratio > RATIO
+
+    def breaks(self, bounds: ParityBounds) -> bool:
+        """Whether that is a mistake in a class whose own bounds would let it pass."""
+        telling = self.prompts >= MIN_PROMPTS and self.artifact_kl > NEGLIGIBLE
+        return self.unexplained and telling and not bounds.kl_gates
+
+    @property
     def remark(self) -> str:
         """For the rung's line; empty where there is nothing to say."""
         if self.ratio is None:
             return ""
         found = f"; {self.ratio:.2g} times its base's own {self.base_kl:.2e}"
-        much = ", so the base's rounding is not what causes it" if self.ratio > MUCH else ""
+        much = ", so the base's rounding is not what causes it" if self.unexplained else ""
         return found + much
 
     def to_dict(self) -> dict[str, Any]:

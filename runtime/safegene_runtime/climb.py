@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from safegene_runtime.base_noise import BaseNoise, base_kl
+from safegene_runtime.base_noise import RATIO, BaseNoise, base_kl
 from safegene_runtime.bounds import ParityBounds, beta_band, bounds_for
 from safegene_runtime.divergence import Divergence, first_divergence
 from safegene_runtime.engine import Engine
@@ -336,6 +336,9 @@ def _logits(
         detail += ": above the bound, which rounding does not explain at this precision"
     if noise is not None:
         detail += noise.remark
+        if noise.breaks(bounds):
+            status = "broken"
+            detail += f", of which it may have {RATIO:g} times as much"
     return Rung("logits", status, detail, figures)
 
 

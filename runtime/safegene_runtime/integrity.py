@@ -14,7 +14,7 @@ from safegene_runtime.manifest import Manifest, check_files
 from safegene_runtime.provenance import ADAPTER_KEY, check_provenance
 from safegene_runtime.reference import Reference
 
-__all__ = ["Served", "check_integrity"]
+__all__ = ["Served", "check_integrity", "model_precision"]
 
 Tell = Callable[[str, int, int], None]
 
@@ -80,7 +80,7 @@ def check_integrity(
         check_provenance(manifest, header.get(ADAPTER_KEY), str(paths["model"]), problems)
         _check_touched(manifest, header, str(paths["model"]), problems)
         problems.raise_if_any(ManifestError)
-        return Served(paths["model"], None, _precision(header))
+        return Served(paths["model"], None, model_precision(header))
     if base is None or not base.is_file():
         got = "nothing" if base is None else f"{base}: {'a folder' if base.is_dir() else 'no file'}"
         raise EngineError(
@@ -108,7 +108,7 @@ def check_integrity(
             "this is not the base that the sidecar was made for",
         )
     problems.raise_if_any(ManifestError)
-    return Served(base, paths["adapter"], _precision(header))
+    return Served(base, paths["adapter"], model_precision(header))
 
 
 def _check_same_adapter(manifest: Manifest, folder: Path, record: Reference) -> None:
@@ -162,7 +162,7 @@ def _check_touched(manifest: Manifest, header: GGUFModel, where: str, problems: 
             )
 
 
-def _precision(header: GGUFModel) -> str:
+def model_precision(header: GGUFModel) -> str:
     """The class of the weights that are served, from their own header, not from the manifest."""
     elements: dict[str, int] = {}
     for name, info in header.tensors.items():

@@ -1,0 +1,255 @@
+"""The ratio of an artifact's KL to its base's own, for genuine adapters and for wrong ones.
+
+Part of bounds.py, which says how to run it. Every adapter runs beside every base in the engine of the
+ladder, on the prompts that the ladder would take; nothing is merged.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import measuring  # noqa: F401  # onnx.py lies beside this file: that name must mean the package
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from safegene_converter.base import open_base
+from safegene_converter.demo import find_adapter
+from safegene_converter.gguf_sidecar import ADAPTER_FILE as GGUF_ADAPTER
+from safegene_converter.gguf_to_hf import gguf_to_hf
+from safegene_converter.onnx_base import ADAPTER_FILE as ONNX_ADAPTER
+from safegene_converter.onnx_build import build_onnx
+from safegene_converter.presets import quantize_gguf
+from safegene_converter.to_gguf import convert
+from safegene_converter.to_onnx import convert_onnx
+from safegene_runtime.base_noise import PROMPTS, BaseNoise, base_kl
+from safegene_runtime.bounds import beta_band, bounds_for
+from safegene_runtime.engine import open_engine
+from safegene_runtime.forced import forced_passes
+from safegene_runtime.gguf import open_model
+from safegene_runtime.integrity import model_precision
+from safegene_runtime.reference import Reference
+from safegene_runtime.row_order import transform_for
+
+__all__ = ["ONNX", "TYPES", "relative"]
+
+TYPES = ("given", "f16", "q8_0", "q6_k", "q4_k_m", "q2_k")
+"""Of the GGUF bases; `given` is the one the reference was recorded with."""
+ONNX = ("int8", "int4")
+HEADS = (9, 3)
+"""Of SmolLM2-135M: query and key-value heads."""
+NEARLY_NOTHING = np.float32(1e-12)
+"""The converter refuses a delta of zeros."""
+
+Pairs = dict[str, tuple[np.ndarray, np.ndarray]]
+"""(A (r, in), B (out, r)) by module."""
+
+
+def _without(layers: Sequence[int]) -> Callable[[Pairs], Pairs]:
+    words = [f".layers.{layer}." for layer in layers]
+    return lambda all: {
+        name: (a, b * NEARLY_NOTHING if any(word in name for word in words) else b)
+        for name, (a, b) in all.items()
+    }
+
+
+def _scaled(by: float) -> Callable[[Pairs], Pairs]:
+    return lambda all: {name: (a, b * np.float32(by)) for name, (a, b) in all.items()}
+
+
+def _swapped(all: Pairs) -> Pairs:
+    return {
+        name: (b.T, a.T) if a.shape[1] == b.shape[0] else (a, np.roll(b, 1, axis=1))
+        for name, (a, b) in all.items()
+    }
+
+
+def _other_rows(all: Pairs) -> Pairs:
+    return {
+        name: (a, transform_for("llama", name, *HEADS).invert_rows(b))
+        for name, (a, b) in all.items()
+    }
+
+
+def _exchanged(one: int, other: int) -> Callable[[Pairs], Pairs]:
+    there = {f".layers.{one}.": f".layers.{other}.", f".layers.{other}.": f".layers.{one}."}
+
+    def source(name: str) -> str:
+        word = next((word for word in there if word in name), None)
+        return name if word is None else name.replace(word, there[word])
+
+    return lambda all: {name: all[source(name)] for name in all}
+
+
+MISTAKES: Mapping[str, Callable[[Pairs], Pairs]] = {
+    "scale 0.5": _scaled(0.5),
+    "scale 2": _scaled(2),
+    "A and B swapped": _swapped,
+    "q/k rows in the other order": _other_rows,
+    "a layer dropped": _without([20]),
+    "a quarter of the layers dropped": _without([11, 15, 19, 23, 27]),
+    "two layers exchanged": _exchanged(18, 24),
+}
+"""What is done to the factors of the example adapter."""
+COEFFICIENTS: Mapping[str, Callable[[list[float]], list[float]]] = {
+    "coefficients ignored": lambda all: [1.0] * len(all),
+    "coefficients one layer off": lambda all: [*all[1:], all[0]],
+}
+"""What is done to its layers' coefficients, in the order of layers."""
+GROUPS = 3
+"""Of as many prompts as the ladder takes: how much the genuine ratio depends on them."""
+GENUINE, COARSE_FACTORS = "none", "none, factors in Q8_0"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A base, and how to run an adapter beside it.
+
+    Attributes:
+        name: for people.
+        precision: its class.
+        model: what runs it without an adapter.
+        adapters: what runs it with one, by mistake: model and adapter.
+    """
+
+    name: str
+    precision: str
+    model: Path
+    adapters: Mapping[str, tuple[Path, Path]]
+
+
+def relative(
+    reference: Reference,
+    given: Path,
+    source: Path,
+    types: Sequence[str],
+    onnx: Sequence[str],
+    root: Path,
+    threads: int | None,
+) -> None:
+    """Prints a row per base and mistake.
+
+    Args:
+        reference: what PyTorch answered.
+        given: the base that it was recorded with.
+        source: the same weights in float.
+        types: of GGUF bases, see `TYPES`.
+        onnx: precisions of ONNX bases.
+        root: where to work.
+        threads: of the engines; all by default.
+    """
+    names = (GENUINE, COARSE_FACTORS, *MISTAKES, *COEFFICIENTS)
+    adapters = {name: _adapter(name, root / "adapters") for name in names}
+    print(f"| base | mistake | KL | times the base's own | groups of {PROMPTS} prompts | beta "
+          "| rung 4, rung 5 by class, by base |\n|---|---|---|---|---|---|---|")  # fmt: skip
+    bases = chain(
+        _ggufs(given, source, types, adapters, root), _onnxs(source, onnx, adapters, root)
+    )
+    for beside in bases:
+        _rows(beside, reference, threads)
+
+
+def _rows(beside: Beside, reference: Reference, threads: int | None) -> None:
+    """The rows of one base: the genuine adapter on several groups of prompts, the others on the first."""
+    order = reference.order()
+    groups = [order[at : at + PROMPTS] for at in range(0, GROUPS * PROMPTS, PROMPTS)]
+    with open_engine(beside.model, threads=threads) as engine:
+        plain = [base_kl(engine, reference, group) for group in groups]
+    for name, (model, adapter) in beside.adapters.items():
+        noises, first = [], []
+        with open_engine(model, adapter, threads=threads) as engine:
+            for group, base in zip(groups if name == GENUINE else groups[:1], plain, strict=False):
+                passes = forced_passes(engine, reference, indices=group)
+                kl = {index: one.kl for index, one in zip(group, passes, strict=True)}
+                noises.append(BaseNoise.of(base, kl))
+                first = first or passes
+        ratios = [noise.ratio for noise in noises if noise.ratio is not None]
+        beta = sum(one.beta_dot for one in first) / sum(one.beta_norm for one in first)
+        bounds = bounds_for(beside.precision)
+        found = {
+            "active": abs(beta - 1) > beta_band(beside.precision),
+            "class": noises[0].artifact_kl > bounds.kl_ceiling,
+            "base": noises[0].breaks(bounds),
+        }
+        cells = (
+            f"{beside.name}, {noises[0].base_kl:.1e}" if name == GENUINE else "",
+            name,
+            f"{noises[0].artifact_kl:.1e}",
+            f"{ratios[0]:.3g}" if ratios else "",
+            f"{min(ratios):.2f} to {max(ratios):.2f}" if len(ratios) > 1 else "",
+            f"{beta:.3f}",
+            ", ".join(word for word, seen in found.items() if seen) or "none",
+        )
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def _ggufs(
+    given: Path, source: Path, types: Sequence[str], adapters: Mapping[str, Path], root: Path
+) -> Iterator[Beside]:
+    """GGUF bases; a sidecar knows nothing of the type of its base, so each is made once."""
+    made = {}
+    for name, adapter in adapters.items():
+        out = root / f"sidecar-{len(made)}"
+        factors = "q8_0" if name == COARSE_FACTORS else "f32"
+        convert(adapter, source, out, form="sidecar", type_name=factors, check=False)
+        made[name] = out / GGUF_ADAPTER
+    for kind in types:
+        model = given if kind == "given" else root / "base.gguf"
+        if kind != "given":
+            quantize_gguf(source, model, kind)
+        beside = {name: (model, adapter) for name, adapter in made.items()}
+        yield Beside(f"GGUF {kind}", model_precision(open_model(model)), model, beside)
+
+
+def _onnxs(
+    source: Path, precisions: Sequence[str], adapters: Mapping[str, Path], root: Path
+) -> Iterator[Beside]:
+    """ONNX bases; an adapter beside one has a model of its own, with slots in it."""
+    if precisions:
+        gguf_to_hf(open_base(source), root / "hf", lambda *_: None)
+    for precision in precisions:
+        base = root / f"onnx-{precision}"
+        build_onnx(root / "hf", base, precision)
+        made, kind = {}, ""
+        for name in adapters:
+            if name == COARSE_FACTORS:  # an .onnx_adapter is float
+                continue
+            out = root / f"onnx-{precision}-{len(made)}"
+            manifest = convert_onnx(adapters[name], base, out, form="adapter", check=False)
+            made[name], kind = (
+                (out / "model.onnx", out / ONNX_ADAPTER),
+                manifest.artifact["precision"],
+            )
+        yield Beside(f"ONNX {precision}", kind, base / "model.onnx", made)
+
+
+def _adapter(mistake: str, folder: Path) -> Path:
+    """The example adapter with a mistake in it, if that is one."""
+    out = folder / mistake.replace("/", " ") / find_adapter().name
+    shutil.copytree(find_adapter(), out)
+    if mistake in COEFFICIENTS:
+        about = json.loads((out / "safegene.json").read_text())
+        chosen = about["expressions"][about["default_expression"]]
+        layers = sorted(chosen["coefficients"], key=int)
+        values = COEFFICIENTS[mistake]([chosen["coefficients"][layer] for layer in layers])
+        chosen["coefficients"] = dict(zip(layers, values, strict=True))
+        (out / "safegene.json").write_text(json.dumps(about))
+    if mistake in MISTAKES:
+        path = out / "adapter_model.safetensors"
+        stored = load_file(path)
+        stems = sorted({name.rsplit(".lora_", 1)[0] for name in stored})
+        pairs = {
+            stem: (stored[f"{stem}.lora_A.weight"], stored[f"{stem}.lora_B.weight"])
+            for stem in stems
+        }
+        changed = {
+            f"{stem}.lora_{side}.weight": np.ascontiguousarray(one)
+            for stem, pair in MISTAKES[mistake](pairs).items()
+            for side, one in zip("AB", pair, strict=True)
+        }
+        save_file(changed, path, metadata={"format": "pt"})
+    return out
