@@ -139,37 +139,15 @@ def test_tangos_interval_is_where_the_score_test_accepts(losses, gains, trials) 
         assert abs(score_by_likelihood(losses, gains, trials, edge - inwards)) > 1.959964
 
 
-@settings(max_examples=200, deadline=None)
-@given(COUNTS, st.integers(0, 80), st.sampled_from([0.8, 0.95, 0.999]))
-def test_the_edges_of_tangos_interval_are_scipys_roots(counts, gains, confidence) -> None:
-    losses, trials = counts
-    gains = min(gains, trials - losses)
-    z, middle = stats.norm.isf((1 - confidence) / 2), (gains - losses) / max(trials, 1)
-
-    def excess(delta: float) -> float:
-        return abs(ours.tango_score(losses, gains, trials, delta)) - z
-
-    for edge, end in zip(ours.tango(losses, gains, trials, confidence), (-1, 1), strict=True):
-        if edge != end:
-            root = optimize.brentq(excess, middle, end * (1 - 1e-12), xtol=1e-12)
-            assert edge == pytest.approx(root, rel=0, abs=4e-16)
-
-
-def test_a_root_that_takes_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours, "ROOT_STEPS", 3)
-    with pytest.raises(ArithmeticError, match="no root between"):
-        ours.tango(1, 8, 44, 0.95)
-
-
-def test_preloading_imports_the_distributions_and_an_interval_needs_no_more() -> None:
+def test_preloading_imports_what_an_interval_needs() -> None:
     code = (
         "import sys, threading; from safegene_runtime import statistics; statistics.preload();"
         "[one.join() for one in threading.enumerate() if one.name == 'preload'];"
-        "print('scipy.special' in sys.modules); statistics.tango(1, 2, 30, 0.95);"
-        "print('scipy.optimize' in sys.modules)"
+        "before = set(sys.modules); statistics.tango(1, 2, 30, 0.95);"
+        "print(sorted(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "False"]
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("trials", [1, 30, 412])

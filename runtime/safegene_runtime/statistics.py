@@ -2,8 +2,7 @@
 
 `confidence` is one-sided where one bound is returned and two-sided where two are. An *event* is a
 lost refusal, or whatever is counted; a *trial* is an independent chance for one. `scipy.special` does the
-distributions: `scipy.stats` gives the same numbers and takes 50 MiB more of memory. `scipy.optimize` would
-find one root in the time of its import, which is longer than all gates together.
+distributions: `scipy.stats` gives the same numbers and takes 50 MiB more of memory.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -31,20 +30,16 @@ __all__ = [
     "wilson",
 ]
 
-ROOT_XTOL, ROOT_RTOL = 1e-12, 2.0**-50
-"""How near a root is found: absolutely, and as a share of it."""
-ROOT_STEPS = 100
-
 
 def preload() -> None:
-    """Starts to import the distributions in a thread, while the caller waits for something else.
+    """Starts to import what gates compute with in a thread, while the caller waits for something else.
 
     They are imported where they are used all the same: then at no cost, or with the error.
     """
 
     def load() -> None:
         with contextlib.suppress(ImportError):
-            from scipy import special  # noqa: F401
+            from scipy import optimize, special  # noqa: F401
 
     threading.Thread(target=load, name="preload").start()
 
@@ -151,7 +146,7 @@ def tango(losses: int, gains: int, trials: int, confidence: float) -> tuple[floa
     Raises:
         ValueError: counts or confidence out of range.
     """
-    from scipy import special
+    from scipy import optimize, special
 
     if min(losses, gains) < 0:
         raise ValueError(f"expected counts, got {losses} losses and {gains} gains")
@@ -167,55 +162,12 @@ def tango(losses: int, gains: int, trials: int, confidence: float) -> tuple[floa
     def edge(limit: float) -> float:
         if estimate == limit or excess(limit) <= 0:
             return limit
-        return _root(excess, estimate, limit)
+        return float(optimize.brentq(excess, estimate, limit, xtol=1e-12))
 
     # at the very ends the variance vanishes; the score has its limit just inside
     nearly = 1 - 1e-12
     lower, upper = edge(-nearly), edge(nearly)
     return (-1.0 if lower <= -nearly else lower), (1.0 if upper >= nearly else upper)
-
-
-def _root(function: Callable[[float], float], start: float, end: float) -> float:
-    """Where a function is zero between two places where its signs differ (Brent 1973, chapter 4).
-
-    Step by step what `scipy.optimize.brentq` does, so that it gives the same bits.
-
-    Raises:
-        ArithmeticError: it was not found in `ROOT_STEPS` steps.
-    """
-    last, here, across = start, end, 0.0
-    at_last, at_here, at_across = function(last), function(here), 0.0
-    step_before = step = 0.0
-    for _ in range(ROOT_STEPS):
-        if (at_last < 0) != (at_here < 0):
-            across, at_across = last, at_last
-            step_before = step = here - last
-        if abs(at_across) < abs(at_here):
-            last, here, across = here, across, here
-            at_last, at_here, at_across = at_here, at_across, at_here
-        near = (ROOT_XTOL + ROOT_RTOL * abs(here)) / 2
-        half = (across - here) / 2
-        if at_here == 0 or abs(half) < near:
-            return here
-        tried = math.inf
-        if abs(step_before) > near and abs(at_here) < abs(at_last):
-            if last == across:  # a secant
-                tried = -at_here * (here - last) / (at_here - at_last)
-            else:  # inverse quadratic
-                to_last = (at_last - at_here) / (last - here)
-                to_across = (at_across - at_here) / (across - here)
-                tried = (
-                    -at_here * (at_across * to_across - at_last * to_last)
-                    / (to_across * to_last * (at_across - at_last))
-                )  # fmt: skip
-        if 2 * abs(tried) < min(abs(step_before), 3 * abs(half) - near):
-            step_before, step = step, tried
-        else:
-            step_before = step = half
-        last, at_last = here, at_here
-        here += step if abs(step) > near else math.copysign(near, half)
-        at_here = function(here)
-    raise ArithmeticError(f"no root between {start} and {end}")
 
 
 def tango_score(losses: int, gains: int, trials: int, delta: float) -> float:
