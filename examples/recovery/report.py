@@ -69,7 +69,7 @@ def table(runs: list[dict[str, Any]]) -> str:
                 worse = [
                     run[key]["task_loss"] / run[f"model {target}"]["task_loss"] - 1 for run in have
                 ]
-                fewer = "" if len(have) == len(runs) else f" ({len(have)} seed)"
+                fewer = "" if len(have) == len(runs) else f" ({len(have)} of {len(runs)} seeds)"
                 found = [run[key] for run in have]
                 lines.append(_row(f"{target} + {method}{fewer}", found, recovered, worse))
     return "\n".join([*lines, "", *_artifacts(runs)]) + "\n"

@@ -73,7 +73,7 @@ class Plan:
 
 FULL = Plan(240, 80, 100, 16, 100, tuple(data.TASKS), SOURCES, 20)
 QUICK = Plan(
-    30, 30, 12, 8, 16, ("steps", "obedient"), ("steps",), 5, ("gene", "uniform", "safe lora"),
+    30, 30, 30, 8, 16, ("steps", "obedient"), ("steps",), 5, ("gene", "uniform", "safe lora"),
     benign=2, reply_tokens=12, rebuilds=2,
 )  # fmt: skip
 
