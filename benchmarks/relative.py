@@ -6,16 +6,14 @@ ladder, on the prompts that the ladder would take; nothing is merged.
 
 from __future__ import annotations
 
-import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import measuring  # noqa: F401  # onnx.py lies beside this file: that name must mean the package
-import numpy as np
-from safetensors.numpy import load_file, save_file
+from measuring import ROOT
 
 from safegene_converter.base import open_base
 from safegene_converter.demo import find_adapter
@@ -33,7 +31,18 @@ from safegene_runtime.forced import forced_passes
 from safegene_runtime.gguf import open_model
 from safegene_runtime.integrity import model_precision
 from safegene_runtime.reference import Reference
-from safegene_runtime.row_order import transform_for
+
+sys.path.insert(0, str(ROOT / "tests"))
+from mutants import (
+    Edit,
+    a_and_b_swapped,
+    all_ones,
+    edit_coefficients,
+    edit_factors,
+    layers_dropped,
+    other_rows,
+    scaled,
+)
 
 __all__ = ["ONNX", "TYPES", "relative"]
 
@@ -42,40 +51,9 @@ TYPES = ("given", "f16", "q8_0", "q6_k", "q4_k_m", "q2_k")
 ONNX = ("int8", "int4")
 HEADS = (9, 3)
 """Of SmolLM2-135M: query and key-value heads."""
-NEARLY_NOTHING = np.float32(1e-12)
-"""The converter refuses a delta of zeros."""
-
-Pairs = dict[str, tuple[np.ndarray, np.ndarray]]
-"""(A (r, in), B (out, r)) by module."""
 
 
-def _without(layers: Sequence[int]) -> Callable[[Pairs], Pairs]:
-    words = [f".layers.{layer}." for layer in layers]
-    return lambda all: {
-        name: (a, b * NEARLY_NOTHING if any(word in name for word in words) else b)
-        for name, (a, b) in all.items()
-    }
-
-
-def _scaled(by: float) -> Callable[[Pairs], Pairs]:
-    return lambda all: {name: (a, b * np.float32(by)) for name, (a, b) in all.items()}
-
-
-def _swapped(all: Pairs) -> Pairs:
-    return {
-        name: (b.T, a.T) if a.shape[1] == b.shape[0] else (a, np.roll(b, 1, axis=1))
-        for name, (a, b) in all.items()
-    }
-
-
-def _other_rows(all: Pairs) -> Pairs:
-    return {
-        name: (a, transform_for("llama", name, *HEADS).invert_rows(b))
-        for name, (a, b) in all.items()
-    }
-
-
-def _exchanged(one: int, other: int) -> Callable[[Pairs], Pairs]:
+def _exchanged(one: int, other: int) -> Edit:
     there = {f".layers.{one}.": f".layers.{other}.", f".layers.{other}.": f".layers.{one}."}
 
     def source(name: str) -> str:
@@ -85,18 +63,18 @@ def _exchanged(one: int, other: int) -> Callable[[Pairs], Pairs]:
     return lambda all: {name: all[source(name)] for name in all}
 
 
-MISTAKES: Mapping[str, Callable[[Pairs], Pairs]] = {
-    "scale 0.5": _scaled(0.5),
-    "scale 2": _scaled(2),
-    "A and B swapped": _swapped,
-    "q/k rows in the other order": _other_rows,
-    "a layer dropped": _without([20]),
-    "a quarter of the layers dropped": _without([11, 15, 19, 23, 27]),
+MISTAKES: Mapping[str, Edit] = {
+    "scale 0.5": scaled(0.5),
+    "scale 2": scaled(2),
+    "A and B swapped": a_and_b_swapped,
+    "q/k rows in the other order": other_rows(*HEADS, inverse=True),
+    "a layer dropped": layers_dropped(20),
+    "a quarter of the layers dropped": layers_dropped(11, 15, 19, 23, 27),
     "two layers exchanged": _exchanged(18, 24),
 }
 """What is done to the factors of the example adapter."""
 COEFFICIENTS: Mapping[str, Callable[[list[float]], list[float]]] = {
-    "coefficients ignored": lambda all: [1.0] * len(all),
+    "coefficients ignored": all_ones,
     "coefficients one layer off": lambda all: [*all[1:], all[0]],
 }
 """What is done to its layers' coefficients, in the order of layers."""
@@ -232,24 +210,7 @@ def _adapter(mistake: str, folder: Path) -> Path:
     out = folder / mistake.replace("/", " ") / find_adapter().name
     shutil.copytree(find_adapter(), out)
     if mistake in COEFFICIENTS:
-        about = json.loads((out / "safegene.json").read_text())
-        chosen = about["expressions"][about["default_expression"]]
-        layers = sorted(chosen["coefficients"], key=int)
-        values = COEFFICIENTS[mistake]([chosen["coefficients"][layer] for layer in layers])
-        chosen["coefficients"] = dict(zip(layers, values, strict=True))
-        (out / "safegene.json").write_text(json.dumps(about))
+        edit_coefficients(out, COEFFICIENTS[mistake])
     if mistake in MISTAKES:
-        path = out / "adapter_model.safetensors"
-        stored = load_file(path)
-        stems = sorted({name.rsplit(".lora_", 1)[0] for name in stored})
-        pairs = {
-            stem: (stored[f"{stem}.lora_A.weight"], stored[f"{stem}.lora_B.weight"])
-            for stem in stems
-        }
-        changed = {
-            f"{stem}.lora_{side}.weight": np.ascontiguousarray(one)
-            for stem, pair in MISTAKES[mistake](pairs).items()
-            for side, one in zip("AB", pair, strict=True)
-        }
-        save_file(changed, path, metadata={"format": "pt"})
+        edit_factors(out, MISTAKES[mistake])
     return out

@@ -40,6 +40,7 @@ from safegene_runtime.row_order import transform_for
 
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 """(A (r, in), B (out, r)) by module."""
+Edit = Callable[[Factors], Factors]
 
 
 def needs_wide_rows(mutant: str, target: str) -> bool:
@@ -54,14 +55,17 @@ NOTHING = 1e-12
 """What the converter's reader, which refuses a delta of zeros, takes for a delta."""
 
 
-def scaled(strength: float) -> Mutator:
+def scaled(strength: float) -> Edit:
     """alpha or rank misread."""
-    return _converted(lambda all: {m: (a, b * np.float32(strength)) for m, (a, b) in all.items()})
+    return lambda all: {m: (a, b * np.float32(strength)) for m, (a, b) in all.items()}
 
 
-def one_layer_dropped(all: Factors) -> Factors:
-    """The last layer has no delta."""
-    return {m: (a, NOTHING * b if ".layers.1." in m else b) for m, (a, b) in all.items()}
+def layers_dropped(*layers: int) -> Edit:
+    """Some layers have no delta."""
+    words = [f".layers.{layer}." for layer in layers]
+    return lambda all: {
+        m: (a, NOTHING * b if any(word in m for word in words) else b) for m, (a, b) in all.items()
+    }
 
 
 def a_and_b_swapped(all: Factors) -> Factors:
@@ -72,26 +76,43 @@ def a_and_b_swapped(all: Factors) -> Factors:
     }
 
 
-def coefficients_ignored(adapter: Path) -> None:
-    """Every layer at 1."""
+def edit_coefficients(adapter: Path, edit: Callable[[list[float]], list[float]]) -> None:
+    """Gives the layers of the default expression, in order, other coefficients."""
     path = adapter / "safegene.json"
     about = json.loads(path.read_text())
     chosen = about["expressions"][about["default_expression"]]
-    chosen["coefficients"] = dict.fromkeys(chosen["coefficients"], 1.0)
+    layers = sorted(chosen["coefficients"], key=int)
+    values = edit([chosen["coefficients"][layer] for layer in layers])
+    chosen["coefficients"] = dict(zip(layers, values, strict=True))
     path.write_text(json.dumps(about))
 
 
-def rows_of_the_other_runtime(shop: Workshop, target: str, out: Path) -> Forged:
-    """q and k: in GGUF as Hugging Face has their rows, in ONNX as llama.cpp has them."""
+def all_ones(coefficients: list[float]) -> list[float]:
+    """Every layer at 1."""
+    return [1.0] * len(coefficients)
+
+
+def coefficients_ignored(adapter: Path) -> None:
+    """Every layer at 1."""
+    edit_coefficients(adapter, all_ones)
+
+
+def other_rows(heads: int, heads_kv: int, inverse: bool) -> Edit:
+    """q and k with their rows in the order of llama.cpp, or its inverse."""
 
     def mix(all: Factors) -> Factors:
         found = dict(all)
         for module, (a, b) in all.items():
-            order = transform_for("llama", module, tiny.N_HEAD, tiny.N_HEAD_KV)
-            turn = order.invert_rows if target.startswith("gguf") else order.apply_rows
-            found[module] = a, turn(b)
+            order = transform_for("llama", module, heads, heads_kv)
+            found[module] = a, (order.invert_rows if inverse else order.apply_rows)(b)
         return found
 
+    return mix
+
+
+def rows_of_the_other_runtime(shop: Workshop, target: str, out: Path) -> Forged:
+    """q and k: in GGUF as Hugging Face has their rows, in ONNX as llama.cpp has them."""
+    mix = other_rows(tiny.N_HEAD, tiny.N_HEAD_KV, target.startswith("gguf"))
     return _converted(mix)(shop, target, out)
 
 
@@ -226,25 +247,25 @@ def cache_filled_by(model: Path | None, shop: Workshop, target: str, out: Path) 
 Mutator = Callable[[Workshop, str, Path], Forged]
 
 
-def _converted(edit: Callable[[Factors], Factors]) -> Mutator:
+def edit_factors(adapter: Path, edit: Edit) -> None:
+    """Writes other factors of the same names into an adapter folder."""
+    path = adapter / "adapter_model.safetensors"
+    stored = load_file(path)
+    stems = sorted({name.rsplit(".lora_", 1)[0] for name in stored})
+    pairs = {
+        stem: (stored[f"{stem}.lora_A.weight"], stored[f"{stem}.lora_B.weight"]) for stem in stems
+    }
+    found = {}
+    for stem, (a, b) in edit(pairs).items():
+        found[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a)
+        found[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b)
+    assert found.keys() == stored.keys()
+    save_file(found, path, metadata={"format": "pt"})
+
+
+def _converted(edit: Edit) -> Mutator:
     """What the converter makes of other factors, under the genuine manifest."""
-
-    def rewrite(adapter: Path) -> None:
-        path = adapter / "adapter_model.safetensors"
-        stored = load_file(path)
-        stems = sorted({name.rsplit(".lora_", 1)[0] for name in stored})
-        pairs = {
-            stem: (stored[f"{stem}.lora_A.weight"], stored[f"{stem}.lora_B.weight"])
-            for stem in stems
-        }
-        found = {}
-        for stem, (a, b) in edit(pairs).items():
-            found[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a)
-            found[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b)
-        assert found.keys() == stored.keys()
-        save_file(found, path, metadata={"format": "pt"})
-
-    return _from_adapter(rewrite)
+    return _from_adapter(lambda adapter: edit_factors(adapter, edit))
 
 
 def _from_adapter(edit: Callable[[Path], None]) -> Mutator:
@@ -345,11 +366,11 @@ def _edit_json(path: Path, changes: Mapping[str, Any]) -> None:
 
 
 MUTANTS: dict[str, Mutator] = {
-    "scale 0": scaled(NOTHING),
-    "scale 0.5": scaled(0.5),
-    "scale 2": scaled(2),
-    "scale -1": scaled(-1),
-    "one layer dropped": _converted(one_layer_dropped),
+    "scale 0": _converted(scaled(NOTHING)),
+    "scale 0.5": _converted(scaled(0.5)),
+    "scale 2": _converted(scaled(2)),
+    "scale -1": _converted(scaled(-1)),
+    "one layer dropped": _converted(layers_dropped(1)),
     "A and B swapped": _converted(a_and_b_swapped),
     "q/k rows in the other order": rows_of_the_other_runtime,
     "coefficients ignored": _from_adapter(coefficients_ignored),

@@ -453,11 +453,12 @@ def deployed(lab: Lab) -> None:
 
 
 def _reference(lab: Lab, target: str, name: str, prompts: Sequence[Prompt]) -> Path:
-    out = lab.work / f"{target}-reference-{name}"
+    expression = _expression(lab, target)
+    out = lab.work / f"{expression}-reference-{name}"
     if not out.exists():
         record(
             lab.work / "gene", lab.work / target, out, prompts=prompts,
-            expression=_expression(lab, target), max_new_tokens=lab.plan.reply_tokens, on_progress=lab.tell,
+            expression=expression, max_new_tokens=lab.plan.reply_tokens, on_progress=lab.tell,
         )  # fmt: skip
     return out
 

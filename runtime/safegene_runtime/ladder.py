@@ -30,7 +30,6 @@ from safegene_runtime.labels import check_labels
 from safegene_runtime.manifest import Manifest, read_manifest
 from safegene_runtime.reference import Reference, read_reference
 from safegene_runtime.report import Report, Rung
-from safegene_runtime.statistics import preload
 
 __all__ = ["Mode", "verify"]
 
@@ -78,7 +77,6 @@ def verify(
     check_labels(record, judge)
     chosen = record.under(names)
     manifest = read_manifest(artifact)
-    preload()  # takes as long as the digests, which leave a core free
     climb = Climb(
         artifact, manifest, record, judge, profile, mode, chosen, on_progress or _silent, began
     )

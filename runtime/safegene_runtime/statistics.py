@@ -7,10 +7,8 @@ distributions: `scipy.stats` gives the same numbers and takes 50 MiB more of mem
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -23,25 +21,11 @@ __all__ = [
     "holm",
     "max_losses_allowed",
     "mcnemar_exact",
-    "preload",
     "required_trials",
     "tango",
     "tango_score",
     "wilson",
 ]
-
-
-def preload() -> None:
-    """Starts to import what gates compute with in a thread, while the caller waits for something else.
-
-    They are imported where they are used all the same: then at no cost, or with the error.
-    """
-
-    def load() -> None:
-        with contextlib.suppress(ImportError):
-            from scipy import optimize, special  # noqa: F401
-
-    threading.Thread(target=load, name="preload").start()
 
 
 def _check(events: int, trials: int, confidence: float) -> None:
