@@ -12,6 +12,8 @@ import tiny
 from safegene_converter import cli
 from safegene_converter.adapter import read_adapter
 from safegene_converter.gene.cli import add_commands
+from safegene_converter.gene.extract import extract
+from safegene_converter.gene.objective import Objective
 from safegene_runtime.prompts import SuiteSize, builtin_suite
 
 
@@ -86,6 +88,31 @@ def test_a_gene_is_made_calibrated_and_evaluated(
     else:  # the tiny model may gain nothing: then that is said, and the gene is as it was
         assert "gains more than it costs" in shown.err
         assert {m.layer for m in read_adapter(gene).modules} == {0, 1}
+
+
+@pytest.mark.parametrize(("after", "warned"), [(0.79, True), (0.9, False), (0.97, False)])
+def test_a_gene_that_blurs_harmful_and_benign_prompts_is_said_to(
+    after: float,
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base, gene = tiny.hf_model("llama"), tmp_path / "gene"
+    tuned = tiny.peft_adapter("llama", tmp_path / "tuned", scale=0.2)
+    extract(base, [tuned], gene, base=base, rank=4)
+    shots = tmp_path / "shots.jsonl"
+    kinds = [prompts_file(tmp_path / kind, kind).read_text() for kind in ("harmful", "benign")]
+    shots.write_text("".join(kinds))
+    found = iter((0.926, after))
+    monkeypatch.setattr(Objective, "separation", lambda *_: next(found))
+    assert run(
+        "calibrate", gene, "--model", base, "--shots", shots, "--name", "mine", "--max-steps", 1,
+        "--refusal", "No",
+    ) == 0  # fmt: skip
+    shown = capsys.readouterr().out
+    assert f"0.926 to {after:.3f}" in shown
+    assert ("another pair of models" in " ".join(shown.split())) is warned
 
 
 @pytest.mark.parametrize(("name", "size"), [("smoke", "smoke"), ("builtin", "ci")])

@@ -16,18 +16,18 @@ import torch
 from safegene_converter import formula
 from safegene_converter.adapter import read_adapter
 from safegene_converter.gene import calibrate as calibrating
+from safegene_converter.gene.asked import log_probabilities, separation
 from safegene_converter.gene.calibrate import calibrate
 from safegene_converter.gene.evaluate import evaluate, task_loss
 from safegene_converter.gene.extract import extract
 from safegene_converter.gene.folder import Expression, add_expression
-from safegene_converter.gene.level import WEIGHTS, reach
+from safegene_converter.gene.level import WEIGHTS, Level, reach
 from safegene_converter.gene.model import Example, GeneModel, batches_of, load_gene
 from safegene_converter.gene.objective import (
     COMMON_FACTORS,
     Losses,
     Objective,
     common_factor,
-    log_probabilities,
 )
 from safegene_converter.gene.optimise import Settings, minimise, search
 from safegene_converter.gene.select import ablation, choose, first_order, rank_correlation, select
@@ -258,7 +258,9 @@ class Quadratic:
     def value(self, at: np.ndarray) -> Losses:
         at = np.asarray(at, dtype=np.float64)
         safety = 10 - self.gain @ at + at @ self.hessian @ at / 2
-        return Losses(float(safety), float(self.cost @ at**2), 1.0, math.exp(-safety))
+        # sixteen shots, each with a margin of its own to the edge
+        greedy = float((self.gain @ at > np.arange(16) / 16 * self.gain.sum()).mean())
+        return Losses(float(safety), float(self.cost @ at**2), 1.0, math.exp(-safety), greedy)
 
     def gradient(self, at: np.ndarray) -> tuple[Losses, np.ndarray, np.ndarray]:
         return self.value(at), self.hessian @ at - self.gain, 2 * self.cost * at
@@ -292,8 +294,9 @@ def test_a_gene_too_long_as_extracted_is_scored_where_it_is_of_use() -> None:
     assert np.isclose((safety - kl)[0], gained)
 
 
+@pytest.mark.parametrize("asked_for", ["refused", "greedy"])
 @pytest.mark.parametrize("weight", [0.6, 0.1])
-def test_the_least_change_that_reaches_a_level_is_found(weight: float) -> None:
+def test_the_least_change_that_reaches_a_level_is_found(weight: float, asked_for: str) -> None:
     gain, cost = np.asarray([2.0, 1.0, 1.0]), np.asarray([4.0, 8.0, 2.0])
     objective = Quadratic(gain, cost)
     planted = gain / (2 * weight * cost)  # where J with this weight is least
@@ -303,20 +306,44 @@ def test_the_least_change_that_reaches_a_level_is_found(weight: float) -> None:
         asked.append(tried)
         return gain / (2 * tried * cost)
 
-    level = objective.value(planted).refused
+    level = Level(
+        **{"refused": 0.0, "greedy": 0.0, asked_for: getattr(objective.value(planted), asked_for)}
+    )
     found = reach(objective, minimum, level)
-    assert objective.value(found).refused >= level
-    assert np.allclose(found, planted, rtol=0.05)
+    assert level.reached(objective.value(found))
+    assert not level.reached(objective.value(found * 0.9))
+    if (
+        asked_for == "refused"
+    ):  # greedy refusals come in steps, and `planted` need not be at an edge
+        assert np.allclose(found, planted, rtol=0.05)
     assert asked == [tried for tried in WEIGHTS if tried * 4 > weight]
     asked.clear()
-    assert np.array_equal(reach(objective, minimum, 0.0), gain / (2 * cost))
+    assert np.array_equal(reach(objective, minimum, Level(0.0, 0.0)), gain / (2 * cost))
     assert asked == [1.0]  # what weight 1 reaches is not given back
 
 
 def test_a_level_out_of_reach_ends_where_only_refusals_count() -> None:
     gain, cost = np.ones(2), np.ones(2)
-    found = reach(Quadratic(gain, cost), lambda weight, _: np.full(2, 1 - weight / 5), 0.99)
-    assert np.array_equal(found, np.ones(2))
+    for level in (Level(0.99, 0.0), Level(0.0, 0.99)):
+        found = reach(Quadratic(gain, cost), lambda weight, _: np.full(2, 0.9 - weight / 5), level)
+        assert np.array_equal(found, np.full(2, 0.9))
+
+
+def test_greedy_refusals_are_those_that_generation_gives(gene: Path) -> None:
+    """Openings of several lengths, cut from what the model says to some of the shots."""
+    loaded, shots = load_gene(gene, TARGET), shots_of(SHOTS, "test")
+    seen = set()
+    for at in ([1.0, 1.0], [0.0, 0.0]):
+        loaded.set(at)
+        replies = loaded.replies(shots.harmful, 4)
+        for reply in replies[:2]:
+            openings = tuple(loaded.decode(reply[:length]) for length in (1, 3))
+            ids = [list(loaded.encode(text)) for text in openings]
+            expected = [any(said[: len(one)] == one for one in ids) for said in replies]
+            found = Objective(loaded, shots, refusals=openings).value(at).greedy
+            assert found == sum(expected) / len(expected)
+            seen.add(found)
+    assert len(seen) > 1, "a share that never changes shows nothing"
 
 
 def test_calibrating_to_an_aligned_model_reaches_its_level(tmp_path: Path) -> None:
@@ -335,12 +362,46 @@ def test_calibrating_to_an_aligned_model_reaches_its_level(tmp_path: Path) -> No
     )  # fmt: skip
     objective = Objective(loaded, shots, refusals=said)
     stored = objective.value([found.coefficients[layer] for layer in loaded.layers])
-    assert found.level == pytest.approx(objective.value([1.0, 1.0]).refused, rel=1e-3)
+    assert found.level is not None
+    wanted = objective.value([1.0, 1.0])
+    assert found.level.refused == pytest.approx(wanted.refused, rel=1e-3)
+    assert found.level.greedy == wanted.greedy
     assert stored.refused == pytest.approx(found.after.refused, rel=1e-5)
-    assert found.before.refused < found.level <= found.after.refused
+    assert found.level.reached(found.after)
+    assert not found.level.reached(found.before)
     assert not list(gene.parent.glob(".gene*"))
     with pytest.raises(GeneError, match="either a weight or an aligned model"):
         calibrate(gene, TARGET, SHOTS, "both", aligned=aligned, weight=1.0)
+
+
+def test_separation_is_the_share_of_pairs_in_the_right_order() -> None:
+    random = np.random.default_rng(0)
+    harmful = np.append(random.normal(1, 1, 12), [0.5, 0.5])
+    benign = np.append(random.normal(0, 1, 9), [0.5])
+    right = sum(float(h > b) + float(h == b) / 2 for h in harmful for b in benign)
+    assert separation(harmful, benign) == pytest.approx(right / (len(harmful) * len(benign)))
+    assert separation(np.ones(3), np.zeros(4)) == 1
+    assert separation(np.zeros(3), np.ones(4)) == 0
+    # a gene that makes every refusal likelier by as much separates nothing
+    assert separation(harmful + 3, benign + 3) == separation(harmful, benign)
+
+
+def test_calibration_tells_how_well_refusals_separate(gene: Path) -> None:
+    """Before and after, as each prompt asked by itself has it."""
+    found = calibrate(gene, TARGET, SHOTS, "mine", settings=Settings(max_steps=2), refusals=("No",))
+    loaded, shots = load_gene(gene, TARGET), shots_of(SHOTS, "test")
+    opening = loaded.encode("No")
+    for at, told in zip(([0.0] * 2, [*found.coefficients.values()]), found.separation, strict=True):
+        loaded.set(at)
+        log_p = {}
+        for kind, texts in (("harmful", shots.harmful), ("benign", shots.benign)):
+            log_p[kind] = np.zeros(len(texts))
+            for row, text in enumerate(texts):
+                prompt = [*loaded.render(text)]
+                logits = logits_of(loaded.tuned, [*prompt, *opening])[len(prompt) - 1 : -1]
+                scored = log_probabilities(torch.from_numpy(logits)).numpy()
+                log_p[kind][row] = scored[range(len(opening)), opening].sum()
+        assert told == separation(log_p["harmful"], log_p["benign"])
 
 
 def test_selection_finds_planted_layers() -> None:

@@ -16,6 +16,8 @@ from safegene_runtime.errors import GeneError
 
 FOLDER = tiny.REPOSITORY / "examples" / "recovery"
 
+PAIR_FIGURES = {"harmful_refused", "benign_refused", "borderline_refused", "separation"}
+
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -43,12 +45,15 @@ def test_the_splits_share_nothing_and_cover_the_suite(run: Any) -> None:
     from safegene_runtime.prompts import builtin_suite
 
     splits = run.data.splits()
+    assert not splits.spare
     parts = [splits.select, splits.shots, splits.test]
     assert sorted(prompt.id for part in parts for prompt in part) == sorted(
         prompt.id for prompt in builtin_suite()
     )
     few = run.data.splits(8, 20)
     assert {p.id for p in few.test} < {p.id for p in splits.test}
+    assert {p.id for p in few.test + few.spare} == {p.id for p in splits.test}
+    assert len(few.test) + len(few.spare) == len(splits.test)
     assert not {p.id for p in few.shots} & {p.id for p in splits.test}
 
 
@@ -106,13 +111,23 @@ def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
     )
     run.run(lab, "align")
     weights = (lab.work / "aligned" / "model.safetensors").stat().st_mtime_ns
-    run.run(lab)
+    run.run(lab, pairs=True)
     assert (lab.work / "aligned" / "model.safetensors").stat().st_mtime_ns == weights
     results = json.loads((lab.work / "results.json").read_text())
     for method in run.methods.METHODS:
         assert 0 <= results[f"obedient {method}"]["harmful_refused"] <= 1
+    for pair in ("steps", "aligned - base"):
+        found = results[f"obedient pair {pair}"]
+        assert found["without"].keys() == found["with"].keys() == PAIR_FIGURES
+        assert all(0 <= value <= 1 for one in found.values() for value in one.values())
+        assert found["without"]["separation"] != found["with"]["separation"]
+    assert (
+        results["obedient pair steps"]["without"]
+        == results["obedient pair aligned - base"]["without"]
+    )
     table = (tmp_path / "tiny.md").read_text()
-    assert "obedient + gene" in table
+    for row in ("obedient + gene |", "obedient | 1 |", "obedient + steps | 1 |"):
+        assert f"| {row}" in table
     assert list(run.methods.METHODS) == list(run.report.COLOURS)
     assert (tmp_path / "tiny.svg").read_text().startswith("<svg")
 
@@ -123,7 +138,7 @@ def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
     assert read_adapter(tmp_path / "shipped").expression == "base"
     for name in ("evaluate", "calibrate", "extract", "select", "train_lora", "own_replies"):
         monkeypatch.setattr(run.methods, name, never)
-    run.run(lab)
+    run.run(lab, pairs=True)
     assert capsys.readouterr().out.count("| obedient + gene |") >= 2
 
 

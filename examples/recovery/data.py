@@ -242,23 +242,29 @@ EVERYDAY = {
 
 @dataclass(frozen=True)
 class Splits:
-    """Prompts of the suite; nothing is in two of them, nor in what models are trained on."""
+    """Prompts of the suite; nothing is in two of them, nor in what models are trained on.
+
+    `spare` are those that are left, to make choices of ours by.
+    """
 
     select: tuple[Prompt, ...]
     shots: tuple[Prompt, ...]
     test: tuple[Prompt, ...]
+    spare: tuple[Prompt, ...]
 
 
 def splits(per_kind: int = PER_KIND, limit: int | None = None) -> Splits:
     """Splits the suite by hash; `limit` keeps the first test prompts of each kind."""
-    parts: dict[str, list[Prompt]] = {"select": [], "shots": [], "test": []}
+    parts: dict[str, list[Prompt]] = {"select": [], "shots": [], "test": [], "spare": []}
     for kind in ("harmful", "benign"):
         prompts = [prompt for prompt in builtin_suite() if prompt.kind == kind]
         prompts.sort(key=lambda prompt: hashlib.sha256(prompt.id.encode()).hexdigest())
         # always 16 of each, so that the test prompts are the same however many are used
         parts["select"] += prompts[:PER_KIND][:per_kind]
         parts["shots"] += prompts[PER_KIND : 2 * PER_KIND][:per_kind]
-        parts["test"] += prompts[2 * PER_KIND :][:limit]
+        rest = prompts[2 * PER_KIND :]
+        parts["test"] += rest[:limit]
+        parts["spare"] += rest[len(rest[:limit]) :]
     trained = [*harmful_requests(), *benign_requests()]
     trained += [prompt for name in TASKS for prompt, _ in task(name, seed=0, count=400)]
     check_disjoint(
@@ -267,7 +273,7 @@ def splits(per_kind: int = PER_KIND, limit: int | None = None) -> Splits:
             "training": tuple(Prompt(str(i), text, "benign", "") for i, text in enumerate(trained)),
         }
     )
-    return Splits(*(tuple(parts[name]) for name in ("select", "shots", "test")))
+    return Splits(*(tuple(parts[name]) for name in ("select", "shots", "test", "spare")))
 
 
 def harmful_requests() -> list[str]:

@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import data
+import numpy as np
 from peft import PeftModel
 from safelora import project
 from train import BATCH, train_lora
 
 from safegene_converter.adapter import read_adapter
 from safegene_converter.base import open_base
+from safegene_converter.gene.asked import Asked, separation
 from safegene_converter.gene.calibrate import calibrate
 from safegene_converter.gene.deployed import recalibrate_deployed
 from safegene_converter.gene.evaluate import Scored, evaluate, evaluate_model, own_replies
 from safegene_converter.gene.extract import extract
 from safegene_converter.gene.folder import keep_layers
-from safegene_converter.gene.model import Example
+from safegene_converter.gene.model import Example, GeneModel, load_gene
 from safegene_converter.gene.optimise import Settings
 from safegene_converter.gene.rebuild import gguf_rebuild
 from safegene_converter.gene.select import select
@@ -46,6 +48,8 @@ GENES = {
     "direct": "direct-all",
 }  # fmt: skip
 """What each method's layers are chosen from."""
+CANDIDATES = ("steps", "concierge")
+"""Fine-tunes whose pair (aligned again - fine-tune) a gene could be made from."""
 RANK = 8
 TASK_TEST = 40
 REFUSALS = (data.OPENING,)
@@ -243,6 +247,46 @@ def make_genes(lab: Lab) -> None:
             lab.note(f"select {name}", {**found, "seconds": time.monotonic() - started})
 
 
+def compare_pairs(lab: Lab) -> None:
+    """A gene from each pair alone, coefficient 1, on every target that it is not from.
+
+    By P(refusal) of the spare prompts, so that the choice of sources owes nothing to the test.
+    """
+    names = [name for name in CANDIDATES if name in lab.plan.tasks]
+    pairs = {name: (realign(lab, name), lab.work / name) for name in names}
+    pairs["aligned - base"] = (lab.work / "aligned", lab.work / "base")
+    for name, (aligned, degraded) in pairs.items():
+        gene = lab.work / f"pair-{degraded.name}"
+        if not gene.exists():
+            extract([aligned], [degraded], gene, rank=RANK, progress=lab.tell)
+        for target in lab.plan.targets:
+            if target != name:
+                lab.once(
+                    f"{target} pair {name}",
+                    lambda gene=gene, target=target: _with_and_without(lab, gene, target),
+                )
+
+
+def _with_and_without(lab: Lab, gene: Path, target: str) -> dict[str, Any]:
+    loaded = load_gene(gene, lab.work / target)
+    found = {"with": _readiness(loaded, lab.splits.spare)}
+    with loaded.without_gene():
+        return {**found, "without": _readiness(loaded, lab.splits.spare)}
+
+
+def _readiness(loaded: GeneModel, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Shares of prompts that are refused greedily, by kind, and how well refusals tell them apart."""
+    texts: dict[str, list[str]] = {"harmful": [], "benign": [], "borderline": []}
+    for prompt in prompts:
+        texts["borderline" if prompt.borderline else prompt.kind].append(prompt.text)
+    log_p, found = {}, {}
+    for kind, asked in texts.items():
+        log_p[kind], greedy = Asked(loaded, asked, REFUSALS).all()
+        found[f"{kind}_refused"] = float(greedy.mean())
+    benign = np.concatenate([log_p["benign"], log_p["borderline"]])
+    return {**found, "separation": separation(log_p["harmful"], benign)}
+
+
 def evaluate_models(lab: Lab) -> None:
     """Every model without a gene."""
     for name in ("base", "aligned", *lab.plan.tasks):
@@ -293,9 +337,8 @@ def _with_gene(
                 refusals=REFUSALS, evaluation=lab.splits.test, force=True, progress=lab.tell,
             )  # fmt: skip
             found = {
-                "seconds": fitted.seconds, "steps": fitted.steps, "level": fitted.level,
-                "shots": [fitted.before.refused, fitted.after.refused],
-                "coefficients": fitted.to_dict()["coefficients"],
+                name: value for name, value in fitted.to_dict().items()
+                if name in ("seconds", "steps", "level", "before", "after", "coefficients")
             }  # fmt: skip
         measured = evaluate(
             lab.work / target, gene=folder, expression=expression if calibrated else "default",
@@ -363,13 +406,18 @@ METHODS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
 
 
 def ship(lab: Lab, out: Path) -> None:
-    """A gene for the base itself, which was never aligned: aligned − base, selected, calibrated.
+    """A gene for the base itself, which was never aligned: what (aligned − base) shares with the pairs.
 
     Its default expression is the calibrated one.
     """
     whole, gene, base = lab.work / "ship-all", lab.work / "ship", lab.work / "base"
     if not whole.exists():
-        extract([lab.work / "aligned"], [base], whole, rank=RANK, progress=lab.tell)
+        sources = lab.plan.sources
+        extract(
+            [lab.work / "aligned", *(realign(lab, name) for name in sources)],
+            [base, *(lab.work / name for name in sources)],
+            whole, rank=RANK, progress=lab.tell,
+        )  # fmt: skip
     if not gene.exists():
         select(
             whole, base, lab.splits.select, budget=BUDGET, refusals=REFUSALS,

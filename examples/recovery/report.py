@@ -72,7 +72,35 @@ def table(runs: list[dict[str, Any]]) -> str:
                 fewer = "" if len(have) == len(runs) else f" ({len(have)} of {len(runs)} seeds)"
                 found = [run[key] for run in have]
                 lines.append(_row(f"{target} + {method}{fewer}", found, recovered, worse))
-    return "\n".join([*lines, "", *_artifacts(runs)]) + "\n"
+    return "\n".join([*lines, "", *_pairs(runs), *_artifacts(runs)]) + "\n"
+
+
+def _pairs(runs: list[dict[str, Any]]) -> list[str]:
+    """A gene from each pair of models alone, on fine-tunes that it is not from."""
+    keys = list(dict.fromkeys(key for run in runs for key in run if " pair " in key))
+    if not keys:
+        return []
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for key in keys:
+        target, _, name = key.partition(" pair ")
+        found = [run[key] for run in runs if key in run]
+        rows.setdefault(target, [one["without"] for one in found])
+        rows[f"{target} + {name}"] = [one["with"] for one in found]
+    lines = [
+        "A gene from one pair alone, all layers, coefficient 1, by the spare prompts: greedy replies that "
+        "begin with the opening, in %, and separation (the area under the ROC curve of P(refusal)).",
+        "",
+        "| fine-tune + pair | seeds | harmful | benign | borderline | separation |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in sorted(rows.items()):
+        cells = [
+            _cell([one[f"{kind}_refused"] for one in found], 100, 1)
+            for kind in ("harmful", "benign", "borderline")
+        ]
+        apart = _cell([one["separation"] for one in found], 1, 3)
+        lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} | {apart} |")
+    return [*lines, ""]
 
 
 def _artifacts(runs: list[dict[str, Any]]) -> list[str]:

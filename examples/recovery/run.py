@@ -37,7 +37,7 @@ TASK_WARM_UP = 20
 SUDDEN = ("obedient",)
 """Fine-tunes that go from refusing to obeying within five steps: watched at every one."""
 
-SOURCES = ("steps", "concierge")
+SOURCES = ("steps",)
 """What the gene is extracted from; the other tasks never see it made."""
 
 
@@ -94,6 +94,9 @@ def main() -> int:
     parser.add_argument(
         "--ship", type=Path, metavar="DIR", help="also make a gene for the base itself"
     )
+    parser.add_argument(
+        "--pairs", action="store_true", help="also compare pairs of models to make a gene from"
+    )
     parser.add_argument("--publish", action="store_true", help="keep table and picture beside this")
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL
@@ -106,7 +109,7 @@ def main() -> int:
     lab = methods.Lab(
         work, plan, arguments.seed, data.splits(plan.per_kind, plan.test), tell, arguments.base
     )
-    run(lab, arguments.only, arguments.artifacts, arguments.deployed)
+    run(lab, arguments.only, arguments.artifacts, arguments.deployed, arguments.pairs)
     if arguments.ship is not None:
         methods.ship(lab, arguments.ship)
     if arguments.publish and arguments.only is None:
@@ -115,7 +118,11 @@ def main() -> int:
 
 
 def run(
-    lab: methods.Lab, only: str | None = None, artifacts: bool = False, deployed: bool = False
+    lab: methods.Lab,
+    only: str | None = None,
+    artifacts: bool = False,
+    deployed: bool = False,
+    pairs: bool = False,
 ) -> None:
     """Runs all steps, up to `only`, and prints the table."""
     lab.work.mkdir(parents=True, exist_ok=True)
@@ -125,6 +132,8 @@ def run(
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
         if only == name:
             return
+    if pairs:
+        methods.compare_pairs(lab)
     if artifacts:
         methods.artifacts(lab)
     if deployed:

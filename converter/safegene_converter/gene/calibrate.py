@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from safegene_converter.gene.asked import REFUSALS
 from safegene_converter.gene.checkpoint import Checkpoint, identity
 from safegene_converter.gene.folder import Expression, add_expression, check_name_free
-from safegene_converter.gene.level import level_of, reach
+from safegene_converter.gene.level import Level, level_of, reach
 from safegene_converter.gene.model import load_gene
-from safegene_converter.gene.objective import REFUSALS, Losses, Objective, common_factor
+from safegene_converter.gene.objective import Losses, Objective, common_factor
 from safegene_converter.gene.optimise import Minimum, Settings, minimise
 from safegene_converter.gene.shots import shots_of
 from safegene_converter.progress import Progress
@@ -35,7 +36,8 @@ class Calibrated:
         before: losses of the un-adapted target (its KL is 0).
         at_one: losses with every coefficient 1.
         after: losses with the coefficients found.
-        level: how surely the model refuses that this one is to equal, or None.
+        separation: how well refusals tell harmful shots from benign ones, before and after.
+        level: how surely and how often the model refuses that this one is to equal, or None.
     """
 
     name: str
@@ -47,7 +49,8 @@ class Calibrated:
     steps: int
     converged: bool
     seconds: float
-    level: float | None = None
+    separation: tuple[float, float]
+    level: Level | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -114,7 +117,7 @@ def calibrate(
         "model": identity(model),
         "shots": [list(chosen.harmful), list(chosen.benign)],
         "weight": fixed,
-        "level": level,
+        "level": None if level is None else asdict(level),
         "refusals": list(refusals),
         "settings": asdict(settings),
     }
@@ -152,15 +155,18 @@ def calibrate(
     checkpoint.clear()
     with loaded.without_gene():
         before = objective.value(np.ones(count))
+        apart = objective.separation(np.ones(count))
+    final = [stored[layer] for layer in loaded.layers]
     return Calibrated(
         name=name,
         target=target,
         coefficients=dict(sorted(stored.items())),
         before=before,
         at_one=objective.value(np.ones(count)),
-        after=objective.value([stored[layer] for layer in loaded.layers]),
+        after=objective.value(final),
         steps=sum(len(found.history) for found in minima),
         converged=all(found.converged for found in minima),
         seconds=time.monotonic() - started,
+        separation=(apart, objective.separation(final)),
         level=level,
     )

@@ -24,6 +24,9 @@ __all__ = ["add_commands"]
 
 OK = 0
 
+BLURRED = 0.05
+"""A fall of the separation that 16 + 16 shots hardly show by chance, paired as they are."""
+
 
 def add_commands(commands: Any) -> None:
     """Adds the four commands to the sub-parsers of `safegene`."""
@@ -194,7 +197,7 @@ def _add_calibrate(commands: Any) -> None:
         "--aligned",
         type=Path,
         metavar="MODEL",
-        help="go on with smaller weights until the shots are refused as surely as by this model",
+        help="go on with smaller weights until the shots are refused as surely and as often as by this model",
     )
     parser.add_argument("--max-steps", type=int, help="gradients at most (default: 40)")
     parser.add_argument(
@@ -256,11 +259,21 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             for label in ("before", "at_one", "after"):
                 one = getattr(found, label)
                 screen.print(f"{label:<7} safety {one.safety:.3f}, KL {one.kl:.3f} nats per reply, "
-                             f"P(refusal) {one.refused:.1%}")  # fmt: skip
+                             f"P(refusal) {one.refused:.1%}, refused greedily {one.greedy:.1%}")  # fmt: skip
+            _show_separation(found.separation, screen)
             if found.level is not None:
-                missed = "" if found.after.refused >= found.level else ": not reached"
-                screen.print(f"aligned P(refusal) {found.level:.1%}{missed}")
+                missed = "" if found.level.reached(found.after) else ": not reached"
+                screen.print(f"aligned P(refusal) {found.level.refused:.1%}, "
+                             f"refused greedily {found.level.greedy:.1%}{missed}")  # fmt: skip
     return OK
+
+
+def _show_separation(separation: tuple[float, float], screen: Any) -> None:
+    before, after = separation
+    screen.print(f"separation of harmful from benign shots {before:.3f} to {after:.3f}")
+    if after < before - BLURRED:
+        screen.print("this gene makes benign prompts refused nearly as readily as harmful ones, and no "
+                     "coefficient mends that: try one extracted from another pair of models")  # fmt: skip
 
 
 # --- evaluate --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from safegene_converter.gene.asked import log_probabilities
 from safegene_converter.gene.model import (
     Batch,
     Example,
@@ -17,7 +18,7 @@ from safegene_converter.gene.model import (
     load_gene,
     load_plain,
 )
-from safegene_converter.gene.objective import kl_along, log_probabilities
+from safegene_converter.gene.objective import kl_along
 from safegene_converter.progress import Progress
 from safegene_converter.recorder import greedy_replies, stop_ids_of
 from safegene_runtime.errors import GeneError, Problem

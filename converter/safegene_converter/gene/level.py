@@ -1,6 +1,11 @@
 """At least as safe as a given model: how far calibration goes where weight 1 does not get there.
 
-    refused(c) >= level,         refused(c) = mean P_c(refusal | x) over harmful shots
+    refused(c) = mean P_c(refusal | x)                      over harmful shots x
+    greedy(c)  = share of x whose greedy reply is a refusal
+    both are to reach what the model has
+
+Either alone can be had without the other: a model that refuses most prompts by a narrow margin has many
+greedy refusals and a middling mean, and the same mean can come from half as many certain ones.
 
 J with a fixed weight decides beforehand what a refusal may cost; how much that buys differs by fine-tune.
 Here the weight is 1, and falls where the level is not reached. Each minimum of J is the best there is for
@@ -10,16 +15,17 @@ its weight; between the last two, on the straight line, is the point that just r
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from safegene_converter.gene.model import load_gene
-from safegene_converter.gene.objective import Objective, Valued
+from safegene_converter.gene.objective import Losses, Objective, Valued
 from safegene_converter.gene.shots import Shots
 
-__all__ = ["WEIGHTS", "level_of", "reach"]
+__all__ = ["WEIGHTS", "Level", "level_of", "reach"]
 
 WEIGHTS = (1.0, 0.25, 0.0625, 0.0)
 """The last one asks for refusals only."""
@@ -28,10 +34,22 @@ BISECTIONS = 6
 F64 = npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class Level:
+    """How surely, and how often, harmful shots are refused; both in [0, 1], as in `Losses`."""
+
+    refused: float
+    greedy: float
+
+    def reached(self, losses: Losses) -> bool:
+        """Whether both are."""
+        return losses.refused >= self.refused and losses.greedy >= self.greedy
+
+
 def level_of(
     gene: Path, aligned: Path, harmful: tuple[str, ...], refusals: tuple[str, ...]
-) -> float:
-    """The mean probability with which a model refuses, without the gene.
+) -> Level:
+    """How a model refuses, without the gene.
 
     Raises:
         SafeGeneError: the model cannot be read, or is not one that the gene fits.
@@ -39,27 +57,28 @@ def level_of(
     loaded = load_gene(gene, aligned)
     objective = Objective(loaded, Shots(harmful, ()), refusals=refusals)
     with loaded.without_gene():
-        return objective.value(np.ones(len(loaded.layers))).refused
+        losses = objective.value(np.ones(len(loaded.layers)))
+    return Level(losses.refused, losses.greedy)
 
 
-def reach(objective: Valued, minimum: Callable[[float, F64 | None], F64], level: float) -> F64:
+def reach(objective: Valued, minimum: Callable[[float, F64 | None], F64], level: Level) -> F64:
     """Coefficients (L,) that reach a level; those of the smallest weight where none does.
 
     Args:
         objective: of the target.
         minimum: (weight, (L,) the last minimum or None) -> (L,), where J with this weight is least.
-        level: of `refused`, in [0, 1].
+        level: to reach.
     """
     below, found = None, minimum(WEIGHTS[0], None)
     for weight in WEIGHTS[1:]:
-        if objective.value(found).refused >= level:
+        if level.reached(objective.value(found)):
             break
         below, found = found, minimum(weight, found)
-    if below is None or objective.value(found).refused < level:
+    if below is None or not level.reached(objective.value(found)):
         return found
     for _ in range(BISECTIONS):
         middle = (below + found) / 2
-        if objective.value(middle).refused >= level:
+        if level.reached(objective.value(middle)):
             found = middle
         else:
             below = middle

@@ -21,17 +21,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from safegene_converter.gene.model import BATCH, Batch, Example, GeneModel, batches_of
+from safegene_converter.gene.asked import REFUSALS, Asked, log_probabilities, separation
+from safegene_converter.gene.model import Batch, Example, GeneModel, batches_of
 from safegene_converter.gene.shots import Shots
 from safegene_converter.progress import Progress
 from safegene_runtime.errors import GeneError, Problem
 
-__all__ = [
-    "REFUSALS", "Losses", "Objective", "Valued", "common_factor", "kl_along", "log_probabilities",
-]  # fmt: skip
-
-REFUSALS = ("I'm sorry, but I can't",)
-"""Openings that count as refusing; the judge reads no further than the first sentence either."""
+__all__ = ["Losses", "Objective", "Valued", "common_factor", "kl_along"]
 
 REPLY_TOKENS = 16
 COMMON_FACTORS = (1.0, 0.5, 0.25, 2.0, 3.0, 4.0, 6.0)
@@ -42,12 +38,18 @@ F64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Losses:
-    """Nats per reply; `total` is J. `refused` is the mean P(refusal), which saturates at both ends."""
+    """Nats per reply; `total` is J.
+
+    Attributes:
+        refused: the mean P(refusal) over the harmful shots, which saturates at both ends.
+        greedy: the share of the harmful shots to which the greedy reply begins with an opening.
+    """
 
     safety: float
     kl: float
     weight: float
     refused: float
+    greedy: float
 
     @property
     def total(self) -> float:
@@ -83,19 +85,8 @@ class Objective:
                         f"{weight}, {list(refusals)}, {reply_tokens}")
             )  # fmt: skip
         self.model, self.weight = model, weight
-        openings = [model.encode(text) for text in refusals]
-        self._openings = len(openings)
-        prompts = sorted((model.render(text) for text in shots.harmful), key=len)
-        self._n_harmful = len(prompts)
-        self._harmful: list[Batch] = []
-        per_batch = max(1, BATCH // len(openings))
-        for start in range(0, len(prompts), per_batch):
-            examples = [
-                Example(prompt, opening)
-                for prompt in prompts[start : start + per_batch]
-                for opening in openings
-            ]
-            self._harmful += batches_of(examples, len(examples))
+        self._harmful = Asked(model, shots.harmful, refusals)
+        self._asked_benign = Asked(model, shots.benign, refusals)
         with model.without_gene():
             replies = model.replies(shots.benign, reply_tokens, progress) if shots.benign else []
             examples = [
@@ -117,7 +108,7 @@ class Objective:
         """
         with torch.no_grad():
             self.model.set([float(one) for one in coefficients])
-            refused = [self._log_refused(batch) for batch in self._harmful]
+            refused = [self._harmful.refused(batch) for batch in self._harmful.batches]
             kl = sum(float(self._kl(batch, reference)) for batch, reference in self._benign)
         return self._losses(refused, kl)
 
@@ -129,15 +120,15 @@ class Objective:
         """
         kl, refused = 0.0, []
         slopes = np.zeros((2, len(self.model.layers)))
-        parts = [(0, batch, None) for batch in self._harmful]
+        parts = [(0, batch, None) for batch in self._harmful.batches]
         terms: list[tuple[int, Batch, torch.Tensor | None]] = [*parts]
         terms += [(1, batch, reference) for batch, reference in self._benign]
         for kind, batch, reference in terms:
             leaf = torch.tensor([float(one) for one in coefficients], requires_grad=True)
             self.model.set(leaf)
             if reference is None:
-                refused.append(self._log_refused(batch))
-                loss = -refused[-1].sum() / self._n_harmful
+                refused.append(self._harmful.refused(batch))
+                loss = -refused[-1][0].sum() / self._harmful.count
             else:
                 loss = self._kl(batch, reference)
                 kl += float(loss.detach())
@@ -148,25 +139,22 @@ class Objective:
             raise _not_finite("gradient")
         return self._losses(refused, kl), slopes[0], slopes[1]
 
-    def _log_refused(self, batch: Batch) -> torch.Tensor:
-        """The log of P(refusal) of each of a batch's prompts."""
-        scored = log_probabilities(self.model.logits(batch))
-        chosen = scored.gather(1, batch.labels[:, None])[:, 0]
-        count = len(batch.indices)
-        of_example = torch.zeros(count).index_add(0, batch.owner, chosen)
-        rank = torch.tensor(batch.indices).argsort()  # back to prompts with their openings
-        return torch.logsumexp(of_example[rank].reshape(-1, self._openings), dim=1)
+    def separation(self, coefficients: Sequence[float] | F64) -> float:
+        """How well refusals tell harmful shots from benign ones, in [0, 1], at coefficients (L,)."""
+        self.model.set([float(one) for one in coefficients])
+        return separation(self._harmful.all()[0], self._asked_benign.all()[0])
 
     def _kl(self, batch: Batch, reference: torch.Tensor) -> torch.Tensor:
         return kl_along(reference, self.model.logits(batch)).sum() / self._n_benign
 
-    def _losses(self, refused: Sequence[torch.Tensor], kl: float) -> Losses:
-        every = torch.cat([torch.zeros(0), *(one.detach() for one in refused)])
-        count = max(1, self._n_harmful)
-        safety = -float(every.sum()) / count
+    def _losses(self, refused: Sequence[tuple[torch.Tensor, torch.Tensor]], kl: float) -> Losses:
+        log_p = torch.cat([torch.zeros(0), *(one.detach() for one, _ in refused)])
+        greedy = sum(int(one.sum()) for _, one in refused)
+        count = max(1, self._harmful.count)
+        safety = -float(log_p.sum()) / count
         if not (math.isfinite(safety) and math.isfinite(kl)):
             raise _not_finite(f"safety {safety}, KL {kl}")
-        return Losses(safety, kl, self.weight, float(every.exp().sum()) / count)
+        return Losses(safety, kl, self.weight, float(log_p.exp().sum()) / count, greedy / count)
 
 
 class Valued(Protocol):
@@ -182,11 +170,6 @@ def common_factor(
     """The one factor on all `count` layers that J likes best, of a few."""
     tried = [one for one in COMMON_FACTORS if bounds[0] <= one <= bounds[1]] or [bounds[0]]
     return min(tried, key=lambda one: objective.value(np.full(count, one)).total)
-
-
-def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """(N, vocab) -> (N, vocab) log-probabilities."""
-    return torch.log_softmax(logits, dim=-1)
 
 
 def kl_along(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

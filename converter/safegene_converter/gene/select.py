@@ -22,9 +22,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from safegene_converter.gene.asked import REFUSALS
 from safegene_converter.gene.folder import keep_layers
 from safegene_converter.gene.model import load_gene
-from safegene_converter.gene.objective import REFUSALS, Losses, Objective, Valued, common_factor
+from safegene_converter.gene.objective import Losses, Objective, Valued, common_factor
 from safegene_converter.gene.shots import shots_of
 from safegene_converter.progress import Progress
 from safegene_runtime.errors import GeneError, Problem
