@@ -194,7 +194,10 @@ def test_in_small_it_aligns_loses_and_wins_back_on_the_real_model(tmp_path: Path
     assert refused["model aligned"] > refused["model base"]
     for task in ("steps", "obedient"):
         assert refused[f"model {task}"] < refused["model aligned"]
-    assert refused["obedient gene"] > refused["model obedient"]
+    # 16 prompts are too few to count a small gain by; the probability on the shots is not
+    assert refused["obedient gene"] >= refused["model obedient"]
+    gene = found["obedient gene"]
+    assert gene["after"]["refused"] > 1.5 * gene["before"]["refused"]
     assert found["select gene"]["share"] <= 0.01
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "training" not in again.stdout
