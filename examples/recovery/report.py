@@ -160,7 +160,7 @@ def targets(run: dict[str, Any]) -> list[str]:
 def picture(runs: list[dict[str, Any]]) -> str:
     """SVG: harmful refusals (up) against benign KL (right, log scale), a point per method, target, seed.
 
-    The first target is drawn as circles, the others as squares.
+    The first target is drawn as circles, the second as squares, the others as diamonds.
     """
     points = []
     for run in runs:
@@ -208,12 +208,11 @@ def picture(runs: list[dict[str, Any]]) -> str:
 
 
 def _mark(x: float, y: float, colour: str, index: int) -> str:
+    fill = f'fill="{colour}" fill-opacity="0.8"'
     if index == 0:
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}" fill-opacity="0.8"/>'
-    return (
-        f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9" fill="{colour}" '
-        'fill-opacity="0.8"/>'
-    )
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" {fill}/>'
+    turned = "" if index == 1 else f' transform="rotate(45 {x:.1f} {y:.1f})"'
+    return f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9" {fill}{turned}/>'
 
 
 def _row(
