@@ -51,6 +51,8 @@ GENES = {
 CANDIDATES = ("steps", "concierge")
 """Fine-tunes whose pair (aligned again - fine-tune) a gene could be made from."""
 RANK = 8
+SHIP_WEIGHT = 0.1
+"""Of the KL for the base itself, which never refused: every refusal is a change, and 1 stops too early."""
 TASK_TEST = 40
 REFUSALS = (data.OPENING,)
 ARTIFACTS: dict[str, tuple[Any, str]] = {
@@ -424,7 +426,7 @@ def ship(lab: Lab, out: Path) -> None:
             evaluation=lab.splits.test, out=gene, progress=lab.tell,
         )  # fmt: skip
     calibrate(
-        gene, base, lab.splits.shots, "base", default=True, force=True, refusals=REFUSALS,
+        gene, base, lab.splits.shots, "base", default=True, force=True, refusals=REFUSALS, weight=SHIP_WEIGHT,
         settings=Settings(rate=0.25, max_steps=lab.plan.calibration_steps),
         evaluation=lab.splits.test, progress=lab.tell,
     )  # fmt: skip
