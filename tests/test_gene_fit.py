@@ -312,9 +312,8 @@ def test_the_least_change_that_reaches_a_level_is_found(weight: float, asked_for
     found = reach(objective, minimum, level)
     assert level.reached(objective.value(found))
     assert not level.reached(objective.value(found * 0.9))
-    if (
-        asked_for == "refused"
-    ):  # greedy refusals come in steps, and `planted` need not be at an edge
+    if asked_for == "refused":
+        # greedy refusals come in steps, and `planted` need not be at an edge of one
         assert np.allclose(found, planted, rtol=0.05)
     assert asked == [tried for tried in WEIGHTS if tried * 4 > weight]
     asked.clear()

@@ -116,15 +116,12 @@ def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
     results = json.loads((lab.work / "results.json").read_text())
     for method in run.methods.METHODS:
         assert 0 <= results[f"obedient {method}"]["harmful_refused"] <= 1
+    alone = results["obedient pair none"]
     for pair in ("steps", "aligned - base"):
         found = results[f"obedient pair {pair}"]
-        assert found["without"].keys() == found["with"].keys() == PAIR_FIGURES
-        assert all(0 <= value <= 1 for one in found.values() for value in one.values())
-        assert found["without"]["separation"] != found["with"]["separation"]
-    assert (
-        results["obedient pair steps"]["without"]
-        == results["obedient pair aligned - base"]["without"]
-    )
+        assert alone.keys() == found.keys() == PAIR_FIGURES
+        assert all(0 <= value <= 1 for one in (alone, found) for value in one.values())
+        assert alone["separation"] != found["separation"]
     table = (tmp_path / "tiny.md").read_text()
     for row in ("obedient + gene |", "obedient | 1 |", "obedient + steps | 1 |"):
         assert f"| {row}" in table

@@ -263,17 +263,17 @@ def compare_pairs(lab: Lab) -> None:
             extract([aligned], [degraded], gene, rank=RANK, progress=lab.tell)
         for target in lab.plan.targets:
             if target != name:
-                lab.once(
-                    f"{target} pair {name}",
-                    lambda gene=gene, target=target: _with_and_without(lab, gene, target),
-                )
 
+                def without(gene: Path = gene, target: str = target) -> dict[str, float]:
+                    loaded = load_gene(gene, lab.work / target)
+                    with loaded.without_gene():
+                        return _readiness(loaded, lab.splits.spare)
 
-def _with_and_without(lab: Lab, gene: Path, target: str) -> dict[str, Any]:
-    loaded = load_gene(gene, lab.work / target)
-    found = {"with": _readiness(loaded, lab.splits.spare)}
-    with loaded.without_gene():
-        return {**found, "without": _readiness(loaded, lab.splits.spare)}
+                def on(gene: Path = gene, target: str = target) -> dict[str, float]:
+                    return _readiness(load_gene(gene, lab.work / target), lab.splits.spare)
+
+                lab.once(f"{target} pair none", without)  # whichever gene comes first
+                lab.once(f"{target} pair {name}", on)
 
 
 def _readiness(loaded: GeneModel, prompts: Sequence[Prompt]) -> dict[str, float]:

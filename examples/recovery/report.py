@@ -80,12 +80,6 @@ def _pairs(runs: list[dict[str, Any]]) -> list[str]:
     keys = list(dict.fromkeys(key for run in runs for key in run if " pair " in key))
     if not keys:
         return []
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for key in keys:
-        target, _, name = key.partition(" pair ")
-        found = [run[key] for run in runs if key in run]
-        rows.setdefault(target, [one["without"] for one in found])
-        rows[f"{target} + {name}"] = [one["with"] for one in found]
     lines = [
         "A gene from one pair alone, all layers, coefficient 1, by the spare prompts: greedy replies that "
         "begin with the opening, in %, and separation (the area under the ROC curve of P(refusal)).",
@@ -93,7 +87,9 @@ def _pairs(runs: list[dict[str, Any]]) -> list[str]:
         "| fine-tune + pair | seeds | harmful | benign | borderline | separation |",
         "|---|---|---|---|---|---|",
     ]
-    for name, found in sorted(rows.items()):
+    names = {key: key.replace(" pair none", "").replace(" pair ", " + ") for key in keys}
+    for key, name in sorted(names.items(), key=lambda item: item[1]):
+        found = [run[key] for run in runs if key in run]
         cells = [
             _cell([one[f"{kind}_refused"] for one in found], 100, 1)
             for kind in ("harmful", "benign", "borderline")

@@ -4,8 +4,8 @@
     separation     = P(a harmful prompt is likelier refused than a benign one), ties half:
                      the area under the ROC curve of P(refusal)
 
-A gene that only makes refusing likelier moves harmful and benign prompts alike. Whatever its size,
-it then costs as many benign replies as it wins refusals; separation is what no coefficient changes much.
+A gene that makes refusing likelier whatever is asked lowers the separation: with it, coefficients only
+trade benign replies for refusals.
 """
 
 from __future__ import annotations
