@@ -424,12 +424,19 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def test_rights_are_those_the_user_asked_for(tmp_path: Path, umask: int) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.touch()
+    theirs.chmod(0o640)
     with publish_folder(tmp_path / "out") as folder:
         _fill(folder)
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700, "private until it is done"
         publish_file(folder / "late", b"x")
+        (folder / "private").touch(0o600)  # as safetensors writes
+        (folder / "link").symlink_to(theirs)
+        os.link(theirs, folder / "shared")
+    assert stat.S_IMODE(theirs.stat().st_mode) == 0o640, "not ours"
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
-    for name in (*CONTENT, "late"):
+    for name in (*CONTENT, "late", "private"):
         if (tmp_path / "out" / name).is_file():
             assert stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) == 0o666 & ~umask
     assert os.umask(umask) == umask, "the process keeps its own"

@@ -273,8 +273,12 @@ def publish_folder(out: Path, force: bool = False) -> Iterator[Path]:
         ) from error
     try:
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
+        mask = _umask()
+        os.chmod(temporary, 0o777 & ~mask)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        for path in files:
+            if not path.is_symlink() and path.stat().st_nlink == 1:  # else it is not ours alone
+                os.chmod(path, 0o666 & ~mask)  # some libraries write for their own user only
         files.sort(key=lambda path: path.name == MANIFEST_NAME)
         for path in files:
             _fsync(path)
