@@ -151,6 +151,38 @@ def test_recovery_is_the_share_of_what_was_lost(run: Any) -> None:
     assert run.report.recovery(results, "same", "gene") is None
 
 
+def figures(refused: float) -> dict[str, Any]:
+    """What the table needs of one row."""
+    rates = ("harmful_refused", "benign_refused", "borderline_refused")
+    return {
+        **dict.fromkeys(rates, refused), "benign_kl": 0.1, "task_loss": 1.0, "n_harmful": 4, "n_benign": 4
+    }  # fmt: skip
+
+
+def test_published_rows_stay_until_they_are_measured_again(run: Any, tmp_path: Path) -> None:
+    models = {f"model {name}": figures(0.5) for name in ("base", "aligned", "t")}
+    here, out = tmp_path / "work" / "full-seed-0", tmp_path / "out"
+    here.mkdir(parents=True)
+    out.mkdir()
+    (here / "results.json").write_text(json.dumps({**models, "t gene": figures(0.25)}))
+    run.report.publish(here.parent, out)
+    (here / "results.json").write_text(
+        json.dumps({**models, "t gene": figures(0.75), "t uniform": figures(0.5)})
+    )
+    run.report.publish(here.parent, out)
+    (here / "results.json").write_text(json.dumps({**models, "t direct": figures(0.125)}))
+    run.report.publish(here.parent, out)
+    table = (out / "results.md").read_text()
+    assert "| t + gene | 75.0 |" in table
+    assert "| t + uniform | 50.0 |" in table
+    assert "| t + direct | 12.5 |" in table
+    models["model t"] = figures(0.0)
+    (here / "results.json").write_text(json.dumps({**models, "t gene": figures(1.0)}))
+    with pytest.raises(GeneError, match="rows of other models"):
+        run.report.publish(here.parent, out)
+    assert (out / "results.md").read_text() == table
+
+
 def test_training_that_was_killed_ends_where_it_would_have(run: Any, tmp_path: Path) -> None:
     import train
 

@@ -8,6 +8,12 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
+from safegene_runtime import strictjson
+from safegene_runtime.errors import GeneError, Problems
+from safegene_runtime.files import publish_file
+
+FIGURES = "figures"
+"""Where published figures lie, a file per seed: a later run adds its rows to them."""
 COLOURS = {
     "gene": "#0b6e4f", "gene as aligned": "#1b9e9e", "all layers": "#2f6fbb", "uniform": "#8a8a8a",
     "re-aligned": "#7a3e9d", "safe lora": "#b3261e", "random layers": "#c98a00",
@@ -31,9 +37,38 @@ def write(folder: Path, work: Path, results: dict[str, Any]) -> None:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Copies the table and the picture over all full seeds to `out`."""
-    for suffix in ("md", "svg"):
-        (out / f"results.{suffix}").write_text((folder / f"full.{suffix}").read_text())
+    """Keeps the figures of all full seeds in `out`, and makes table and picture of what is kept there.
+
+    What was kept stays where this run has no such row.
+
+    Raises:
+        GeneError: what was kept is of other models, or of another gene.
+    """
+    kept = out / FIGURES
+    kept.mkdir(exist_ok=True)
+    problems, merged = Problems(), {}
+    for path in sorted(folder.glob("full-seed-*/results.json")):
+        place = kept / f"{path.parent.name}.json"
+        old = json.loads(place.read_text()) if place.exists() else {}
+        new = json.loads(path.read_text())
+        for name in (key for key in new if key.startswith(("model ", "select ")) and key in old):
+            if {**old[name], "seconds": 0} != {**new[name], "seconds": 0}:
+                problems.add(
+                    place.name, name, "the figures of this run", "others",
+                    "rows of other models or genes make no table: remove the file, run every method",
+                )  # fmt: skip
+        merged[place] = {**old, **new}
+    problems.raise_if_any(GeneError)
+    for place, figures in merged.items():
+        publish_file(place, strictjson.dumps(figures))
+    runs = published(out)
+    publish_file(out / "results.md", table(runs).encode())
+    publish_file(out / "results.svg", picture(runs).encode())
+
+
+def published(out: Path) -> list[dict[str, Any]]:
+    """The figures that are kept in `out`, by seed."""
+    return [json.loads(path.read_text()) for path in sorted((out / FIGURES).glob("*.json"))]
 
 
 def recovery(run: dict[str, Any], target: str, method: str) -> float | None:
