@@ -159,6 +159,17 @@ def test_what_was_meant_passes_in_every_form_precision_and_layout(
     assert compare(adapter, BASES[base](tmp_path / "base"), form) == []
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_what_was_meant_passes_in_every_architecture(
+    architecture: str, form: str, compare: Compare, tmp_path: Path
+) -> None:
+    """Biases behind q, k and v, which are nodes of the base; a q that is not square."""
+    adapter = tiny.peft_adapter(architecture, tmp_path / "adapter", scale=0.05)
+    for precision in ("fp32", "int4"):
+        assert compare(adapter, tiny.onnx_model(architecture, precision), form) == []
+
+
 @pytest.mark.parametrize("base", ["int4", "int4 with zero points", "int4 with a bias"])
 @pytest.mark.parametrize(
     ("bounds", "kinds"),

@@ -266,7 +266,7 @@ def _compare_weights(
             change = new.rows(start + rows) - old.rows(start + rows)
             gain = Gain.of(change, scaled_b(module)[rows] @ module.a.astype(np.float64))
             # among many modules one that is wrong hardly moves what they have together
-            if gain.norm:
+            if gain.norm:  # else the delta lies in rows that are not compared
                 gain.check(where, f"delta of {name} in the weights", survived, problems)
             total += gain
             others[start:stop] = False
