@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -236,30 +237,40 @@ def test_a_large_base_is_not_loaded(n_files: int, hole: int, adapter: Path, tmp_
     shutil.rmtree(base)
 
 
-def test_the_self_check_reads_the_factors_and_not_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["merged", "branch"])
+def test_the_self_check_reads_a_tensor_at_a_time_and_not_the_model(
+    form: str, tmp_path: Path
+) -> None:
     only = tiny.peft_adapter(
         "llama", tmp_path / "adapter", scale=0.05, target_modules=["up_proj"],
         layers_to_transform=[0],
     )  # fmt: skip
     base = large_base(tmp_path / "base", 1, GIB // 8)
-    quick(only, base, tmp_path / "out", form="branch")
-    names = [name for name in read_onnx(tmp_path / "out" / "model.onnx").initializers
-             if ".safegene.lora_" in name]  # fmt: skip
-    slots = {"w": {"names": sorted(names), "modules": [["model.layers.0.mlp.up_proj", 0, 128]]}}
-    job = {"adapter": str(only), "expression": "default", "slots": slots}
+    for one in {form, "branch"}:
+        quick(only, base, tmp_path / one, form=one)  # type: ignore[arg-type]
+    graph = read_onnx(tmp_path / "branch" / "model.onnx")
+    names = [name for name in graph.initializers if ".safegene.lora_" in name]
+    (weight,) = [node.inputs[1] for node in graph.nodes
+                 if node.name.endswith("layers.0/mlp/up_proj/MatMul")]  # fmt: skip
+    modules = [["model.layers.0.mlp.up_proj", 0, 128]]
+    job: dict[str, Any] = {
+        "base": base / "model.onnx", "artifact": tmp_path / form / "model.onnx",
+        "oracle": tmp_path / "branch" / "model.onnx", "adapter": only, "expression": "default",
+        "form": form, "slots": {weight: {"names": sorted(names), "modules": modules}},
+        "survived": (1, 1),
+    }  # fmt: skip
     code = """
 import json, resource, sys
 import onnx, onnx.numpy_helper
-from pathlib import Path
-from safegene_converter.onnx_selfcheck import _compare_factors
+from safegene_converter.onnx_selfcheck import _compare
 from safegene_runtime.errors import Problems
 problems = Problems()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-_compare_factors(Path(sys.argv[1]), json.loads(sys.argv[2]), problems)
+_compare(json.loads(sys.argv[1]), problems)
 print(len(problems), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "out" / "model.onnx", json.dumps(job)],
+        [sys.executable, "-c", code, json.dumps(job, default=str)],
         env=python_environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -124,11 +124,18 @@ def _merge_one(job: Job, one: Touched) -> tuple[Encoded, list[Survival]]:
 
 
 def _float_weight(job: Job, one: Touched, stored: Rows) -> Rows:
-    """The weight before it was exported, (out, in); rows of other modules as well."""
+    """The weight before it was exported, (out, in).
+
+    Rows of other modules as well where they are packed: a promotion rounds all rows anew. In floats
+    nothing happens to them, so they stay what the graph has.
+    """
     if job.hf is None:
         return stored
     base = stored.copy()
+    touched = {module.name for module, _ in one.parts}
     for module, places in job.base.places.items():
+        if one.linear.layout != "nbits" and module not in touched:
+            continue
         for place in places:
             if place.linear.node == one.linear.node:
                 base[slice(*place.rows)] = job.hf.read_weight(module)

@@ -35,6 +35,7 @@ from safegene_converter.onnx_job import (
 from safegene_converter.onnx_merge import merge
 from safegene_converter.onnx_selfcheck import check_onnx
 from safegene_converter.onnx_source import Export, check_source_fits, export_base, open_source
+from safegene_converter.onnx_unchanged import METADATA_PREFIX
 from safegene_converter.onnx_writer import Change, load_proto, write_onnx
 from safegene_converter.progress import Progress
 from safegene_converter.survival import Bounds
@@ -56,7 +57,6 @@ from safegene_runtime.provenance import ADAPTER_KEY, adapter_digest
 
 __all__ = ["FORMS", "OnnxBase", "convert_onnx", "default_form", "open_onnx_base", "write_job"]
 
-METADATA_PREFIX = "safegene."
 CAUTION = (
     f"any caller can leave {ADAPTER_FILE} out, and is served the base; ONNX Runtime itself ignores an "
     "active adapter under I/O binding and in async runs"
@@ -292,6 +292,8 @@ def _check(job: Job, folder: Path, work: Path) -> dict[str, Any]:
         adapter_file=folder / ADAPTER_FILE if job.form == "adapter" else None,
         oracle=oracle / name,
         adapter=job.adapter,
+        form=job.form,
         slots=slots,
+        survived=(job.bounds.gain_min, job.bounds.gain_max),
         is_float=job.form != "merged" or all(one.linear.layout != "nbits" for one in job.touched),
     )
