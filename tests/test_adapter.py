@@ -18,7 +18,7 @@ from safegene_converter.adapter import check_base_fits, read_adapter
 from safegene_converter.base import open_base
 from safegene_runtime.errors import AdapterError, FormatError, SafeGeneError, UnsupportedError
 
-EXAMPLE = tiny.REPOSITORY / "examples" / "smollm2-135m-refusal"
+EXAMPLE = tiny.REPOSITORY / "examples" / "smollm2-135m-safegene"
 PREFIX = "base_model.model."
 Q0 = "model.layers.0.self_attn.q_proj"
 Q1 = "model.layers.1.self_attn.q_proj"
@@ -79,9 +79,9 @@ def test_the_example_is_what_its_files_say() -> None:
     for module in adapter.modules:
         assert np.array_equal(module.a, tensors[f"{PREFIX}{module.name}.lora_A.weight"])
         assert np.array_equal(module.b, tensors[f"{PREFIX}{module.name}.lora_B.weight"])
-        expected = notes["expressions"]["default"]["coefficients"][str(module.layer)]
+        expected = notes["expressions"]["base"]["coefficients"][str(module.layer)]
         assert module.coefficient == expected
-    assert adapter.expressions == ("default", "uniform")
+    assert adapter.expressions == ("default", "base")
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

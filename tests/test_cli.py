@@ -17,7 +17,7 @@ from safegene_runtime.profiles import profile_for
 from safegene_runtime.prompts import SuiteSize, builtin_suite
 from safegene_runtime.reference import read_reference
 
-EXAMPLE = tiny.REPOSITORY / "examples" / "smollm2-135m-refusal"
+EXAMPLE = tiny.REPOSITORY / "examples" / "smollm2-135m-safegene"
 COMMANDS = (
     "inspect", "convert", "record", "verify", "demo", "extract", "select", "calibrate", "evaluate", "run",
 )  # fmt: skip
@@ -66,17 +66,17 @@ def test_without_a_command_the_commands_are_named(capsys: pytest.CaptureFixture[
 def test_inspect_prints_json_that_parses(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", EXAMPLE, "--base", tiny.smollm2_gguf(), "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["n_parameters"] == 614_400
-    assert 0.004 < found["share_of_base"] < 0.005
-    assert len(found["layers"]) == 20
+    assert found["n_parameters"] == 1_302_528
+    assert 0.009 < found["share_of_base"] <= 0.01
+    assert len(found["layers"]) == 16
 
 
 def test_inspect_shows_every_layer_and_scale(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", EXAMPLE) == 0
     text = capsys.readouterr().out
-    assert "614,400" in text
-    assert "1.25" in text
-    assert "uniform" in text
+    assert "1,302,528" in text
+    assert "3.69673" in text
+    assert "'base' of 'default'" in text
 
 
 def test_inspect_shows_an_artifact(sidecar: Path, capsys: pytest.CaptureFixture[str]) -> None:

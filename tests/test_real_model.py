@@ -93,7 +93,7 @@ def test_merged_into_4_bits_the_refusals_are_kept(demo: tuple[Path, dict[str, An
     assert row["size_bytes"] < 1.1 * demo[1]["base_bytes"]
 
 
-@pytest.mark.parametrize("expression", ["default", "uniform"])
+@pytest.mark.parametrize("expression", ["base", "default"])
 def test_a_sidecar_is_held_to_what_its_own_base_does(
     expression: str,
     demo: tuple[Path, dict[str, Any]],
@@ -111,7 +111,7 @@ def test_a_sidecar_is_held_to_what_its_own_base_does(
     monkeypatch.setattr(ladder, "open_engine", other)
     artifact = demo[0] / "sidecar-beside-q4_1"
     report = verify(artifact, reference, base=find_smollm2(), write=False)
-    rung, genuine = report.rung("logits"), expression == "default"
+    rung, genuine = report.rung("logits"), expression == "base"
     assert rung.figures["mean_kl"] < bounds_for(report.precision).kl_ceiling
     assert (rung.figures["base_noise"]["ratio"] < RATIO) == genuine
     assert rung.status == ("ok" if genuine else "broken"), rung.detail
@@ -192,12 +192,10 @@ def other_template(demo: Path, out: Path) -> tuple[Path, Path | None]:
 
 def coefficients_ignored(demo: Path, out: Path) -> tuple[Path, Path | None]:
     base = find_smollm2()
-    convert(
-        find_adapter(), base, out / "uniform", form="sidecar", expression="uniform", check=False
-    )
+    convert(find_adapter(), base, out / "at-one", form="sidecar", expression="default", check=False)
     genuine = read_manifest(demo / "merged-into-q4_1").adapter  # what it is passed off as
     digest = Value(ValueType.STRING, adapter_digest(genuine["files"]), None)
-    return rewritten(out / "uniform", out / "forged", {ADAPTER_KEY: digest}, genuine), base
+    return rewritten(out / "at-one", out / "forged", {ADAPTER_KEY: digest}, genuine), base
 
 
 def base_served(demo: Path, out: Path) -> tuple[Path, Path | None]:

@@ -134,7 +134,7 @@ def _add_inspect(commands: Any) -> None:
         "inspect",
         _inspect,
         "show what is in an adapter or an artifact",
-        "safegene inspect examples/smollm2-135m-refusal",
+        "safegene inspect examples/smollm2-135m-safegene",
     )
     parser.add_argument("path", type=Path, metavar="ADAPTER|ARTIFACT")
     parser.add_argument("--expression", help="the set of layer coefficients to show")
@@ -167,7 +167,7 @@ def _add_convert(commands: Any) -> None:
         "convert",
         _convert,
         "fold an adapter into a model file",
-        "safegene convert examples/smollm2-135m-refusal --base smollm2.gguf "
+        "safegene convert examples/smollm2-135m-safegene --base smollm2.gguf "
         "--to gguf --as merged -o OUT",
     )
     parser.add_argument("adapter", type=Path, metavar="ADAPTER")
@@ -371,7 +371,7 @@ def _add_record(commands: Any) -> None:
         "record",
         _record,
         "record what PyTorch + PEFT answer, once",
-        "safegene record examples/smollm2-135m-refusal --base smollm2.gguf -o REFERENCE",
+        "safegene record examples/smollm2-135m-safegene --base smollm2.gguf -o REFERENCE",
     )
     parser.add_argument("adapter", type=Path, metavar="ADAPTER")
     parser.add_argument(

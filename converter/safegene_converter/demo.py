@@ -51,7 +51,7 @@ from safegene_runtime.reporting import write_reports
 
 __all__ = ["JOBS", "Job", "find_adapter", "find_smollm2", "run", "show", "write_float_base"]
 
-ADAPTER_NAME = "smollm2-135m-refusal"
+ADAPTER_NAME = "smollm2-135m-safegene"
 REPORTS = "reports"
 REPLY_TOKENS = 20
 """A refusal shows in its first sentence; longer replies cost time and change no verdict here."""

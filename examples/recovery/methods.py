@@ -51,6 +51,13 @@ GENES = {
 CANDIDATES = ("steps", "concierge")
 """Fine-tunes whose pair (aligned again - fine-tune) a gene could be made from."""
 RANK = 8
+BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SHIPPED_NAMES = (
+    ("adapter_config.json", "base_model_name_or_path"),
+    ("safegene.json", "base_model", "name"),
+    ("safegene.json", "expressions", "base", "target"),
+)
+"""Where a shipped gene names its base, which is just `base` in the experiment's folder."""
 SHIP_WEIGHT = 0.1
 """Of the KL for the base itself, which never refused: every refusal is a change, and 1 stops too early."""
 TASK_TEST = 40
@@ -437,8 +444,15 @@ def ship(lab: Lab, out: Path) -> None:
         ).to_dict()  # fmt: skip
         lab.note(f"shipped {expression}", measured)
         print(f"shipped, expression {expression}: {measured}", flush=True)
+    named = BASE_NAME if lab.base is None else lab.base.resolve().name
     with publish_folder(out) as folder:
         shutil.copytree(gene, folder, dirs_exist_ok=True)
+        for name, *place in SHIPPED_NAMES:
+            found = inside = json.loads((folder / name).read_text())
+            for key in place[:-1]:
+                inside = inside[key]
+            inside[place[-1]] = named
+            (folder / name).write_bytes(strictjson.dumps(found))
 
 
 def _expression(lab: Lab, target: str) -> str:
