@@ -1,7 +1,8 @@
 """How much of an artifact's KL is the rounding of its base.
 
 A sidecar, or an adapter beside an ONNX model, leaves the base as it is: the same engine runs it without
-the adapter. Along the same replies of the reference, PyTorch's base was recorded as well. So
+the adapter. Of a merged artifact it runs the control, if there is one (`control.py`). Along the same
+replies of the reference, PyTorch's base was recorded as well. So
 
     base_kl = mean KL(PyTorch base || engine's base)        nats per position
 
