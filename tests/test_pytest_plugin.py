@@ -140,12 +140,13 @@ def test_sequential_mode_stops_where_it_is_decided(
 
 
 def test_a_control_is_compared_and_a_wrong_one_is_an_error(
-    run, made: gated.Gated, pytester: pytest.Pytester
+    run, made: gated.Gated, pytester: pytest.Pytester, tmp_path: Path
 ) -> None:
-    result = run(ASSERTING, "--safegene-control", str(made.base), "--safegene-report", "reports")
+    plain = shutil.copy(made.base, tmp_path / "plain.gguf")  # apart from this repository's settings
+    result = run(ASSERTING, "--safegene-control", str(plain), "--safegene-report", "reports")
     result.assert_outcomes(passed=1)
     report = json.loads((pytester.path / "reports" / "smoke" / "report.json").read_text())
-    assert report["rungs"][0]["figures"]["control"].keys() == {made.base.name}
+    assert report["rungs"][0]["figures"]["control"].keys() == {plain.name}
     result = run(ASSERTING, "--safegene-control", str(made.artifact / "model.gguf"))
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["*could not check it, which is no pass*", "*expected no adapter*"])
