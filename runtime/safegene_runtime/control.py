@@ -10,9 +10,9 @@ from the bytes, before anything runs:
                         ⟨W_control, ΔW⟩ / ‖ΔW‖² − ⟨W_base, ΔW⟩ / ‖ΔW‖² = 0, as in the static proof
     metadata            architecture, hyperparameters and tokenizer alike
 
-Touched tensors may have another type than in the artifact where the converter promoted them, which only
-makes the artifact nearer to PyTorch: the manifest says how many, and by how many bytes. Of the very file
-that the artifact was made from, which the manifest knows by its digest, they may have any.
+Touched tensors may have another type than in the artifact where the converter promoted them, which stores
+them finer than the base does: the manifest says how many, and by how many bytes. In the very file that
+the artifact was made from, which the manifest knows by its digest, they may have any.
 """
 
 from __future__ import annotations
