@@ -128,6 +128,20 @@ def test_a_merged_artifact_moves_about_as_much_as_its_control(made: Merged) -> N
     assert report.precision == "4-bit"
 
 
+def test_a_merge_into_the_recorded_file_is_rounded_anew_where_its_control_is_not(
+    made: Merged, tmp_path: Path
+) -> None:
+    """The case that docs/ladder.md tells of: 8 bits may cost more than the bound allows, a float does not."""
+    ratios = {}
+    for kind in ("q8_0", "f16"):
+        convert(
+            made.adapter, made.base, tmp_path / kind, form="merged", type_name=kind, check=False
+        )
+        report = verify(tmp_path / kind, made.reference, control=made.base, threads=1, write=False)
+        ratios[kind] = report.rung("logits").figures["base_noise"]["ratio"]
+    assert ratios["f16"] < RATIO < ratios["q8_0"]
+
+
 def test_the_control_is_the_base_that_a_sidecar_would_have_run(
     made: Merged, tmp_path: Path
 ) -> None:
