@@ -6,11 +6,11 @@ PyTorch reference. Prints both tables of docs/survival.md.
 
     python benchmarks/bounds.py [--suite smoke | --reference DIR] [--types q4_1 ...] [--presets q4_k_m ...]
 
-With --relative instead the KL of sidecars and ONNX adapters, genuine and wrong, beside that of their
-bases: the table of docs/ladder.md.
+With --relative instead the KL of sidecars, ONNX adapters and merged GGUFs, genuine and wrong, beside that
+of their bases: the tables of docs/ladder.md.
 
     python benchmarks/bounds.py --relative [--suite smoke | --reference DIR] [--bases q4_k_m ...]
-        [--onnx int4 ...] [--threads 2]
+        [--onnx int4 ...] [--merged q4_k_m ...] [--threads 2]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from statistics import fmean
 
-from relative import ONNX, relative
+from relative import MERGED, ONNX, relative
 from relative import TYPES as BASES
 
 from safegene_converter.demo import find_adapter, find_smollm2, write_float_base
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--relative", action="store_true", help="against the bases' own KL instead")
     parser.add_argument("--bases", nargs="*", default=BASES, help="of --relative, in GGUF")
     parser.add_argument("--onnx", nargs="*", default=ONNX, help="of --relative, in ONNX")
+    parser.add_argument("--merged", nargs="*", default=MERGED, help="of --relative, merged in GGUF")
     parser.add_argument("--threads", type=int, help="of --relative (default: all)")
     arguments = parser.parse_args()
     base, adapter = find_smollm2(), find_adapter()
@@ -64,8 +65,8 @@ def main() -> None:
         )
         write_float_base(base, root / "float.gguf")
         if arguments.relative:
-            relative(reference, base, root / "float.gguf", arguments.bases, arguments.onnx, root,
-                     arguments.threads)  # fmt: skip
+            relative(reference, base, root / "float.gguf", arguments.bases, arguments.onnx,
+                     arguments.merged, root, arguments.threads)  # fmt: skip
             return
         rates: dict[str, float] = {}
         for names, source, error in (

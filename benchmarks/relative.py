@@ -1,7 +1,7 @@
 """The ratio of an artifact's KL to its base's own, for genuine adapters and for wrong ones.
 
 Part of bounds.py, which says how to run it. Every adapter runs beside every base in the engine of the
-ladder, on the prompts that the ladder would take; nothing is merged.
+ladder, on the prompts that the ladder would take; and merged into it, against the base as its control.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from measuring import ROOT
 
 from safegene_converter.base import open_base
 from safegene_converter.demo import find_adapter
+from safegene_converter.gguf_merge import MODEL_FILE
 from safegene_converter.gguf_sidecar import ADAPTER_FILE as GGUF_ADAPTER
 from safegene_converter.gguf_to_hf import gguf_to_hf
+from safegene_converter.gguf_writer import OutTensor, write_gguf
 from safegene_converter.onnx_base import ADAPTER_FILE as ONNX_ADAPTER
 from safegene_converter.onnx_build import build_onnx
 from safegene_converter.presets import quantize_gguf
+from safegene_converter.survival import Bounds
 from safegene_converter.to_gguf import convert
 from safegene_converter.to_onnx import convert_onnx
 from safegene_runtime.base_noise import PROMPTS, BaseNoise, base_kl
@@ -44,11 +47,13 @@ from mutants import (
     scaled,
 )
 
-__all__ = ["ONNX", "TYPES", "relative"]
+__all__ = ["MERGED", "ONNX", "TYPES", "relative"]
 
 TYPES = ("given", "f16", "q8_0", "q6_k", "q4_k_m", "q2_k")
 """Of the GGUF bases; `given` is the one the reference was recorded with."""
 ONNX = ("int8", "int4")
+MERGED = ("given", "q6_k", "q4_k_m", "q2_k")
+"""Of merged GGUFs, likewise; into `given` with `--type auto`."""
 HEADS = (9, 3)
 """Of SmolLM2-135M: query and key-value heads."""
 
@@ -63,13 +68,14 @@ def _exchanged(one: int, other: int) -> Edit:
     return lambda all: {name: all[source(name)] for name in all}
 
 
+DROPPED = {"a layer dropped": (20,), "a quarter of the layers dropped": (11, 15, 19, 23, 27)}
+"""The layers that have no delta, by mistake."""
 MISTAKES: Mapping[str, Edit] = {
     "scale 0.5": scaled(0.5),
     "scale 2": scaled(2),
     "A and B swapped": a_and_b_swapped,
     "q/k rows in the other order": other_rows(*HEADS, inverse=True),
-    "a layer dropped": layers_dropped(20),
-    "a quarter of the layers dropped": layers_dropped(11, 15, 19, 23, 27),
+    **{name: layers_dropped(*layers) for name, layers in DROPPED.items()},
     "two layers exchanged": _exchanged(18, 24),
 }
 """What is done to the factors of the example adapter."""
@@ -81,6 +87,9 @@ COEFFICIENTS: Mapping[str, Callable[[list[float]], list[float]]] = {
 GROUPS = 3
 """Of as many prompts as the ladder takes: how much the genuine ratio depends on them."""
 GENUINE, COARSE_FACTORS = "none", "none, factors in Q8_0"
+UNPROMOTED = "none, nothing promoted"
+NO_BOUNDS = Bounds(0.0, 1e6, 1e6, 1e6)
+"""The converter would refuse, or promote, what keeps too little of the delta that it was told to add."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +100,13 @@ class Beside:
         name: for people.
         precision: its class.
         model: what runs it without an adapter.
-        adapters: what runs it with one, by mistake: model and adapter.
+        adapters: what runs it with one, by mistake: model, and the adapter beside it if it has one.
     """
 
     name: str
     precision: str
     model: Path
-    adapters: Mapping[str, tuple[Path, Path]]
+    adapters: Mapping[str, tuple[Path, Path | None]]
 
 
 def relative(
@@ -106,6 +115,7 @@ def relative(
     source: Path,
     types: Sequence[str],
     onnx: Sequence[str],
+    merged: Sequence[str],
     root: Path,
     threads: int | None,
 ) -> None:
@@ -117,15 +127,18 @@ def relative(
         source: the same weights in float.
         types: of GGUF bases, see `TYPES`.
         onnx: precisions of ONNX bases.
+        merged: types of merged GGUFs, see `MERGED`.
         root: where to work.
         threads: of the engines; all by default.
     """
-    names = (GENUINE, COARSE_FACTORS, *MISTAKES, *COEFFICIENTS)
+    names = (GENUINE, COARSE_FACTORS, UNPROMOTED, *MISTAKES, *COEFFICIENTS)
     adapters = {name: _adapter(name, root / "adapters") for name in names}
     print(f"| base | mistake | KL | times the base's own | groups of {PROMPTS} prompts | beta "
           "| rung 4, rung 5 by class, by base |\n|---|---|---|---|---|---|---|")  # fmt: skip
     bases = chain(
-        _ggufs(given, source, types, adapters, root), _onnxs(source, onnx, adapters, root)
+        _ggufs(given, source, types, adapters, root),
+        _onnxs(source, onnx, adapters, root),
+        _mergeds(given, source, merged, adapters, root),
     )
     for beside in bases:
         _rows(beside, reference, threads)
@@ -171,6 +184,8 @@ def _ggufs(
     """GGUF bases; a sidecar knows nothing of the type of its base, so each is made once."""
     made = {}
     for name, adapter in adapters.items():
+        if name == UNPROMOTED:
+            continue
         out = root / f"sidecar-{len(made)}"
         factors = "q8_0" if name == COARSE_FACTORS else "f32"
         convert(adapter, source, out, form="sidecar", type_name=factors, check=False)
@@ -194,7 +209,7 @@ def _onnxs(
         build_onnx(root / "hf", base, precision)
         made, kind = {}, ""
         for name in adapters:
-            if name == COARSE_FACTORS:  # an .onnx_adapter is float
+            if name in (COARSE_FACTORS, UNPROMOTED):  # an .onnx_adapter is float
                 continue
             out = root / f"onnx-{precision}-{len(made)}"
             manifest = convert_onnx(adapters[name], base, out, form="adapter", check=False)
@@ -203,6 +218,48 @@ def _onnxs(
                 manifest.artifact["precision"],
             )
         yield Beside(f"ONNX {precision}", kind, base / "model.onnx", made)
+
+
+def _mergeds(
+    given: Path, source: Path, types: Sequence[str], adapters: Mapping[str, Path], root: Path
+) -> Iterator[Beside]:
+    """Merged GGUFs beside their controls: the genuine one as it is made by default, all others unpromoted.
+
+    Into the file that was recorded, whose grid would erase them, the others are merged in 8 bits.
+    """
+    for kind in types:
+        base, control = (given, given) if kind == "given" else (source, root / f"{kind}.gguf")
+        if kind != "given":
+            quantize_gguf(source, control, kind)
+        made: dict[str, tuple[Path, Path | None]] = {}
+        for name, adapter in adapters.items():
+            if name == COARSE_FACTORS:
+                continue
+            out = root / f"merged-{kind}-{len(made)}"
+            made[name] = out / MODEL_FILE, None
+            if name in DROPPED:  # no merge of nothing: the converter refuses a delta of zeros
+                out.mkdir()
+                _without(DROPPED[name], made[UNPROMOTED][0], control, out / MODEL_FILE)
+                continue
+            if name == GENUINE:
+                asked = {"type_name": "auto" if kind == "given" else kind}
+            else:
+                asked = {"type_name": "q8_0" if kind == "given" else kind, "promote": False,
+                         "bounds": NO_BOUNDS}  # fmt: skip
+            convert(adapter, base, out, form="merged", check=False, **asked)
+        kinds = model_precision(open_model(made[GENUINE][0]))
+        yield Beside(f"merged {kind}", kinds, control, made)
+
+
+def _without(layers: Sequence[int], merged: Path, control: Path, out: Path) -> None:
+    """A merged GGUF with the control's tensors in some of its layers."""
+    ours, theirs = open_model(merged), open_model(control)
+    tensors = []
+    for name in ours.tensors:
+        dropped = any(name.startswith(f"blk.{layer}.") for layer in layers)
+        info = (theirs if dropped else ours).tensors[name]
+        tensors.append(OutTensor(name, info.shape, info.type, info))
+    write_gguf(out, dict(ours.metadata), tensors)
 
 
 def _adapter(mistake: str, folder: Path) -> Path:

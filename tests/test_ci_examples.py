@@ -240,8 +240,18 @@ def test_the_actions_and_the_jobs_settings_reach_verify(tmp_path: Path) -> None:
         f'elif [ "$2" = "${{2#*torch}}" ]; then exec "{sys.executable}" "$@"; fi\n'
     )
     python.chmod(0o755)
-    settings = {"mode": "as-shipped", "attacks": "rot13,reversed", "sequential": "true"}
-    options = ["--mode", "as-shipped", "--attacks", "rot13,reversed", "--sequential"]
+    settings = {
+        "control": "plain.gguf", "mode": "as-shipped", "attacks": "rot13,reversed", "sequential": "true",
+    }  # fmt: skip
+    options = [
+        "--control",
+        "plain.gguf",
+        "--mode",
+        "as-shipped",
+        "--attacks",
+        "rot13,reversed",
+        "--sequential",
+    ]
     for given, expected in ((settings, options), ({"sequential": "false"}, [])):
         folder = tmp_path / str(len(given))
         folder.mkdir()

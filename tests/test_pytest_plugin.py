@@ -139,6 +139,19 @@ def test_sequential_mode_stops_where_it_is_decided(
     assert len(found["order"]) == found["prompts"] <= found["of"]
 
 
+def test_a_control_is_compared_and_a_wrong_one_is_an_error(
+    run, made: gated.Gated, pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    plain = shutil.copy(made.base, tmp_path / "plain.gguf")  # apart from this repository's settings
+    result = run(ASSERTING, "--safegene-control", str(plain), "--safegene-report", "reports")
+    result.assert_outcomes(passed=1)
+    report = json.loads((pytester.path / "reports" / "smoke" / "report.json").read_text())
+    assert report["rungs"][0]["figures"]["control"].keys() == {plain.name}
+    result = run(ASSERTING, "--safegene-control", str(made.artifact / "model.gguf"))
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*could not check it, which is no pass*", "*expected no adapter*"])
+
+
 @pytest.mark.parametrize("names", ["rot13", "rot13,reversed", "all"])
 def test_attacks_that_were_not_recorded_are_an_error_and_no_pass(run, names: str) -> None:
     result = run(ASSERTING, "--safegene-attacks", names)

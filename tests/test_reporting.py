@@ -330,7 +330,7 @@ def test_no_report_takes_the_place_of_what_is_read(
     monkeypatch.chdir(tmp_path)
     inputs = [Path("folder")]
     for judge in (f"onnx:{tmp_path / names[2]}", "mine:list.txt"):
-        inputs += reporting.read_files(tmp_path / names[0], judge)
+        inputs += reporting.read_files(judge, tmp_path / names[0])
     for taken in (*names, "./link", "tokenizer.json", "folder/r.html", "folder/deep/r.html"):
         with pytest.raises(OutputError, match=r"--html: output: expected a .* of its own"):
             reporting.check_places({"--html": Path(taken)}, inputs)
@@ -340,14 +340,15 @@ def test_no_report_takes_the_place_of_what_is_read(
             {"--html": Path("x"), "--junit": Path("x"), "--sarif": Path("folder")}, inputs
         )
     assert len(caught.value.problems) == 3
-    assert reporting.read_files(None, None) == reporting.read_files(None, "mine:text") == []
+    assert reporting.read_files(None, None) == reporting.read_files("mine:text", None) == []
 
 
 def test_each_artifact_has_a_report_folder_of_its_own(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     labels = ["art", "../art", "./art", "ART", "..", "a/b", "a-b"]
     arguments = argparse.Namespace(
-        report=Path("R"), json=None, artifact=[], reference=Path("ref"), base=None, judge=None,
+        report=Path("R"), json=None, artifact=[], reference=Path("ref"), base=None, control=None,
+        judge=None,
         html=None, junit=None, sarif=None, markdown=None,
     )  # fmt: skip
     found = [folder for (folder,) in report_targets(arguments, labels).values()]

@@ -336,8 +336,8 @@ def test_a_server_has_every_report_that_an_artifact_has(
 
 
 REFUSED: dict[str, tuple[str, ...]] = {
-    "OUT": ("OUT",), "--base": ("--base", "b"), "--mode": ("--mode", "as-shipped"),
-    "--threads": ("--threads", "0"), "--no-write": ("--no-write",),
+    "OUT": ("OUT",), "--base": ("--base", "b"), "--control": ("--control", "c"),
+    "--mode": ("--mode", "as-shipped"), "--threads": ("--threads", "0"), "--no-write": ("--no-write",),
 }  # fmt: skip
 
 

@@ -447,6 +447,13 @@ def _add_verify(commands: Any) -> None:
     )
     parser.add_argument("--reference", type=Path, required=True, help="made by `safegene record`")
     parser.add_argument("--base", type=Path, help="for a sidecar: the GGUF it belongs to")
+    parser.add_argument(
+        "--control",
+        type=Path,
+        metavar="GGUF",
+        help="for a merged GGUF: its plain base, quantised the same way; below 8 bits the KL is then held "
+        "against that base's own",
+    )
     gate = parser.add_argument_group("the gate")
     gate.add_argument(
         "--profile",
@@ -512,6 +519,7 @@ def _verify(arguments: argparse.Namespace) -> int:
                 artifact,
                 record,
                 base=arguments.base if beside else None,
+                control=arguments.control,
                 profile=arguments.profile,
                 sequential=arguments.sequential,
                 attacks=arguments.attacks,
@@ -548,6 +556,11 @@ def _check_verify(arguments: argparse.Namespace) -> None:
     places = [artifact.resolve() for artifact in arguments.artifact]
     for place in dict.fromkeys(one for one in places if places.count(one) > 1):
         problems.add("verify", str(place), "each artifact once", "it twice", "name it once")
+    if arguments.control is not None and len(places) > 1:
+        problems.add(
+            "--control", "OUT", "one artifact: a control is the base of that one", f"{len(places)}",
+            "verify each with its own control",
+        )  # fmt: skip
     for name in ("model", "allow_switchable"):
         if getattr(arguments, name):
             flag = "--" + name.replace("_", "-")

@@ -60,7 +60,7 @@ def report_targets(
             written |= {f"--report: {one}": one for one in report_files(folder).values()}
         if files:
             found[label].append(files)
-    beside = read_files(arguments.base, arguments.judge)
+    beside = read_files(arguments.judge, arguments.base, arguments.control)
     check_places(written, [*arguments.artifact, arguments.reference, *beside])
     return found
 

@@ -1,7 +1,8 @@
 """How much of an artifact's KL is the rounding of its base.
 
 A sidecar, or an adapter beside an ONNX model, leaves the base as it is: the same engine runs it without
-the adapter. Along the same replies of the reference, PyTorch's base was recorded as well. So
+the adapter. Of a merged artifact it runs the control, if there is one (`control.py`). Along the same
+replies of the reference, PyTorch's base was recorded as well. So
 
     base_kl = mean KL(PyTorch base || engine's base)        nats per position
 
@@ -33,7 +34,7 @@ PROMPTS = 32
 FLOOR = 1e-9
 """Nats below which a KL is arithmetic, and no rounding to compare with; `f32` may have 1e-8."""
 RATIO = 3.0
-"""Times its base's own KL that an artifact may have: three times the largest of a genuine one."""
+"""Times its base's own KL that an artifact may have: twice the largest of a genuine one."""
 MIN_PROMPTS = 16
 """The mean of fewer prompts hangs on single ones: then the ratio is told, and breaks nothing."""
 NEGLIGIBLE = BOUNDS["bf16"].mean_kl

@@ -143,7 +143,7 @@ class Climb:
             self.runs[index] = _Run(one, reply.ids, reply.proved, said.label, said.text, parted)
 
     def base(self, engine: Engine) -> None:
-        """Runs the base of a sidecar, without it, on some of the prompts that were run: at least one."""
+        """Runs the artifact's base, without the adapter, on some of the prompts that were run."""
         found = base_kl(engine, self.record, list(self.runs), self.tell)
         artifact = {index: run.forced.kl for index, run in self.runs.items()}
         self.noise = BaseNoise.of(found, artifact)

@@ -21,6 +21,7 @@ from typing import Any
 
 from safegene_runtime.attacks import attack_names
 from safegene_runtime.climb import Climb, Mode, Tell
+from safegene_runtime.control import check_control, check_takes_control
 from safegene_runtime.engine import open_engine, thread_count
 from safegene_runtime.errors import ManifestError
 from safegene_runtime.gate import Profile
@@ -39,6 +40,7 @@ def verify(
     reference: Path | Reference,
     *,
     base: Path | None = None,
+    control: Path | None = None,
     profile: str | Profile = "smoke",
     sequential: bool = False,
     attacks: Sequence[str] = (),
@@ -54,6 +56,8 @@ def verify(
         artifact: a folder made by `safegene convert`.
         reference: a folder made by `safegene record`, or one that was read.
         base: for a sidecar, the GGUF it belongs to; checked against the manifest.
+        control: for a merged GGUF, its plain base, quantised the same way: below 8 bits the KL is then
+            held against that base's own; shown to be that base, see `control`.
         profile: how much must be shown: `smoke`, `ci`, `release`, or a profile of your own.
         sequential: take the prompts in their recorded order and stop when it is decided.
         attacks: names of attacks to gate under, too, as they were recorded; `all` for all of them.
@@ -66,6 +70,7 @@ def verify(
     Raises:
         RecordError: a reference that is malformed, edited, of another adapter, expression or judge, or
             holds no attacks.
+        BaseModelError: a control that is not the artifact's base without the adapter.
         SafeGeneError: it could not be checked, which is no verdict.
         ValueError: an unknown profile.
     """
@@ -77,6 +82,8 @@ def verify(
     check_labels(record, judge)
     chosen = record.under(names)
     manifest = read_manifest(artifact)
+    if control is not None:
+        check_takes_control(manifest, control)
     climb = Climb(
         artifact, manifest, record, judge, profile, mode, chosen, on_progress or _silent, began
     )
@@ -92,7 +99,13 @@ def verify(
             )
         )
         return climb.report()
-    climb.add(Rung("integrity", "ok", f"{len(manifest.files)} file(s), every byte as listed"))
+    detail, figures = f"{len(manifest.files)} file(s), every byte as listed", {}
+    if control is not None:
+        figures["control"] = check_control(
+            manifest, climb.served.model, control, record, climb.tell
+        )
+        detail += f"; {control.name} is its base without the adapter"
+    climb.add(Rung("integrity", "ok", detail, figures))
     climb.static()
     settings: dict[str, Any] = {"threads": threads}
     if manifest.artifact["target"] == "onnx":
@@ -114,9 +127,10 @@ def verify(
             climb.sequentially(engine)
         else:
             climb.run(engine, climb.chosen)
-    if climb.served.adapter is not None and climb.runs:
+    plain = control if climb.served.adapter is None else climb.served.model
+    if plain is not None and climb.runs:
         opened = time.monotonic()
-        with open_engine(climb.served.model, None, **settings) as engine:
+        with open_engine(plain, None, **settings) as engine:
             climb.base(engine)
         climb.engine_seconds += time.monotonic() - opened
     climb.compare()

@@ -131,6 +131,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--safegene-artifact", metavar="OUT", help="a folder made by `safegene convert`")
     add("--safegene-reference", metavar="REF", help="a folder made by `safegene record`")
     add("--safegene-base", metavar="GGUF", help="for a sidecar: the GGUF it belongs to")
+    add("--safegene-control", metavar="GGUF",
+        help="for a merged GGUF: its plain base, quantised the same way, to hold its KL against")  # fmt: skip
     add("--safegene-profile", default="ci", metavar="NAME",
         help="smoke, ci (default) or release; a marker refusal_parity(profile=...) goes first")  # fmt: skip
     add("--safegene-sequential", action="store_true", help="stop as soon as the verdict is certain")
@@ -284,7 +286,7 @@ def _digest(config: pytest.Config, profile: str, run: str) -> str:
     from safegene_runtime.files import sha256_file
 
     names = (
-        "artifact", "reference", "base", "sequential", "attacks", "mode", "judge", "threads"
+        "artifact", "reference", "base", "control", "sequential", "attacks", "mode", "judge", "threads"
     )  # fmt: skip
     options = {name: str(config.getoption(f"safegene_{name}")) for name in names}
     files = [
@@ -306,16 +308,17 @@ def _verify(config: pytest.Config, profile: str) -> dict[str, Any] | str:
         return config.getoption(f"safegene_{name}")
 
     artifact, reference = Path(option("artifact")), Path(option("reference"))
-    base = Path(option("base")) if option("base") else None
+    base, control = (Path(one) if (one := option(name)) else None for name in ("base", "control"))
     try:
         if option("report"):
             files = report_files(Path(option("report")) / profile).values()
             places = {f"--safegene-report: {one}": one for one in files}
-            check_places(places, [artifact, reference, *read_files(base, option("judge"))])
+            check_places(places, [artifact, reference, *read_files(option("judge"), base, control)])
         report = verify(
             artifact,
             reference,
             base=base,
+            control=control,
             profile=profile,
             sequential=option("sequential"),
             attacks=option("attacks"),

@@ -7,6 +7,7 @@ another order, so the rows of B are put into that order instead.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +34,7 @@ from safegene_runtime.llama_checks import (
 from safegene_runtime.manifest import ModuleEntry
 from safegene_runtime.row_order import Transform, check_architecture, transform_for
 
-__all__ = ["Carried", "Found", "GGUFWeights", "Served", "project", "wrong_shape"]
+__all__ = ["Carried", "Found", "GGUFWeights", "Served", "decoded", "project", "wrong_shape"]
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements of a weight in float64 at a time: 8 MiB."""
@@ -146,7 +147,7 @@ class GGUFWeights:
             raise wrong_shape(self._path, entry, added.shape, got)
         b = self._transform(added.module).apply_rows(added.b)
         dot = energy = 0.0
-        for start, rows in _blocks(info):
+        for start, rows in decoded(info):
             one, more = project(rows, b, added.a, start)
             dot, energy = dot + one, energy + more
         if not math.isfinite(dot) or not math.isfinite(energy):
@@ -193,8 +194,12 @@ def _bytes_per_element(kind: GGMLType) -> float:
     return size / block
 
 
-def _blocks(info: TensorInfo) -> Any:
-    """(first row, decoded rows) of a tensor, a few rows at a time."""
+def decoded(info: TensorInfo) -> Iterator[tuple[int, Rows]]:
+    """(first row, decoded rows (n, in) float32) of a tensor (out, in), a few rows at a time.
+
+    Raises:
+        FormatError: the file became shorter since its header was read.
+    """
     n_rows, n_cols = info.shape
     raw = map_tensor(info)
     row_bytes = info.nbytes // n_rows

@@ -30,7 +30,7 @@ from safegene_runtime.manifest import Manifest, ModuleEntry
 from safegene_runtime.reference import Reference
 from safegene_runtime.served_gguf import Found, GGUFWeights, Served
 
-__all__ = ["ModuleProof", "StaticProof", "static_proof"]
+__all__ = ["UNDECIDED", "ModuleProof", "StaticProof", "absence_proof", "static_proof"]
 
 BANDS = {"F32": 0.01, "F16": 0.01, "BF16": 0.05, "Q8_0": 0.05, "INT8": 0.05}
 """|beta − 1| by stored type, of a module and of all together."""
@@ -197,6 +197,35 @@ def static_proof(
     return _judge(judged, inert, problems)
 
 
+def absence_proof(
+    manifest: Manifest, plain: Path, record: Reference, tell: Tell | None = None
+) -> StaticProof:
+    """Looks for the recorded delta where none may be: beta 0 is meant, of every module.
+
+    Args:
+        manifest: of a GGUF artifact, which says where its modules are.
+        plain: a GGUF model of the same tensors.
+        record: the reference.
+        tell: told (stage, done, total).
+
+    Raises:
+        RecordError: a reference without factors, or of other modules than the artifact's.
+        ManifestError: a module whose tensor is not in the model.
+        SafeGeneError: files that cannot be read.
+    """
+    weights = GGUFWeights(plain, None)
+    pairs = _pair(manifest, record)
+    judged: list[_Judged] = []
+    for number, (entry, added) in enumerate(pairs):
+        found = weights.measure(entry, added)
+        if added.norm:
+            judged.append(_module(entry.tensor, added, found, same=False))
+        if tell is not None:
+            tell("looking for a delta in the control", number + 1, len(pairs))
+    inert = [added.module for _, added in pairs if not added.norm]
+    return _judge(judged, inert, Problems(), meant=0.0)
+
+
 def _pair(manifest: Manifest, record: Reference) -> list[tuple[ModuleEntry, ModuleFactors]]:
     """Each module of the manifest with its recorded factors, tensors in order."""
     where = str(record.path)
@@ -278,7 +307,9 @@ def _module(tensor: str, added: ModuleFactors, found: Found, same: bool) -> _Jud
     return _Judged(proof, noise, bands[1], error_limit)
 
 
-def _judge(judged: Sequence[_Judged], inert: Sequence[str], problems: Problems) -> StaticProof:
+def _judge(
+    judged: Sequence[_Judged], inert: Sequence[str], problems: Problems, meant: float = 1.0
+) -> StaticProof:
     ordered = sorted(
         judged, key=lambda one: (one.proof.layer, _order(one.proof.kind), one.proof.module)
     )
@@ -286,7 +317,7 @@ def _judge(judged: Sequence[_Judged], inert: Sequence[str], problems: Problems) 
     noisy_layers = set()
     for each in ordered:
         one = each.proof
-        _hold(one.tensor, f"beta of {one.module}", one.beta, one.band, problems, one.type)
+        _hold(one.tensor, f"beta of {one.module}", one.beta, one.band, meant, problems, one.type)
         if one.band > UNDECIDED:
             noisy_layers.add(one.layer)
         if one.relative_error is not None and not one.relative_error <= each.error_limit:
@@ -297,10 +328,10 @@ def _judge(judged: Sequence[_Judged], inert: Sequence[str], problems: Problems) 
             )  # fmt: skip
     for layer in sorted(noisy_layers):  # what no module alone can show, a layer together may
         beta, band = _pool([each for each in ordered if each.proof.layer == layer])
-        _hold(f"layer {layer}", "pooled beta", beta, band, problems)
+        _hold(f"layer {layer}", "pooled beta", beta, band, meant, problems)
         undecided |= band > UNDECIDED
     pooled, band = _pool(ordered)
-    _hold("all modules", "pooled beta", pooled, band, problems)
+    _hold("all modules", "pooled beta", pooled, band, meant, problems)
     undecided |= band > UNDECIDED
     return StaticProof(
         status="broken" if len(problems) else "undecided" if undecided else "ok",
@@ -322,11 +353,18 @@ def _pool(members: Sequence[_Judged]) -> tuple[float, float]:
 
 
 def _hold(
-    where: str, what: str, beta: float, band: float, problems: Problems, kind: str = ""
+    where: str,
+    what: str,
+    beta: float,
+    band: float,
+    meant: float,
+    problems: Problems,
+    kind: str = "",
 ) -> None:
-    if not abs(beta - 1) <= band:
-        expected = f"1 within {band:.3g}" + (f" ({kind})" if kind else "")
-        problems.add(where, what, expected, f"{beta:.3f}", _meaning(beta))
+    if not abs(beta - meant) <= band:
+        expected = f"{meant:g} within {band:.3g}" + (f" ({kind})" if kind else "")
+        fix = _meaning(beta) if meant else "the delta is in there: this is no plain base"
+        problems.add(where, what, expected, f"{beta:.3f}", fix)
 
 
 def _place(module: str) -> tuple[int, str] | None:

@@ -12,14 +12,14 @@ from safegene_runtime.gguf import shard_paths
 __all__ = ["check_places", "read_files"]
 
 
-def read_files(base: Path | None, judge: str | None) -> list[Path]:
-    """What a check reads beside its folders: the base with all its shards, and a judge's files.
+def read_files(judge: str | None, *models: Path | None) -> list[Path]:
+    """What a check reads beside its folders: models with all their shards, and a judge's files.
 
     Args:
-        base: as `--base` names it.
         judge: as `--judge` names it; the argument of a plug-in may be a path.
+        models: as `--base` and `--control` name them.
     """
-    found = [] if base is None else [base, *shard_paths(base)]
+    found = [path for one in models if one is not None for path in (one, *shard_paths(one))]
     kind, _, argument = (judge or "").partition(":")
     place = Path(argument)
     if argument and place.is_file():
