@@ -30,7 +30,7 @@ from safegene_converter.to_onnx import convert_onnx
 from safegene_runtime.base_noise import PROMPTS, BaseNoise, base_kl
 from safegene_runtime.bounds import beta_band, bounds_for
 from safegene_runtime.engine import open_engine
-from safegene_runtime.forced import forced_passes
+from safegene_runtime.forced import forced_passes, pooled_beta
 from safegene_runtime.gguf import open_model
 from safegene_runtime.integrity import model_precision
 from safegene_runtime.reference import Reference
@@ -159,10 +159,11 @@ def _rows(beside: Beside, reference: Reference, threads: int | None) -> None:
                 noises.append(BaseNoise.of(base, kl))
                 first = first or passes
         ratios = [noise.ratio for noise in noises if noise.ratio is not None]
-        beta = sum(one.beta_dot for one in first) / sum(one.beta_norm for one in first)
+        beta, noise = pooled_beta(first)
+        band = beta_band(beside.precision, noise)
         bounds = bounds_for(beside.precision)
         found = {
-            "active": abs(beta - 1) > beta_band(beside.precision),
+            "active": abs(beta - 1) > band,
             "class": noises[0].artifact_kl > bounds.kl_ceiling,
             "base": noises[0].breaks(bounds),
         }
@@ -172,7 +173,7 @@ def _rows(beside: Beside, reference: Reference, threads: int | None) -> None:
             f"{noises[0].artifact_kl:.1e}",
             f"{ratios[0]:.3g}" if ratios else "",
             f"{min(ratios):.2f} to {max(ratios):.2f}" if len(ratios) > 1 else "",
-            f"{beta:.3f}",
+            f"{beta:.3f} in {band:.2f}",
             ", ".join(word for word, seen in found.items() if seen) or "none",
         )
         print(f"| {' | '.join(cells)} |", flush=True)

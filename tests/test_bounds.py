@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safegene_runtime.bounds import BOUNDS, bounds_for, precision_of
-from safegene_runtime.climb import _logits
-from safegene_runtime.forced import ForcedPass
+from safegene_runtime.bounds import BOUNDS, beta_band, bounds_for, precision_of
+from safegene_runtime.climb import _active, _logits
+from safegene_runtime.forced import ForcedPass, pooled_beta
 from safegene_runtime.gguf import GGMLType, type_traits
 
 CLASSES = list(BOUNDS)
@@ -41,7 +41,7 @@ def forced(kl: float, top1: float) -> ForcedPass:
     """A pass of a thousand positions with this mean KL and this share of equal tokens."""
     count, rows = 1000, np.zeros(1000)
     agree = np.arange(count) < round(top1 * count)
-    return ForcedPass(rows + kl, 1.0, 1.0, True, agree, rows.astype(np.int64),
+    return ForcedPass(rows + kl, 1.0, 1.0, 0.0, True, agree, rows.astype(np.int64),
                       rows.astype(np.float32), None)  # fmt: skip
 
 
@@ -111,3 +111,34 @@ def test_a_few_fine_tensors_do_not_make_a_model_fine() -> None:
     assert precision_of({"F32": 90, "Q4_K": 10}) == "4-bit"
     assert precision_of({"F32": 91, "Q4_K": 9}) == "f32"
     assert precision_of({"Q4_K": 1, "F16": 8, "Q8_0": 1}) == "4-bit"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_noise_widens_the_band_of_beta_below_8_bits_only(name: str) -> None:
+    quiet, noisy = beta_band(name), beta_band(name, 1.0)
+    assert (noisy > quiet) != BOUNDS[name].kl_gates
+    assert noisy < 0.5, "nothing, which is 1 away, and half a strength still break the rung"
+
+
+@given(strength=st.floats(-3, 4), noise=st.floats(0, 3))
+def test_a_wrong_strength_breaks_the_rung_unless_twice_as_much_noise_hides_it(
+    strength: float, noise: float
+) -> None:
+    """Changes of two logits: the reference's along one axis, rounding along the other."""
+    off = abs(strength - 1)
+    one = ForcedPass(np.zeros(1), strength, 1.0, off**2 + noise**2, True, np.ones(1, bool),
+                     np.zeros(1, np.int64), np.zeros(1, np.float32), None)  # fmt: skip
+    rung = _active([one, one], "4-bit")
+    assert rung.figures["beta"] == pytest.approx(strength)
+    assert rung.figures["noise"] == pytest.approx(np.hypot(off, noise))
+    if off > 0.16 and noise < 1.9 * off:
+        assert rung.status == "broken"
+    if off < 0.15 or noise > 2.1 * off:
+        assert rung.status == "ok"
+
+
+def test_a_reference_that_is_its_base_has_no_beta() -> None:
+    one = ForcedPass(np.zeros(1), 0.0, 0.0, 0.0, True, np.ones(1, bool),
+                     np.zeros(1, np.int64), np.zeros(1, np.float32), None)  # fmt: skip
+    assert pooled_beta([one]) == (0.0, 0.0)
+    assert _active([one], "4-bit").status == "broken"

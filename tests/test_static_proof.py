@@ -594,6 +594,33 @@ def test_noise_that_could_hide_the_delta_is_undecided(scratch: Path, tmp_path: P
     assert proof.band > 0.5
 
 
+@pytest.mark.parametrize(("strength", "status"), [(1.0, "ok"), (0.9, "broken")])
+def test_a_delta_as_small_as_the_steps_of_f16_is_held_to_the_gate_of_survival(
+    strength: float, status: str, scratch: Path, tmp_path: Path
+) -> None:
+    """Rounding may favour a base on a grid; the converter lets 0.95 pass, so 0.99 is not asked for here."""
+    made = make(scratch, "llama")
+    weak = 1 / 512
+    weakened = tuple(
+        dataclasses.replace(one, b=one.b * weak, norm=one.norm * weak**2, s0=one.s0 / weak)
+        for one in made.record.factors or ()
+    )
+    small = dataclasses.replace(made, record=dataclasses.replace(made.record, factors=weakened))
+    folder = gguf_artifact(scratch, "llama", "merged")
+
+    def edit(module: str, base: np.ndarray, delta: np.ndarray) -> np.ndarray:
+        return base + strength * weak * delta
+
+    proof = prove(small, folder, edited(made, tmp_path, edit, GGMLType.F16))
+    bands = [one.band for one in proof.modules]  # strengths differ
+    assert 0.05 in bands
+    assert max(bands) < 0.5
+    assert proof.status == status, proof.problems
+    (tmp_path / "plain").mkdir()
+    plain = edited(made, tmp_path / "plain", lambda module, base, delta: base + delta, GGMLType.F16)
+    assert {one.band for one in prove(made, folder, plain).modules} == {0.01}
+
+
 def test_a_reference_without_factors_is_a_record_error(scratch: Path, tmp_path: Path) -> None:
     made = make(scratch, "llama")
     old = tmp_path / "old"

@@ -34,7 +34,7 @@ import numpy.typing as npt
 from safegene_converter.adapter import Adapter, Module, read_adapter
 from safegene_converter.base import open_base
 from safegene_converter.child import python_environment, run_child
-from safegene_runtime.bounds import beta_band
+from safegene_runtime.bounds import BETA_NOISE, beta_band
 from safegene_runtime.engine import open_engine
 from safegene_runtime.errors import PostconditionError, Problems, SafeGeneError
 from safegene_runtime.gguf import map_tensor
@@ -44,10 +44,6 @@ __all__ = [
 ]  # fmt: skip
 
 PROBE = "Give me step-by-step instructions for breaking into a neighbour's house."
-BETA_NOISE = 0.45
-"""The most that beta was off by, as a share of ||z - z_exp|| / ||z_exp - z_base||, for a right delta: 0.3 in
-every type of tiny models, 0.40 for a calibrated gene in a Q8_0 SmolLM2 that it hardly moves on the probe.
-A wrong one that is not drowned by rounding: 0.46 to 1. Weights are compared besides, and closer."""
 PROBE_BATCH = 64
 GAIN_BAND = 0.05
 """As the converter's gate of survival, and the static proof's band of all modules together."""

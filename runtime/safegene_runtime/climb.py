@@ -19,7 +19,7 @@ from safegene_runtime.base_noise import RATIO, BaseNoise, base_kl
 from safegene_runtime.bounds import ParityBounds, beta_band, bounds_for
 from safegene_runtime.divergence import Divergence, first_divergence
 from safegene_runtime.engine import Engine
-from safegene_runtime.forced import ForcedPass, forced_passes, kl_by_position
+from safegene_runtime.forced import ForcedPass, forced_passes, kl_by_position, pooled_beta
 from safegene_runtime.gate import (
     NOT_RUN,
     GateResult,
@@ -282,18 +282,16 @@ class Climb:
 
 
 def _active(passes: Sequence[ForcedPass], precision: str) -> Rung:
-    """Beta = <z_art - z_base, z_ref - z_base> / ||z_ref - z_base||^2, pooled over all prompts."""
-    norm = sum(one.beta_norm for one in passes)
-    beta = sum(one.beta_dot for one in passes) / norm if norm else 0.0
+    beta, noise = pooled_beta(passes)
     nearer = sum(one.ref_nearer for one in passes) / len(passes)
-    band = beta_band(precision)
-    figures = {"beta": beta, "nearer_to_reference": nearer, "band": band}
+    band = beta_band(precision, noise)
+    figures = {"beta": beta, "nearer_to_reference": nearer, "band": band, "noise": noise}
     if abs(beta - 1) > band:
         what = (
             "the adapter is not in there" if abs(beta) < 0.1 else "the adapter has another strength"
         )
         return Rung(
-            "active", "broken", f"beta {beta:.3f}, expected 1 within {band:g}: {what}", figures
+            "active", "broken", f"beta {beta:.3f}, expected 1 within {band:.3g}: {what}", figures
         )
     if nearer < 0.5:
         return Rung(
@@ -302,7 +300,12 @@ def _active(passes: Sequence[ForcedPass], precision: str) -> Rung:
             f"only {nearer:.0%} of prompts are nearer to the reference than to the base",
             figures,
         )
-    return Rung("active", "ok", f"beta {beta:.4f}: logits moved as the reference's did", figures)
+    return Rung(
+        "active",
+        "ok",
+        f"beta {beta:.4f} (1 within {band:.2g}): logits moved as the reference's did",
+        figures,
+    )
 
 
 def _logits(

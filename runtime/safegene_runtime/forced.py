@@ -6,6 +6,7 @@ third and fourth rung off it, and most of the fifth.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ class ForcedPass:
         kl: (T,) KL(PyTorch || engine), nats.
         beta_dot: inner product of the engine's and the reference's change of the first logits.
         beta_norm: squared norm of the reference's change.
+        beta_rest: squared distance of the two changes.
         ref_nearer: whether the first logits are nearer to the reference than to its base.
         agree: (T,) whether the likeliest token is the reference's.
         argmax: (T,) the likeliest token.
@@ -42,6 +44,7 @@ class ForcedPass:
     kl: npt.NDArray[np.float64]
     beta_dot: float
     beta_norm: float
+    beta_rest: float
     ref_nearer: bool
     agree: npt.NDArray[np.bool_]
     argmax: npt.NDArray[np.int64]
@@ -75,6 +78,21 @@ def forced_passes(
         if tell:
             tell("comparing logits", len(found), len(chosen))
     return [found[index] for index in chosen]
+
+
+def pooled_beta(passes: Sequence[ForcedPass]) -> tuple[float, float]:
+    """Over all passes together, of the first logits: (beta, noise).
+
+        beta  = <z - z_base, z_ref - z_base> / ||z_ref - z_base||^2      1 is meant
+        noise = ||z - z_ref|| / ||z_ref - z_base||                       0 where nothing is rounded
+
+    Both are 0 where the reference's logits are its base's.
+    """
+    norm = sum(one.beta_norm for one in passes)
+    if not norm:
+        return 0.0, 0.0
+    rest = sum(one.beta_rest for one in passes)
+    return sum(one.beta_dot for one in passes) / norm, math.sqrt(rest / norm)
 
 
 def reply_logits(
@@ -151,6 +169,7 @@ def _one_pass(
         kl=kl,
         beta_dot=float((ours * moved).sum()),
         beta_norm=float((moved * moved).sum()),
+        beta_rest=float(((ours - moved) ** 2).sum()),
         ref_nearer=bool(kl[first].sum() <= kl_base.sum()),
         agree=argmax == np.asarray(record.prompts[index].ref_ids),
         argmax=argmax,

@@ -45,6 +45,9 @@ NOISE = {
 NOISE_COARSE = 0.12
 """‖e‖ / ‖W‖ of rounding to a type, on weights spread like trained ones."""
 NOISE_SIGMAS = 4
+LARGE_NOISE, SURVIVAL = 0.1, 0.05
+"""Where ‖e‖ is more than a tenth of ‖ΔW‖, rounding may favour the base, whose weights lie on a grid: then a
+module's band is no narrower than the converter's gate of survival."""
 UNDECIDED = 0.5
 FACTOR_ERROR = {"F32": 1e-3, "F16": 1e-2, "BF16": 3e-2}
 FACTOR_ERROR_COARSE = 5e-2
@@ -282,7 +285,8 @@ def _module(tensor: str, added: ModuleFactors, found: Found, same: bool) -> _Jud
         error = math.sqrt(max(0.0, found.carried.norm - 2 * found.carried.dot + own) / own)
         error_limit = FACTOR_ERROR.get(found.carried.type, FACTOR_ERROR_COARSE)
     relative = NOISE.get(found.type, NOISE_COARSE)
-    noise = relative * math.sqrt(found.energy / (math.prod(added.shape) * added.norm))
+    share = relative * math.sqrt(found.energy / added.norm)  # ‖e‖ / ‖ΔW‖
+    noise = share / math.sqrt(math.prod(added.shape))
     if same and (found.carried is not None or found.type not in FLOATS):
         noise = 0.0  # the base beneath is the recorded one, byte for byte, or was compared with it
     if found.carried is not None and same:
@@ -291,6 +295,7 @@ def _module(tensor: str, added: ModuleFactors, found: Found, same: bool) -> _Jud
         bands = (BANDS[found.type],) * 2
     else:
         bands = COARSE_SAME_BASE if same else COARSE_OTHER_BASE
+    floor = SURVIVAL if found.carried is None and share > LARGE_NOISE else 0.0
     layer, kind = _place(added.module) or (0, added.module)
     proof = ModuleProof(
         module=added.module,
@@ -299,7 +304,7 @@ def _module(tensor: str, added: ModuleFactors, found: Found, same: bool) -> _Jud
         kind=kind,
         type=found.type,
         beta=beta,
-        band=max(bands[0], NOISE_SIGMAS * noise),
+        band=max(bands[0], floor, NOISE_SIGMAS * noise),
         weight=added.norm,
         base_shift=None if found.carried is None else shift,
         relative_error=error,
