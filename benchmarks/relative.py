@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from measuring import ROOT
 
+from safegene_converter.adapter import read_adapter
 from safegene_converter.base import open_base
 from safegene_converter.demo import find_adapter
+from safegene_converter.formula import delta
 from safegene_converter.gguf_merge import MODEL_FILE
 from safegene_converter.gguf_sidecar import ADAPTER_FILE as GGUF_ADAPTER
 from safegene_converter.gguf_to_hf import gguf_to_hf
@@ -68,15 +72,26 @@ def _exchanged(one: int, other: int) -> Edit:
     return lambda all: {name: all[source(name)] for name in all}
 
 
-DROPPED = {"a layer dropped": (20,), "a quarter of the layers dropped": (11, 15, 19, 23, 27)}
-"""The layers that have no delta, by mistake."""
+def _layers_by_strength() -> list[int]:
+    """The example adapter's layers, those with the least norm of their deltas first."""
+    squares: Counter[int] = Counter()
+    for module in read_adapter(find_adapter()).modules:
+        squares[module.layer] += float(np.sum(delta(module) ** 2))
+    return sorted(squares, key=lambda layer: squares[layer])
+
+
+LAYERS = _layers_by_strength()
+MIDDLE = len(LAYERS) // 2
+DROPPED = {"a layer dropped": LAYERS[MIDDLE : MIDDLE + 1],
+           "a quarter of the layers dropped": LAYERS[2::4]}  # fmt: skip
+"""The layers that have no delta, by mistake: of middling strength, and of all strengths."""
 MISTAKES: Mapping[str, Edit] = {
     "scale 0.5": scaled(0.5),
     "scale 2": scaled(2),
     "A and B swapped": a_and_b_swapped,
     "q/k rows in the other order": other_rows(*HEADS, inverse=True),
     **{name: layers_dropped(*layers) for name, layers in DROPPED.items()},
-    "two layers exchanged": _exchanged(18, 24),
+    "two layers exchanged": _exchanged(*LAYERS[MIDDLE : MIDDLE + 2]),
 }
 """What is done to the factors of the example adapter."""
 COEFFICIENTS: Mapping[str, Callable[[list[float]], list[float]]] = {

@@ -60,6 +60,8 @@ SHIPPED_NAMES = (
 """Where a shipped gene names its base, which is just `base` in the experiment's folder."""
 SHIP_WEIGHT = 0.1
 """Of the KL for the base itself, which never refused: every refusal is a change, and 1 stops too early."""
+SHIP_LEAST = 0.1
+"""A layer whose coefficient calibration left below it is all but switched off, and is not shipped."""
 TASK_TEST = 40
 REFUSALS = (data.OPENING,)
 ARTIFACTS: dict[str, tuple[Any, str]] = {
@@ -417,9 +419,10 @@ METHODS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
 def ship(lab: Lab, out: Path) -> None:
     """A gene for the base itself, which was never aligned: what (aligned − base) shares with the pairs.
 
-    Its default expression is the calibrated one.
+    Its default expression is the calibrated one; layers that it needs next to nothing of are left out.
     """
     whole, gene, base = lab.work / "ship-all", lab.work / "ship", lab.work / "base"
+    kept = lab.work / "ship-kept"
     if not whole.exists():
         sources = lab.plan.sources
         extract(
@@ -432,21 +435,23 @@ def ship(lab: Lab, out: Path) -> None:
             whole, base, lab.splits.select, budget=BUDGET, refusals=REFUSALS,
             evaluation=lab.splits.test, out=gene, progress=lab.tell,
         )  # fmt: skip
-    calibrate(
+    fitted = calibrate(
         gene, base, lab.splits.shots, "base", default=True, force=True, refusals=REFUSALS, weight=SHIP_WEIGHT,
         settings=Settings(rate=0.25, max_steps=lab.plan.calibration_steps),
         evaluation=lab.splits.test, progress=lab.tell,
     )  # fmt: skip
+    layers = [layer for layer, one in fitted.coefficients.items() if one >= SHIP_LEAST]
+    keep_layers(gene, open_base(base), layers, kept, True)
     for expression in ("default", "base"):
         measured = evaluate(
-            base, gene=gene, expression=expression, prompts=lab.splits.test,
+            base, gene=kept, expression=expression, prompts=lab.splits.test,
             max_new_tokens=lab.plan.reply_tokens, progress=lab.tell,
         ).to_dict()  # fmt: skip
         lab.note(f"shipped {expression}", measured)
         print(f"shipped, expression {expression}: {measured}", flush=True)
     named = BASE_NAME if lab.base is None else lab.base.resolve().name
     with publish_folder(out) as folder:
-        shutil.copytree(gene, folder, dirs_exist_ok=True)
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
         for name, *place in SHIPPED_NAMES:
             found = inside = json.loads((folder / name).read_text())
             for key in place[:-1]:
