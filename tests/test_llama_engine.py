@@ -592,3 +592,30 @@ def numpy_llama(weights: Weights, ids: list[int]) -> np.ndarray:
         up = y @ w[name + "ffn_up.weight"].T
         x = x + (gate / (1 + np.exp(-gate)) * up) @ w[name + "ffn_down.weight"].T
     return norm(x, w["output_norm.weight"]) @ w["token_embd.weight"].T
+
+
+LOADERS = {
+    "llama.cpp": "from safegene_runtime.llama_native import library; library()",
+    "PyTorch, by a command": (
+        "from safegene_converter import cli; cli.main(['inspect', 'nothing']); import torch"
+    ),
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp is Linux's")
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(("given", "spins"), [({}, "0"), ({"GOMP_SPINCOUNT": "77"}, "77")])
+def test_idle_threads_sleep_unless_the_user_says_otherwise(
+    loader: str, given: dict[str, str], spins: str
+) -> None:
+    """Asked of libgomp itself, which prints what it goes by."""
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMP", "GOMP"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", LOADERS[loader]],
+        env={**clean, "OMP_DISPLAY_ENV": "verbose", **given},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr

@@ -16,7 +16,9 @@ import numpy as np
 
 from safegene_runtime.errors import EngineError, Problem
 
-__all__ = ["Engine", "OnProgress", "open_engine", "shared_length", "thread_count", "usable_cpus"]
+__all__ = [
+    "Engine", "OnProgress", "open_engine", "shared_length", "sleep_when_idle", "thread_count", "usable_cpus",
+]  # fmt: skip
 
 DEFAULT_THREADS_MAX = 32
 THREADS_MAX = 512
@@ -169,6 +171,15 @@ def thread_count(asked: int | None) -> int:
         fix = f"leave it out: then there are {default}, one for each CPU"
         raise EngineError(Problem("engine", "threads", f"1 to {limit}", str(asked), fix))
     return default if asked is None else asked
+
+
+def sleep_when_idle() -> None:
+    """Lets idle OpenMP threads sleep where the environment says nothing else.
+
+    They spin by default. Where other processes want the CPUs, they so take a core from the very thread that
+    they wait for. libgomp asks once, when llama.cpp or PyTorch load it: call it before.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def shared_length(rows: Sequence[np.ndarray], keep: Sequence[int]) -> int:
