@@ -121,7 +121,7 @@ def test_noise_widens_the_band_of_beta_below_8_bits_only(name: str) -> None:
 
 
 @given(strength=st.floats(-3, 4), noise=st.floats(0, 3))
-def test_a_wrong_strength_breaks_the_rung_unless_twice_as_much_noise_hides_it(
+def test_a_wrong_strength_breaks_the_rung_unless_more_than_twice_as_much_noise_hides_it(
     strength: float, noise: float
 ) -> None:
     """Changes of two logits: the reference's along one axis, rounding along the other."""
@@ -130,10 +130,10 @@ def test_a_wrong_strength_breaks_the_rung_unless_twice_as_much_noise_hides_it(
                      np.zeros(1, np.int64), np.zeros(1, np.float32), None)  # fmt: skip
     rung = _active([one, one], "4-bit")
     assert rung.figures["beta"] == pytest.approx(strength)
-    assert rung.figures["noise"] == pytest.approx(np.hypot(off, noise))
-    if off > 0.16 and noise < 1.9 * off:
+    assert rung.figures["noise"] == pytest.approx(noise, abs=1e-6)
+    if off > 0.16 and noise < 2.2 * off:
         assert rung.status == "broken"
-    if off < 0.15 or noise > 2.1 * off:
+    if off < 0.14 or noise > 2.3 * off:
         assert rung.status == "ok"
 
 

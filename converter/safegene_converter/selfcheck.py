@@ -154,7 +154,8 @@ def effect(
             "the adapter has no effect: check that it was trained, and for this base",
         )
     else:
-        noise = float(np.linalg.norm(_centre(z_artifact - z_expected))) / norm**0.5
+        across = _centre(z_artifact - z_base) - beta * moved
+        noise = float(np.linalg.norm(across)) / norm**0.5
         band = max(band, BETA_NOISE * noise)
         if abs(beta - 1) > band:
             problems.add(where, "effect on the logits", f"1 within {band:g}", f"{beta:.3f}", REPORT)

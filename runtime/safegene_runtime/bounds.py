@@ -19,9 +19,9 @@ __all__ = [
 BETA_BAND: Mapping[str, float] = {"f32": 0.01, "f16": 0.02, "bf16": 0.05, "8-bit": 0.1}
 BETA_BAND_COARSE = 0.15
 BETA_NOISE = 0.45
-"""The most that beta was off by, as a share of ||z - z_ref|| / ||z_ref - z_base||, for a right delta: 0.3 in
-every type of tiny models, 0.40 for a calibrated gene in a Q8_0 SmolLM2 that it hardly moves on the probe.
-A wrong one that is not drowned by rounding: 0.46 to 1."""
+"""The most that beta was off by, as a share of the noise across the expected change, for a right delta: 0.31
+in every type of tiny models, 0.44 for a calibrated gene in a Q8_0 SmolLM2 that it hardly moves on the probe.
+A wrong one that is not drowned by rounding: 0.52 and more."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def beta_band(precision: str, noise: float = 0.0) -> float:
 
     Args:
         precision: the class.
-        noise: ||z - z_ref|| / ||z_ref - z_base||. Below 8 bits, where rounding moves logits as much as
-            an adapter does, it widens the band; a wrong strength is most of its own noise, and shows.
+        noise: of `forced.pooled_beta`, across the expected change. Below 8 bits, where rounding moves logits
+            as much as an adapter does, it widens the band; a wrong strength is none, and shows.
     """
     if precision in BETA_BAND:
         return BETA_BAND[precision]

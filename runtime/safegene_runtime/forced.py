@@ -83,16 +83,17 @@ def forced_passes(
 def pooled_beta(passes: Sequence[ForcedPass]) -> tuple[float, float]:
     """Over all passes together, of the first logits: (beta, noise).
 
-        beta  = <z - z_base, z_ref - z_base> / ||z_ref - z_base||^2      1 is meant
-        noise = ||z - z_ref|| / ||z_ref - z_base||                       0 where nothing is rounded
+        beta  = <z - z_base, d> / ||d||^2, d = z_ref - z_base      1 is meant
+        noise = ||z - z_base - beta d|| / ||d||                    what is across the expected change
 
     Both are 0 where the reference's logits are its base's.
     """
     norm = sum(one.beta_norm for one in passes)
     if not norm:
         return 0.0, 0.0
-    rest = sum(one.beta_rest for one in passes)
-    return sum(one.beta_dot for one in passes) / norm, math.sqrt(rest / norm)
+    beta = sum(one.beta_dot for one in passes) / norm
+    rest = sum(one.beta_rest for one in passes) / norm
+    return beta, math.sqrt(max(0.0, rest - (beta - 1) ** 2))  # right angles
 
 
 def reply_logits(
