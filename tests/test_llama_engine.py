@@ -604,8 +604,11 @@ LOADERS = {
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp is Linux's")
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize(("given", "spins"), [({}, "0"), ({"GOMP_SPINCOUNT": "77"}, "77")])
-def test_idle_threads_sleep_unless_the_user_says_otherwise(
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+)
+def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(
     loader: str, given: dict[str, str], spins: str
 ) -> None:
     """Asked of libgomp itself, which prints what it goes by."""

@@ -35,7 +35,7 @@ from safegene_converter.server_command import add_server_options, verify_server
 from safegene_runtime import __version__
 from safegene_runtime.attacks import attack_list
 from safegene_runtime.bounds import BOUNDS
-from safegene_runtime.engine import sleep_when_idle
+from safegene_runtime.engine import spin_briefly
 from safegene_runtime.errors import Problem, RecordError, SafeGeneError
 from safegene_runtime.profiles import PROFILES
 from safegene_runtime.prompts import SUITES
@@ -50,7 +50,7 @@ MAX_PROBLEMS = 12
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     arguments = parser().parse_args(argv)
-    sleep_when_idle()
+    spin_briefly()
     try:
         run: Callable[[argparse.Namespace], int] = arguments.run
         with stoppable():

@@ -17,7 +17,7 @@ import numpy as np
 from safegene_runtime.errors import EngineError, Problem
 
 __all__ = [
-    "Engine", "OnProgress", "open_engine", "shared_length", "sleep_when_idle", "thread_count", "usable_cpus",
+    "Engine", "OnProgress", "open_engine", "shared_length", "spin_briefly", "thread_count", "usable_cpus",
 ]  # fmt: skip
 
 DEFAULT_THREADS_MAX = 32
@@ -25,6 +25,9 @@ THREADS_MAX = 512
 """GGML_MAX_N_THREADS; with more libllama aborts the process."""
 THREADS_PER_CPU = 4
 """Waiting threads spin: with far more of them than CPUs the whole machine stands still."""
+
+SPINS = "1000"
+"""Microseconds: idle machines hardly notice, and busy ones are spared."""
 
 OnProgress = Callable[[int], None]
 """Told how many sequences were finished since the last call."""
@@ -173,13 +176,15 @@ def thread_count(asked: int | None) -> int:
     return default if asked is None else asked
 
 
-def sleep_when_idle() -> None:
-    """Lets idle OpenMP threads sleep where the environment says nothing else.
+def spin_briefly() -> None:
+    """Lets idle OpenMP threads sleep soon, where the environment says nothing else.
 
-    They spin by default. Where other processes want the CPUs, they so take a core from the very thread that
-    they wait for. libgomp asks once, when llama.cpp or PyTorch load it: call it before.
+    They spin for milliseconds by default. Where other processes want the CPUs, they so keep a core from the
+    very thread that they wait for (docs/speed.md). libgomp asks once, when llama.cpp or PyTorch load it:
+    call it before.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
 def shared_length(rows: Sequence[np.ndarray], keep: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from safegene_runtime.engine import sleep_when_idle
+from safegene_runtime.engine import spin_briefly
 from safegene_runtime.errors import EngineError, Problem
 
 __all__ = ["TokenBatch", "engine_error", "forget_log", "library", "logged", "read_meta"]
@@ -37,7 +37,7 @@ def library() -> Any:
         EngineError: llama-cpp-python is not installed, or its library does not load.
     """
     global _log_callback
-    sleep_when_idle()
+    spin_briefly()
     try:
         from llama_cpp import llama_cpp as llama
     except (ImportError, OSError, RuntimeError) as error:
