@@ -132,7 +132,15 @@ def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
         raise AssertionError("a finished step ran again")
 
     run.methods.ship(lab, tmp_path / "shipped")
-    assert read_adapter(tmp_path / "shipped").expression == "base"
+    shipped = read_adapter(tmp_path / "shipped")
+    assert shipped.expression == "base"
+    assert shipped.target == tiny.hf_model("llama").name
+    assert (shipped.base_model or {})["name"] == tiny.hf_model("llama").name
+    coefficients = {module.layer: module.coefficient for module in shipped.modules}
+    weak, strong = sorted(coefficients, key=lambda layer: coefficients[layer])
+    monkeypatch.setattr(run.methods, "SHIP_LEAST", coefficients[strong])
+    run.methods.ship(lab, tmp_path / "stronger")
+    assert {module.layer for module in read_adapter(tmp_path / "stronger").modules} == {strong}
     for name in ("evaluate", "calibrate", "extract", "select", "train_lora", "own_replies"):
         monkeypatch.setattr(run.methods, name, never)
     run.run(lab, pairs=True)
@@ -176,6 +184,11 @@ def test_published_rows_stay_until_they_are_measured_again(run: Any, tmp_path: P
     assert "| t + gene | 75.0 |" in table
     assert "| t + uniform | 50.0 |" in table
     assert "| t + direct | 12.5 |" in table
+    unfinished = tmp_path / "work" / "full-seed-1"
+    unfinished.mkdir()
+    (unfinished / "results.json").write_text(json.dumps(models))
+    run.report.publish(here.parent, out)
+    assert (out / "results.md").read_text() == table
     models["model t"] = figures(0.0)
     (here / "results.json").write_text(json.dumps({**models, "t gene": figures(1.0)}))
     with pytest.raises(GeneError, match="rows of other models"):

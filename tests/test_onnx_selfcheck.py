@@ -81,27 +81,21 @@ def compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compare:
 # --- what is genuine -------------------------------------------------------------------------------
 
 
+def stored(base: Path, out: Path, **how: Any) -> Path:
+    """A copy whose tensors lie elsewhere; without `how`, in no data file at all."""
+    model = onnx.load(base / "model.onnx")
+    edited(base, out, lambda model: None)
+    for file in out.glob("model.onnx*"):
+        file.unlink()
+    onnx.save(model, out / "model.onnx", **how)
+    return out
+
+
 def sharded(base: Path, out: Path) -> Path:
     """One data file for each tensor."""
-    model = onnx.load(base / "model.onnx")
-    edited(base, out, lambda model: None)
-    for file in out.glob("model.onnx*"):
-        file.unlink()
-    onnx.save(
-        model, out / "model.onnx", save_as_external_data=True, all_tensors_to_one_file=False,
-        size_threshold=64,
-    )  # fmt: skip
-    return out
-
-
-def inline(base: Path, out: Path) -> Path:
-    """No data file at all."""
-    model = onnx.load(base / "model.onnx")
-    edited(base, out, lambda model: None)
-    for file in out.glob("model.onnx*"):
-        file.unlink()
-    onnx.save(model, out / "model.onnx")
-    return out
+    return stored(
+        base, out, save_as_external_data=True, all_tensors_to_one_file=False, size_threshold=64
+    )
 
 
 def with_bias(model: onnx.ModelProto) -> None:
@@ -147,7 +141,7 @@ BASES: dict[str, Callable[[Path], Path]] = {
     "Gemm, transposed": changed("fp32", lambda model: as_gemm(model, True, 1.0)),
     "a file for each tensor": lambda out: sharded(tiny.onnx_model("llama"), out),
     "int4, a file for each tensor": lambda out: sharded(tiny.onnx_model("llama", "int4"), out),
-    "no data file": lambda out: inline(tiny.onnx_model("llama"), out),
+    "no data file": lambda out: stored(tiny.onnx_model("llama"), out),
 }
 
 

@@ -52,12 +52,6 @@ CANDIDATES = ("steps", "concierge")
 """Fine-tunes whose pair (aligned again - fine-tune) a gene could be made from."""
 RANK = 8
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SHIPPED_NAMES = (
-    ("adapter_config.json", "base_model_name_or_path"),
-    ("safegene.json", "base_model", "name"),
-    ("safegene.json", "expressions", "base", "target"),
-)
-"""Where a shipped gene names its base, which is just `base` in the experiment's folder."""
 SHIP_WEIGHT = 0.1
 """Of the KL for the base itself, which never refused: every refusal is a change, and 1 stops too early."""
 SHIP_LEAST = 0.1
@@ -449,15 +443,19 @@ def ship(lab: Lab, out: Path) -> None:
         ).to_dict()  # fmt: skip
         lab.note(f"shipped {expression}", measured)
         print(f"shipped, expression {expression}: {measured}", flush=True)
-    named = BASE_NAME if lab.base is None else lab.base.resolve().name
     with publish_folder(out) as folder:
         shutil.copytree(kept, folder, dirs_exist_ok=True)
-        for name, *place in SHIPPED_NAMES:
-            found = inside = json.loads((folder / name).read_text())
-            for key in place[:-1]:
-                inside = inside[key]
-            inside[place[-1]] = named
-            (folder / name).write_bytes(strictjson.dumps(found))
+        _name_base(folder, BASE_NAME if lab.base is None else lab.base.resolve().name)
+
+
+def _name_base(gene: Path, name: str) -> None:
+    """Says whose gene it is, in place of `base`, which the experiment's folder is called."""
+    config, about = gene / "adapter_config.json", gene / "safegene.json"
+    found = json.loads(config.read_text())
+    config.write_bytes(strictjson.dumps({**found, "base_model_name_or_path": name}))
+    found = json.loads(about.read_text())
+    found["base_model"]["name"] = found["expressions"]["base"]["target"] = name
+    about.write_bytes(strictjson.dumps(found))
 
 
 def _expression(lab: Lab, target: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from math import ceil, floor, log10
 from pathlib import Path
 from statistics import mean, pstdev
@@ -25,10 +26,7 @@ WIDTH, HEIGHT, EDGE, LEGEND = 720, 420, 60, 150
 def write(folder: Path, work: Path, results: dict[str, Any]) -> None:
     """Writes this run's table, then table and picture over all seeds beside it; prints the table."""
     kind = work.name.rsplit("-seed-", 1)[0]
-    runs = [
-        json.loads(path.read_text()) for path in sorted(folder.glob(f"{kind}-seed-*/results.json"))
-    ]
-    runs = [run for run in runs if targets(run)]  # others have not come that far
+    runs = list(_read(folder.glob(f"{kind}-seed-*/results.json")).values())
     (work / "table.md").write_text(table([results]))
     text = table(runs)
     (folder / f"{kind}.md").write_text(text)
@@ -47,10 +45,9 @@ def publish(folder: Path, out: Path) -> None:
     kept = out / FIGURES
     kept.mkdir(exist_ok=True)
     problems, merged = Problems(), {}
-    for path in sorted(folder.glob("full-seed-*/results.json")):
+    for path, new in _read(folder.glob("full-seed-*/results.json")).items():
         place = kept / f"{path.parent.name}.json"
         old = json.loads(place.read_text()) if place.exists() else {}
-        new = json.loads(path.read_text())
         for name in (key for key in new if key.startswith(("model ", "select ")) and key in old):
             if {**old[name], "seconds": 0} != {**new[name], "seconds": 0}:
                 problems.add(
@@ -61,14 +58,15 @@ def publish(folder: Path, out: Path) -> None:
     problems.raise_if_any(GeneError)
     for place, figures in merged.items():
         publish_file(place, strictjson.dumps(figures))
-    runs = published(out)
+    runs = list(_read(kept.glob("*.json")).values())
     publish_file(out / "results.md", table(runs).encode())
     publish_file(out / "results.svg", picture(runs).encode())
 
 
-def published(out: Path) -> list[dict[str, Any]]:
-    """The figures that are kept in `out`, by seed."""
-    return [json.loads(path.read_text()) for path in sorted((out / FIGURES).glob("*.json"))]
+def _read(paths: Iterable[Path]) -> dict[Path, dict[str, Any]]:
+    """The figures of runs, by file in its order; not of those that have not come to the targets."""
+    found = {path: json.loads(path.read_text()) for path in sorted(paths)}
+    return {path: run for path, run in found.items() if targets(run)}
 
 
 def recovery(run: dict[str, Any], target: str, method: str) -> float | None:

@@ -19,7 +19,7 @@ and its norm is bounded as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -180,8 +180,7 @@ def static_proof(
     problems = Problems()
     judged: list[_Judged] = []
     inert: list[str] = []
-    for number, (entry, added) in enumerate(pairs):
-        found = served.measure(entry, added)
+    for entry, added, found in _measured(served, pairs, tell, "looking for the delta"):
         if added.norm == 0:
             inert.append(added.module)
             if found.carried is not None and found.carried.norm > 0:
@@ -190,8 +189,6 @@ def static_proof(
             # a branch stands beside a base that may have been rounded since it was recorded
             same = same_files and (found.carried is None or manifest.artifact["form"] == "sidecar")
             judged.append(_module(entry.tensor, added, found, same))
-        if tell is not None:
-            tell("looking for the delta", number + 1, len(pairs))
     for name in served.unexpected():
         problems.add(
             str(adapter or model), name, "a delta of a recorded module", "another one",
@@ -205,28 +202,32 @@ def absence_proof(
 ) -> StaticProof:
     """Looks for the recorded delta where none may be: beta 0 is meant, of every module.
 
-    Args:
-        manifest: of a GGUF artifact, which says where its modules are.
-        plain: a GGUF model of the same tensors.
-        record: the reference.
-        tell: told (stage, done, total).
-
-    Raises:
-        RecordError: a reference without factors, or of other modules than the artifact's.
-        ManifestError: a module whose tensor is not in the model.
-        SafeGeneError: files that cannot be read.
+    Arguments and errors are those of `static_proof`; `plain` is a GGUF model of the artifact's tensors.
     """
-    weights = GGUFWeights(plain, None)
     pairs = _pair(manifest, record)
-    judged: list[_Judged] = []
-    for number, (entry, added) in enumerate(pairs):
-        found = weights.measure(entry, added)
-        if added.norm:
-            judged.append(_module(entry.tensor, added, found, same=False))
-        if tell is not None:
-            tell("looking for a delta in the control", number + 1, len(pairs))
+    measured = _measured(
+        GGUFWeights(plain, None), pairs, tell, "looking for a delta in the control"
+    )
+    judged = [
+        _module(entry.tensor, added, found, same=False)
+        for entry, added, found in measured
+        if added.norm
+    ]
     inert = [added.module for _, added in pairs if not added.norm]
     return _judge(judged, inert, Problems(), meant=0.0)
+
+
+def _measured(
+    served: Served,
+    pairs: Sequence[tuple[ModuleEntry, ModuleFactors]],
+    tell: Tell | None,
+    stage: str,
+) -> Iterator[tuple[ModuleEntry, ModuleFactors, Found]]:
+    """What is stored of each module, as it is asked for; `stage` is told once it was dealt with."""
+    for number, (entry, added) in enumerate(pairs):
+        yield entry, added, served.measure(entry, added)
+        if tell is not None:
+            tell(stage, number + 1, len(pairs))
 
 
 def _pair(manifest: Manifest, record: Reference) -> list[tuple[ModuleEntry, ModuleFactors]]:
