@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +137,16 @@ def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
     assert shipped.expression == "base"
     assert shipped.target == tiny.hf_model("llama").name
     assert (shipped.base_model or {})["name"] == tiny.hf_model("llama").name
-    coefficients = {module.layer: module.coefficient for module in shipped.modules}
-    weak, strong = sorted(coefficients, key=lambda layer: coefficients[layer])
-    monkeypatch.setattr(run.methods, "SHIP_LEAST", coefficients[strong])
-    run.methods.ship(lab, tmp_path / "stronger")
-    assert {module.layer for module in read_adapter(tmp_path / "stronger").modules} == {strong}
+    assert {module.layer for module in shipped.modules} == {0, 1}
+    calibrated = run.methods.calibrate
+
+    def first_layer_off(*args: Any, **named: Any) -> Any:
+        found = calibrated(*args, **named)
+        return replace(found, coefficients={**found.coefficients, 0: 0.0})
+
+    monkeypatch.setattr(run.methods, "calibrate", first_layer_off)
+    run.methods.ship(lab, tmp_path / "fewer")
+    assert {module.layer for module in read_adapter(tmp_path / "fewer").modules} == {1}
     for name in ("evaluate", "calibrate", "extract", "select", "train_lora", "own_replies"):
         monkeypatch.setattr(run.methods, name, never)
     run.run(lab, pairs=True)
@@ -169,6 +175,7 @@ def figures(refused: float) -> dict[str, Any]:
 
 def test_published_rows_stay_until_they_are_measured_again(run: Any, tmp_path: Path) -> None:
     models = {f"model {name}": figures(0.5) for name in ("base", "aligned", "t")}
+    assert run.report.targets({**models, "t direct": figures(0.5)}) == ["t"]
     here, out = tmp_path / "work" / "full-seed-0", tmp_path / "out"
     here.mkdir(parents=True)
     out.mkdir()

@@ -26,7 +26,7 @@ WIDTH, HEIGHT, EDGE, LEGEND = 720, 420, 60, 150
 def write(folder: Path, work: Path, results: dict[str, Any]) -> None:
     """Writes this run's table, then table and picture over all seeds beside it; prints the table."""
     kind = work.name.rsplit("-seed-", 1)[0]
-    runs = list(_read(folder.glob(f"{kind}-seed-*/results.json")).values())
+    runs = [run for run in _read(folder.glob(f"{kind}-seed-*/results.json")) if targets(run)]
     (work / "table.md").write_text(table([results]))
     text = table(runs)
     (folder / f"{kind}.md").write_text(text)
@@ -45,7 +45,8 @@ def publish(folder: Path, out: Path) -> None:
     kept = out / FIGURES
     kept.mkdir(exist_ok=True)
     problems, merged = Problems(), {}
-    for path, new in _read(folder.glob("full-seed-*/results.json")).items():
+    for path in sorted(folder.glob("full-seed-*/results.json")):
+        new = json.loads(path.read_text())
         place = kept / f"{path.parent.name}.json"
         old = json.loads(place.read_text()) if place.exists() else {}
         for name in (key for key in new if key.startswith(("model ", "select ")) and key in old):
@@ -54,19 +55,19 @@ def publish(folder: Path, out: Path) -> None:
                     place.name, name, "the figures of this run", "others",
                     "rows of other models or genes make no table: remove the file, run every method",
                 )  # fmt: skip
-        merged[place] = {**old, **new}
+        if targets({**old, **new}):
+            merged[place] = {**old, **new}
     problems.raise_if_any(GeneError)
     for place, figures in merged.items():
         publish_file(place, strictjson.dumps(figures))
-    runs = list(_read(kept.glob("*.json")).values())
+    runs = _read(kept.glob("*.json"))
     publish_file(out / "results.md", table(runs).encode())
     publish_file(out / "results.svg", picture(runs).encode())
 
 
-def _read(paths: Iterable[Path]) -> dict[Path, dict[str, Any]]:
-    """The figures of runs, by file in its order; not of those that have not come to the targets."""
-    found = {path: json.loads(path.read_text()) for path in sorted(paths)}
-    return {path: run for path, run in found.items() if targets(run)}
+def _read(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """The figures of runs, in the order of their files."""
+    return [json.loads(path.read_text()) for path in sorted(paths)]
 
 
 def recovery(run: dict[str, Any], target: str, method: str) -> float | None:
@@ -181,9 +182,9 @@ def _deployed(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def targets(run: dict[str, Any]) -> list[str]:
-    """The fine-tunes that the gene was not extracted from."""
+    """The fine-tunes that a method was measured on: those that no gene was extracted from."""
     models = [key.removeprefix("model ") for key in run if key.startswith("model ")]
-    return [name for name in models if f"{name} gene" in run]
+    return [name for name in models if any(f"{name} {method}" in run for method in COLOURS)]
 
 
 def picture(runs: list[dict[str, Any]]) -> str:
