@@ -112,7 +112,8 @@ def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
     )
     run.run(lab, "align")
     weights = (lab.work / "aligned" / "model.safetensors").stat().st_mtime_ns
-    run.run(lab, pairs=True)
+    more = (run.methods.compare_pairs, run.methods.more_shots)
+    run.run(lab, more=more)
     assert (lab.work / "aligned" / "model.safetensors").stat().st_mtime_ns == weights
     results = json.loads((lab.work / "results.json").read_text())
     for method in run.methods.METHODS:
@@ -124,9 +125,12 @@ def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
         assert all(0 <= value <= 1 for one in (alone, found) for value in one.values())
         assert alone["separation"] != found["separation"]
     table = (tmp_path / "tiny.md").read_text()
-    for row in ("obedient + gene |", "obedient | 1 |", "obedient + steps | 1 |"):
+    for row in ("obedient + gene |", "aligned | 1 |", "obedient | 1 |", "obedient + steps | 1 |"):
         assert f"| {row}" in table
-    assert list(run.methods.METHODS) == list(run.report.COLOURS)
+    assert {*run.methods.METHODS, run.methods.MORE_SHOTS} == {*run.report.COLOURS}
+    expressions = json.loads((lab.work / "gene" / "safegene.json").read_text())["expressions"]
+    assert expressions["obedient-as-aligned"]["n_shots"] == 4 + 4
+    assert expressions["obedient-as-aligned-more"]["n_shots"] == 3 * (4 + 4)
     assert (tmp_path / "tiny.svg").read_text().startswith("<svg")
 
     def never(*_: Any, **__: Any) -> Any:
@@ -149,7 +153,7 @@ def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
     assert {module.layer for module in read_adapter(tmp_path / "fewer").modules} == {1}
     for name in ("evaluate", "calibrate", "extract", "select", "train_lora", "own_replies"):
         monkeypatch.setattr(run.methods, name, never)
-    run.run(lab, pairs=True)
+    run.run(lab, more=more)
     assert capsys.readouterr().out.count("| obedient + gene |") >= 2
 
 

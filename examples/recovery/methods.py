@@ -42,6 +42,8 @@ from safegene_runtime.prompts import Prompt
 from safegene_runtime.reference import read_reference
 
 BUDGET = 0.01
+MORE_SHOTS = "gene, more shots"
+"""The row of the hard case, calibrated with three times as many shots."""
 GENES = {
     "gene": "gene-all", "gene as aligned": "gene-all", "uniform": "gene-all",
     "random layers": "gene-all", "all layers": "gene-thin", "all layers as aligned": "gene-thin",
@@ -253,7 +255,7 @@ def make_genes(lab: Lab) -> None:
 
 
 def compare_pairs(lab: Lab) -> None:
-    """A gene from each pair alone, coefficient 1, on every target that it is not from.
+    """A gene from each pair alone, coefficient 1, on every target that it is not from; and no gene.
 
     By P(refusal) of the spare prompts, so that the choice of sources owes nothing to the test.
     """
@@ -266,17 +268,20 @@ def compare_pairs(lab: Lab) -> None:
             extract([aligned], [degraded], gene, rank=RANK, progress=lab.tell)
         for target in lab.plan.targets:
             if target != name:
+                lab.once(
+                    f"{target} pair {name}",
+                    lambda gene=gene, target=target: _readiness(
+                        load_gene(gene, lab.work / target), lab.splits.spare
+                    ),
+                )
 
-                def without(gene: Path = gene, target: str = target) -> dict[str, float]:
-                    loaded = load_gene(gene, lab.work / target)
-                    with loaded.without_gene():
-                        return _readiness(loaded, lab.splits.spare)
+    def without(model: str) -> dict[str, float]:
+        loaded = load_gene(lab.work / "pair-base", lab.work / model)  # any gene: it is taken off
+        with loaded.without_gene():
+            return _readiness(loaded, lab.splits.spare)
 
-                def on(gene: Path = gene, target: str = target) -> dict[str, float]:
-                    return _readiness(load_gene(gene, lab.work / target), lab.splits.spare)
-
-                lab.once(f"{target} pair none", without)  # whichever gene comes first
-                lab.once(f"{target} pair {name}", on)
+    for model in ("aligned", *lab.plan.targets):
+        lab.once(f"{model} pair none", lambda model=model: without(model))
 
 
 def _readiness(loaded: GeneModel, prompts: Sequence[Prompt]) -> dict[str, float]:
@@ -327,16 +332,20 @@ def _own(lab: Lab, target: str) -> list[Scored]:
 
 
 def _with_gene(
-    folder_name: str, calibrated: bool, as_aligned: bool = False
+    folder_name: str, calibrated: bool, as_aligned: bool = False, more: Sequence[Prompt] = ()
 ) -> Callable[[Lab, str], dict[str, Any]]:
-    """Measures a gene: as it is, calibrated, or calibrated on to the aligned model's refusals."""
+    """Measures a gene: as it is, calibrated, or calibrated on to the aligned model's refusals.
+
+    `more` are shots beyond the usual ones.
+    """
 
     def measured(lab: Lab, target: str) -> dict[str, Any]:
         folder, found = lab.work / folder_name, {}
         expression = f"{target}-as-aligned" if as_aligned else target
+        expression += "-more" if more else ""
         if calibrated:
             fitted = calibrate(
-                folder, lab.work / target, lab.few("shots", target), expression,
+                folder, lab.work / target, (*lab.few("shots", target), *more), expression,
                 aligned=lab.work / "aligned" if as_aligned else None,
                 settings=Settings(rate=0.25, max_steps=lab.plan.calibration_steps),
                 refusals=REFUSALS, evaluation=lab.splits.test, force=True, progress=lab.tell,
@@ -408,6 +417,15 @@ METHODS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
     "all layers as aligned": _with_gene("gene-thin", True, as_aligned=True),
 }
 """What is held against one another, by the name it has in the table."""
+
+
+def more_shots(lab: Lab) -> None:
+    """The hard case with two more sets of shots, out of the spare prompts: is it they that are too few?"""
+    target, more = "obedient", []
+    for kind in ("harmful", "benign"):
+        more += [one for one in lab.splits.spare if one.kind == kind][: 2 * lab.plan.per_kind]
+    measured = _with_gene("gene", True, as_aligned=True, more=more)
+    lab.once(f"{target} {MORE_SHOTS}", lambda: measured(lab, target))
 
 
 def ship(lab: Lab, out: Path) -> None:

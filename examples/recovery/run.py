@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,11 @@ def main() -> int:
     parser.add_argument(
         "--pairs", action="store_true", help="also compare pairs of models to make a gene from"
     )
+    parser.add_argument(
+        "--more-shots",
+        action="store_true",
+        help="also calibrate the hard case with thrice the shots",
+    )
     parser.add_argument("--publish", action="store_true", help="keep table and picture beside this")
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL
@@ -109,7 +114,11 @@ def main() -> int:
     lab = methods.Lab(
         work, plan, arguments.seed, data.splits(plan.per_kind, plan.test), tell, arguments.base
     )
-    run(lab, arguments.only, arguments.artifacts, arguments.deployed, arguments.pairs)
+    more = {
+        methods.compare_pairs: arguments.pairs, methods.more_shots: arguments.more_shots,
+        methods.artifacts: arguments.artifacts, methods.deployed: arguments.deployed,
+    }  # fmt: skip
+    run(lab, arguments.only, [step for step, wanted in more.items() if wanted])
     if arguments.ship is not None:
         methods.ship(lab, arguments.ship)
     if arguments.publish and arguments.only is None:
@@ -118,13 +127,9 @@ def main() -> int:
 
 
 def run(
-    lab: methods.Lab,
-    only: str | None = None,
-    artifacts: bool = False,
-    deployed: bool = False,
-    pairs: bool = False,
+    lab: methods.Lab, only: str | None = None, more: Sequence[Callable[[methods.Lab], None]] = ()
 ) -> None:
-    """Runs all steps, up to `only`, and prints the table."""
+    """Runs all steps, or those up to `only`; then `more`, and prints the table."""
     lab.work.mkdir(parents=True, exist_ok=True)
     for name, step in STEPS:
         started = time.monotonic()
@@ -132,12 +137,8 @@ def run(
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
         if only == name:
             return
-    if pairs:
-        methods.compare_pairs(lab)
-    if artifacts:
-        methods.artifacts(lab)
-    if deployed:
-        methods.deployed(lab)
+    for step in more:
+        step(lab)
     report.write(lab.work.parent, lab.work, lab.results())
 
 
