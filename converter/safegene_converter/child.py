@@ -7,6 +7,7 @@ children: their death is an error message here, and nothing of theirs stays in o
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from typing import IO, Any
 
 from safegene_runtime.errors import Problem, SafeGeneError
 
-__all__ = ["python_environment", "run_child"]
+__all__ = ["answer_job", "python_environment", "run_child", "run_job"]
 
 POLL_SECONDS = 0.1
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -91,6 +92,42 @@ def run_child(
                 Problem(what, "child process", "to succeed", " | ".join([died, *last]), fix)
             )
         return output
+
+
+def run_job(
+    module: str, job: Mapping[str, Any], *, what: str, error: type[SafeGeneError]
+) -> dict[str, Any]:
+    """Runs a module of ours that ends in `answer_job`, and returns its answer.
+
+    Args:
+        module: its name.
+        job: what it is to do, in JSON's types.
+        what: what it does, for the message.
+        error: raised when it fails.
+
+    Raises:
+        SafeGeneError: of type `error`, as from `run_child`.
+    """
+    output = run_child(
+        [sys.executable, "-m", module],
+        what=what,
+        error=error,
+        stdin=json.dumps(job).encode(),
+        environment=python_environment(),
+    )
+    found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    return found
+
+
+def answer_job(run: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
+    """The child's side: one job in, one line of JSON out, the reasons of a failure on standard error."""
+    try:
+        found = run(json.load(sys.stdin))
+    except SafeGeneError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(found))
+    return 0
 
 
 def python_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

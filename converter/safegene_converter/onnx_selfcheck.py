@@ -23,7 +23,6 @@ All but the last hold one weight, or a block of one, in memory at a time.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,17 +32,17 @@ import numpy as np
 import numpy.typing as npt
 
 from safegene_converter.adapter import Adapter, Module, read_adapter
-from safegene_converter.child import python_environment, run_child
+from safegene_converter.child import answer_job, run_job
 from safegene_converter.onnx_job import WEIGHT_ERROR_MAX
 from safegene_converter.onnx_reader import OnnxReader, StoredWeight
 from safegene_converter.onnx_unchanged import NOTHING_ELSE, compare_unchanged
 from safegene_converter.selfcheck import PROBE, REPORT, Gain, compared_rows, effect, scaled_b
 from safegene_runtime.bounds import beta_band
-from safegene_runtime.errors import PostconditionError, Problems, SafeGeneError
+from safegene_runtime.errors import PostconditionError, Problems
 from safegene_runtime.onnx_file import read_onnx
 from safegene_runtime.ort_engine import OrtEngine
 
-__all__ = ["check_onnx", "main"]
+__all__ = ["check_onnx"]
 
 Slots = Mapping[str, Mapping[str, Any]]
 """{weight: {"names": [A, B], "modules": [[module, first row, end]]}}."""
@@ -97,27 +96,8 @@ def check_onnx(
         "survived": survived,
         "is_float": is_float,
     }
-    output = run_child(
-        [sys.executable, "-m", "safegene_converter.onnx_selfcheck"],
-        what=f"self-check of {artifact}",
-        error=PostconditionError,
-        stdin=json.dumps(job).encode(),
-        environment=python_environment(),
-    )
-    found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
-    return found
-
-
-def main() -> int:
-    """The child: one job in, one line of JSON out, the reasons on standard error."""
-    job = json.load(sys.stdin)
-    try:
-        found = _run(job)
-    except SafeGeneError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(json.dumps(found))
-    return 0
+    what = f"self-check of {artifact}"
+    return run_job("safegene_converter.onnx_selfcheck", job, what=what, error=PostconditionError)
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
@@ -311,4 +291,4 @@ def _probe(model: Path, adapter: Path | None) -> npt.NDArray[np.float64]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer_job(_run))

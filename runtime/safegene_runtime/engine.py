@@ -17,7 +17,8 @@ import numpy as np
 from safegene_runtime.errors import EngineError, Problem
 
 __all__ = [
-    "Engine", "OnProgress", "open_engine", "shared_length", "spin_briefly", "thread_count", "usable_cpus",
+    "Engine", "OnProgress", "checked_ids", "open_engine", "shared_length", "spin_briefly", "thread_count",
+    "usable_cpus",
 ]  # fmt: skip
 
 DEFAULT_THREADS_MAX = 32
@@ -185,6 +186,34 @@ def spin_briefly() -> None:
     """
     if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
         os.environ["GOMP_SPINCOUNT"] = SPINS
+
+
+def checked_ids(
+    ids: Sequence[int], where: str, n_vocab: int, limit: int | None, extra: int
+) -> np.ndarray:
+    """Ids as an int64 array (n,).
+
+    Args:
+        ids: of a prompt or a text.
+        where: which one, for the message.
+        n_vocab: of the model.
+        limit: positions that the model was made for, or None.
+        extra: how many ids are to follow.
+
+    Raises:
+        EngineError: none, one that the model does not have, or more than it was made for.
+    """
+    row = np.asarray(ids, dtype=np.int64)
+    if row.ndim != 1 or not len(row):
+        raise EngineError(Problem(where, "ids", "at least one id", "none"))
+    wrong = row[(row < 0) | (row >= n_vocab)]
+    if len(wrong):
+        fix = "were they made by this model's tokenizer?"
+        raise EngineError(Problem(where, "ids", f"0 to {n_vocab - 1}", str(wrong[0]), fix))
+    if limit is not None and len(row) + extra > limit:
+        most = f"at most {limit} ids, what the model was made for"
+        raise EngineError(Problem(where, "length", most, str(len(row) + extra), "shorten it"))
+    return row
 
 
 def shared_length(rows: Sequence[np.ndarray], keep: Sequence[int]) -> int:

@@ -25,7 +25,6 @@ from safegene_runtime import strictjson
 from safegene_runtime.chat import render
 from safegene_runtime.errors import (
     EngineError,
-    FormatError,
     Problem,
     Problems,
     SafeGeneError,
@@ -35,6 +34,7 @@ from safegene_runtime.files import read_small_file, sha256_file, sha256_of
 from safegene_runtime.gguf import open_model
 from safegene_runtime.judge import JUDGE_NAME, Judge, RulesAndNgram
 from safegene_runtime.judge_rules import Label, form_of
+from safegene_runtime.ort_packages import ort_packages, read_tokenizer
 
 __all__ = ["ENTRY_POINTS", "GgufJudge", "OnnxJudge", "load_judge"]
 
@@ -266,19 +266,7 @@ class OnnxJudge:
         pair: bool = False,
         confidence: float = 0.5,
     ) -> None:
-        try:
-            import onnxruntime
-            import tokenizers
-        except ImportError as error:
-            raise EngineError(
-                Problem(
-                    "onnxruntime",
-                    "package",
-                    "onnxruntime and tokenizers",
-                    str(error),
-                    "pip install 'safegene[onnx]'",
-                )
-            ) from error
+        onnxruntime, _ = ort_packages("onnxruntime", "tokenizers")
         from safegene_runtime.onnx_file import read_onnx
 
         self._where = f"judge {path.name}"
@@ -300,13 +288,7 @@ class OnnxJudge:
         config = strictjson.loads(data["config.json"], str(path.parent / "config.json"))
         self._labels = _labels(config, self._where)
         self._refusing = _refusing(self._labels, refusing, self._where)
-        try:
-            self._tokenizer: Any = tokenizers.Tokenizer.from_str(data["tokenizer.json"].decode())
-        except Exception as error:  # the library raises plain Exception
-            raise FormatError(
-                Problem(str(path.parent), "tokenizer.json", "a tokenizer", str(error)[:200])
-            ) from error
-        self._tokenizer.no_padding()
+        self._tokenizer = read_tokenizer(data["tokenizer.json"].decode(), str(path.parent))
         self._tokenizer.enable_truncation(MAX_TOKENS)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = QUIET

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from safegene_runtime.engine import OnProgress, shared_length, thread_count
+from safegene_runtime.engine import OnProgress, checked_ids, shared_length, thread_count
 from safegene_runtime.errors import EngineError, Problem
 from safegene_runtime.llama_checks import check_adapter_header, check_model_header
 from safegene_runtime.llama_native import (
@@ -458,31 +458,7 @@ class LlamaEngine:
 
     def _checked(self, ids: Sequence[int], where: str, extra: int = 0) -> np.ndarray:
         self._check_open()
-        row = np.asarray(ids, dtype=np.int64)
-        if row.ndim != 1 or not len(row):
-            raise EngineError(Problem(where, "ids", "at least one id", "none"))
-        if row.min() < 0 or row.max() >= self.n_vocab:
-            bad = row[(row < 0) | (row >= self.n_vocab)][0]
-            raise EngineError(
-                Problem(
-                    where,
-                    "ids",
-                    f"0 to {self.n_vocab - 1}",
-                    str(bad),
-                    "were they made by this model's tokenizer?",
-                )
-            )
-        if len(row) + extra > self.n_ctx_train:
-            raise EngineError(
-                Problem(
-                    where,
-                    "length",
-                    f"at most {self.n_ctx_train} ids, what the model was trained for",
-                    str(len(row) + extra),
-                    "shorten it",
-                )
-            )
-        return row.astype(np.int32)
+        return checked_ids(ids, where, self.n_vocab, self.n_ctx_train, extra).astype(np.int32)
 
     def _feed_shared(self, ids: np.ndarray) -> None:
         for start in range(0, len(ids), self._n_batch):

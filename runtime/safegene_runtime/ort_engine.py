@@ -25,10 +25,11 @@ from typing import Any, Self
 import numpy as np
 
 from safegene_runtime import strictjson
-from safegene_runtime.engine import OnProgress, shared_length, thread_count
+from safegene_runtime.engine import OnProgress, checked_ids, shared_length, thread_count
 from safegene_runtime.errors import EngineError, FormatError, ManifestError, Problem, Problems
 from safegene_runtime.files import open_regular, read_small_file, sha256_of
 from safegene_runtime.onnx_file import OnnxFile, ValueInfo, read_onnx
+from safegene_runtime.ort_packages import ort_packages, read_tokenizer
 
 __all__ = ["OrtEngine", "read_text_files"]
 
@@ -124,29 +125,10 @@ class OrtEngine:
         if n_seq_max < 1:
             raise EngineError(Problem(self.name, "n_seq_max", "at least 1", str(n_seq_max)))
         self._n_seq_max = n_seq_max
-        try:
-            import onnxruntime
-            import tokenizers
-        except ImportError as error:
-            raise EngineError(
-                Problem(
-                    "onnxruntime",
-                    "package",
-                    "onnxruntime and tokenizers",
-                    str(error),
-                    "pip install 'safegene[onnx]'",
-                )
-            ) from error
-        self._ort = onnxruntime
-        self.version = str(onnxruntime.__version__)
+        self._ort, _ = ort_packages("onnxruntime", "tokenizers")
+        self.version = str(self._ort.__version__)
         self._text = read_text_files(model_path.parent, digests)
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(self._text.tokenizer)
-        except Exception as error:  # the library raises plain Exception
-            raise FormatError(
-                Problem(str(model_path.parent), "tokenizer.json", "a tokenizer", str(error)[:200])
-            ) from error
-        self._tokenizer.no_padding()
+        self._tokenizer = read_tokenizer(self._text.tokenizer, str(model_path.parent))
         self._tokenizer.no_truncation()
         graph = _read_verified(model_path, digests)
         model = read_onnx(model_path, graph.data)
@@ -535,32 +517,7 @@ class OrtEngine:
 
     def _checked(self, ids: Sequence[int], where: str, extra: int = 0) -> np.ndarray:
         self._check_open()
-        row = np.asarray(ids, dtype=np.int64)
-        if row.ndim != 1 or not len(row):
-            raise EngineError(Problem(where, "ids", "at least one id", "none"))
-        if row.min() < 0 or row.max() >= self.n_vocab:
-            bad = row[(row < 0) | (row >= self.n_vocab)][0]
-            raise EngineError(
-                Problem(
-                    where,
-                    "ids",
-                    f"0 to {self.n_vocab - 1}",
-                    str(bad),
-                    "were they made by this model's tokenizer?",
-                )
-            )
-        limit = self._text.context_length
-        if limit is not None and len(row) + extra > limit:
-            raise EngineError(
-                Problem(
-                    where,
-                    "length",
-                    f"at most {limit} ids, what the model was made for",
-                    str(len(row) + extra),
-                    "shorten it",
-                )
-            )
-        return row
+        return checked_ids(ids, where, self.n_vocab, self._text.context_length, extra)
 
     # --- text --------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from safegene_runtime.onnx_linear import (
     to_float32,
 )
 from safegene_runtime.onnx_tensor import DataType, read_initializer
+from safegene_runtime.ort_packages import ort_packages
 from safegene_runtime.served_gguf import Carried, Found, project, wrong_shape
 
 __all__ = ["OnnxWeights", "adapter_slots"]
@@ -209,17 +210,10 @@ def _read_adapter(path: Path) -> Mapping[str, tuple[Rows, str]]:
 
 def _open_adapter(path: Path) -> tuple[Any, Mapping[str, Any]]:
     """The adapter, which must live as long as its values are looked at, and these."""
+    (onnxruntime,) = ort_packages("onnxruntime")
     try:
-        import onnxruntime
-
         file = onnxruntime.AdapterFormat.read_adapter(str(path))
         return file, file.get_parameters()
-    except ImportError as error:
-        raise EngineError(
-            Problem(
-                "onnxruntime", "package", "onnxruntime", str(error), "pip install 'safegene[onnx]'"
-            )
-        ) from error
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise EngineError(
             Problem(str(path), "adapter", "an .onnx_adapter", str(error)[:300])
