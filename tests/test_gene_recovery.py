@@ -207,28 +207,41 @@ def test_published_rows_stay_until_they_are_measured_again(run: Any, tmp_path: P
     assert (out / "results.md").read_text() == table
 
 
-def test_training_that_was_killed_ends_where_it_would_have(run: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dies", "enough"), [(("step", 13), 15), (("question", 10), 10)])
+def test_training_that_was_killed_ends_where_it_would_have(
+    run: Any, tmp_path: Path, dies: tuple[str, int], enough: int
+) -> None:
     import train
 
     lab = lab_of(run, tmp_path)
 
-    def trained(out: Path, tell: Any) -> None:
+    def trained(out: Path, dies: tuple[str, int] | None = None) -> int:
         model, tokenizer = run.methods.load_base(tiny.hf_model("llama"))
         pairs = [("Say one.", "one"), ("Say two.", "two")] * 4
         examples = [lab.example(tokenizer, *pair) for pair in pairs]
-        train.train_lora(model, examples, out, steps=12, seed=0, tell=tell)
+        seen: list[int] = []
 
-    def stops(stage: str, done: int, total: int) -> None:
-        if done == 11:
-            raise KeyboardInterrupt
+        def tell(stage: str, step: int, total: int) -> None:
+            seen.append(step)
+            if dies == ("step", step):
+                raise KeyboardInterrupt
 
-    trained(tmp_path / "whole", lambda *_: None)
+        def until(tuned: Any) -> bool:
+            if dies == ("question", seen[-1]):
+                raise KeyboardInterrupt
+            return seen[-1] == enough
+
+        train.train_lora(model, examples, out, steps=20, seed=0, until=until, tell=tell)
+        return seen[-1]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert trained(whole) == enough
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "cut", stops)
-    assert not (tmp_path / "cut").exists()
-    trained(tmp_path / "cut", lambda *_: None)
+        trained(cut, dies)
+    assert not cut.exists()
+    assert trained(cut) == enough
     name = "adapter_model.safetensors"
-    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (cut / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.slow

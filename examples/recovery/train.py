@@ -91,6 +91,13 @@ def train_lora(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         tell(f"training {out.name} (loss {float(loss.detach()):.3f})", step + 1, steps)
+        if until is not None and (step + 1) % check_every == 0:
+            tuned.eval()
+            is_done = until(tuned)
+            tuned.train()
+            if is_done:
+                break
+        # behind the question: training that goes on must not skip it
         if (step + 1) % SAVE_EVERY == 0:
             state = {
                 "step": step + 1,
@@ -100,12 +107,6 @@ def train_lora(
             partial = saved.with_suffix(".partial")
             torch.save(state, partial)
             partial.replace(saved)
-        if until is not None and (step + 1) % check_every == 0:
-            tuned.eval()
-            is_done = until(tuned)
-            tuned.train()
-            if is_done:
-                break
     tuned.eval()
     with publish_folder(out) as folder:
         tuned.save_pretrained(folder)
