@@ -207,6 +207,20 @@ def test_published_rows_stay_until_they_are_measured_again(run: Any, tmp_path: P
     assert (out / "results.md").read_text() == table
 
 
+def test_both_published_tables_are_of_the_same_models_and_genes() -> None:
+    def rows(name: str) -> dict[str, list[str]]:
+        first = (FOLDER / name).read_text().split("\n\n")[1].splitlines()
+        cells = [line.removeprefix("| ").split(" | ") for line in first[2:]]
+        return {name: figures for name, *figures in cells}
+
+    whole, layers = rows("results.md"), rows("layers.md")
+    both = whole.keys() & layers.keys()
+    models = {f"*{name}*" for name in ("base", "aligned", "steps", "sums", "concierge", "obedient")}
+    assert both == models | {f"{name} + gene" for name in ("sums", "concierge", "obedient")}
+    for name in both:
+        assert layers[name][:8] == whole[name][:8], name  # all but the seconds
+
+
 @pytest.mark.parametrize(("dies", "enough"), [(("step", 13), 15), (("question", 10), 10)])
 def test_training_that_was_killed_ends_where_it_would_have(
     run: Any, tmp_path: Path, dies: tuple[str, int], enough: int
