@@ -127,7 +127,9 @@ def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
     table = (tmp_path / "tiny.md").read_text()
     for row in ("obedient + gene |", "aligned | 1 |", "obedient | 1 |", "obedient + steps | 1 |"):
         assert f"| {row}" in table
-    assert {*run.methods.METHODS, run.methods.MORE_SHOTS} == {*run.report.COLOURS}
+    drawn = list(run.report.COLOURS)
+    drawn.remove(run.methods.MORE_SHOTS)
+    assert list(run.methods.METHODS) == drawn
     expressions = json.loads((lab.work / "gene" / "safegene.json").read_text())["expressions"]
     assert expressions["obedient-as-aligned"]["n_shots"] == 4 + 4
     assert expressions["obedient-as-aligned-more"]["n_shots"] == 3 * (4 + 4)
@@ -221,7 +223,7 @@ def test_both_published_tables_are_of_the_same_models_and_genes() -> None:
         assert layers[name][:8] == whole[name][:8], name  # all but the seconds
 
 
-@pytest.mark.parametrize(("dies", "enough"), [(("step", 13), 15), (("question", 10), 10)])
+@pytest.mark.parametrize(("dies", "enough"), [(("step", 11), 20), (("question", 10), 10)])
 def test_training_that_was_killed_ends_where_it_would_have(
     run: Any, tmp_path: Path, dies: tuple[str, int], enough: int
 ) -> None:
