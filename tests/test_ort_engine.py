@@ -278,11 +278,15 @@ def test_mistakes_of_the_caller_are_typed_errors() -> None:
             lambda: list(engine.logits([[5]], [])),
             lambda: list(engine.logits([[engine.n_vocab]], [1])),
             lambda: list(engine.logits([[-1]], [1])),
-            lambda: list(engine.logits([[5] * 1025], [1])),
             lambda: engine.generate([[5]], -1, []),
-            lambda: engine.generate([[5] * 1020], 10, []),
         ):
             with pytest.raises(EngineError):
+                call()
+        for call in (  # ONNX Runtime fails on these by itself, less clearly
+            lambda: list(engine.logits([[5] * 1025], [1])),
+            lambda: engine.generate([[5] * 1020], 10, []),
+        ):
+            with pytest.raises(EngineError, match="at most 1024 ids"):
                 call()
     with pytest.raises(EngineError, match="closed"):
         list(engine.logits([[5]], [1]))
