@@ -72,6 +72,12 @@ def test_a_gene_is_made_calibrated_and_evaluated(
     assert json.loads(capsys.readouterr().out)["steps"] == 2
     assert read_adapter(gene, "mine").target == base.name
     assert run(
+        "calibrate", gene, "--model", base, "--shots", shots, "--name", "level", "--max-steps", 1,
+        "--refusal", "No", "--aligned", base,
+    ) == 0  # fmt: skip
+    shown = [line.partition(" safety")[0].strip() for line in capsys.readouterr().out.splitlines()]
+    assert [one for one in shown if one.startswith("KL x")][:1] == ["KL x 1"]
+    assert run(
         "evaluate", "--model", base, "--adapter", gene, "--expression", "mine", "--suite", benign,
         "--max-new-tokens", 2,
     ) == 0  # fmt: skip

@@ -21,7 +21,7 @@ from safegene_converter.gene.calibrate import calibrate
 from safegene_converter.gene.evaluate import evaluate, task_loss
 from safegene_converter.gene.extract import extract
 from safegene_converter.gene.folder import Expression, add_expression
-from safegene_converter.gene.level import WEIGHTS, Level, reach
+from safegene_converter.gene.level import WEIGHTS, Level, Weighed, reach
 from safegene_converter.gene.model import Example, GeneModel, batches_of, load_gene
 from safegene_converter.gene.objective import (
     COMMON_FACTORS,
@@ -302,9 +302,10 @@ def test_the_least_change_that_reaches_a_level_is_found(weight: float, asked_for
     planted = gain / (2 * weight * cost)  # where J with this weight is least
     asked = []
 
-    def minimum(tried: float, last: np.ndarray | None) -> np.ndarray:
+    def minimum(tried: float, last: np.ndarray | None) -> Weighed:
         asked.append(tried)
-        return gain / (2 * tried * cost)
+        least = gain / (2 * tried * cost)
+        return Weighed(tried, least, objective.value(least), 0.0)
 
     level = Level(
         **{"refused": 0.0, "greedy": 0.0, asked_for: getattr(objective.value(planted), asked_for)}
@@ -322,10 +323,14 @@ def test_the_least_change_that_reaches_a_level_is_found(weight: float, asked_for
 
 
 def test_a_level_out_of_reach_ends_where_only_refusals_count() -> None:
-    gain, cost = np.ones(2), np.ones(2)
+    objective = Quadratic(np.ones(2), np.ones(2))
+
+    def minimum(weight: float, last: np.ndarray | None) -> Weighed:
+        least = np.full(2, 0.9 - weight / 5)
+        return Weighed(weight, least, objective.value(least), 0.0)
+
     for level in (Level(0.99, 0.0), Level(0.0, 0.99)):
-        found = reach(Quadratic(gain, cost), lambda weight, _: np.full(2, 0.9 - weight / 5), level)
-        assert np.array_equal(found, np.full(2, 0.9))
+        assert np.array_equal(reach(objective, minimum, level), np.full(2, 0.9))
 
 
 def test_greedy_refusals_are_those_that_generation_gives(gene: Path) -> None:
@@ -369,6 +374,14 @@ def test_calibrating_to_an_aligned_model_reaches_its_level(tmp_path: Path) -> No
     assert found.level.reached(found.after)
     assert not found.level.reached(found.before)
     assert not list(gene.parent.glob(".gene*"))
+    tried = tuple(one.weight for one in found.minima)
+    assert tried == WEIGHTS[: len(tried)]
+    alone = calibrate(
+        gene, TARGET, SHOTS, "alone", refusals=said, settings=Settings(max_steps=8, rate=0.3)
+    )
+    shown = found.to_dict()["minima"][0]
+    assert shown["coefficients"] == pytest.approx(alone.to_dict()["coefficients"], abs=1e-6)
+    assert shown["losses"]["refused"] == pytest.approx(alone.after.refused, rel=1e-4)
     with pytest.raises(GeneError, match="either a weight or an aligned model"):
         calibrate(gene, TARGET, SHOTS, "both", aligned=aligned, weight=1.0)
 

@@ -127,10 +127,21 @@ def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
     table = (tmp_path / "tiny.md").read_text()
     for row in ("obedient + gene |", "aligned | 1 |", "obedient | 1 |", "obedient + steps | 1 |"):
         assert f"| {row}" in table
-    drawn = list(run.report.COLOURS)
-    drawn.remove(run.methods.MORE_SHOTS)
-    assert list(run.methods.METHODS) == drawn
-    expressions = json.loads((lab.work / "gene" / "safegene.json").read_text())["expressions"]
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| obedient + ")]
+    drawn = [f"| obedient + {method}" for method in run.report.COLOURS]
+    assert rows[: len(drawn)] == drawn
+    assert set(run.report.COLOURS) == {*run.methods.METHODS, run.methods.MORE_SHOTS}
+
+    def stored() -> dict[str, Any]:
+        found = json.loads((lab.work / "gene" / "safegene.json").read_text())["expressions"]
+        assert isinstance(found, dict)
+        return found
+
+    expressions = stored()
+    alone = run.methods._calibrated("gene")(lab, "obedient")
+    assert stored() == expressions  # the first part of the longer way is all of the shorter one
+    rates = ("harmful_refused", "benign_kl", "task_loss", "before")
+    assert [results["obedient gene"][name] for name in rates] == [alone[name] for name in rates]
     assert expressions["obedient-as-aligned"]["n_shots"] == 4 + 4
     assert expressions["obedient-as-aligned-more"]["n_shots"] == 3 * (4 + 4)
     assert (tmp_path / "tiny.svg").read_text().startswith("<svg")

@@ -25,7 +25,7 @@ from safegene_converter.gene.calibrate import calibrate
 from safegene_converter.gene.deployed import recalibrate_deployed
 from safegene_converter.gene.evaluate import Scored, evaluate, evaluate_model, own_replies
 from safegene_converter.gene.extract import extract
-from safegene_converter.gene.folder import keep_layers
+from safegene_converter.gene.folder import Expression, add_expression, keep_layers
 from safegene_converter.gene.model import Example, GeneModel, load_gene
 from safegene_converter.gene.optimise import Settings
 from safegene_converter.gene.rebuild import gguf_rebuild
@@ -46,8 +46,7 @@ MORE_SHOTS = "gene, more shots"
 """The row of the hard case, calibrated with three times as many shots."""
 GENES = {
     "gene": "gene-all", "gene as aligned": "gene-all", "uniform": "gene-all",
-    "random layers": "gene-all", "all layers": "gene-thin", "all layers as aligned": "gene-thin",
-    "direct": "direct-all",
+    "random layers": "gene-all", "all layers": "gene-thin", "direct": "direct-all",
 }  # fmt: skip
 """What each method's layers are chosen from."""
 CANDIDATES = ("steps", "concierge")
@@ -331,38 +330,57 @@ def _own(lab: Lab, target: str) -> list[Scored]:
     return lab.own[target]
 
 
-def _with_gene(
-    folder_name: str, calibrated: bool, as_aligned: bool = False, more: Sequence[Prompt] = ()
+def _with_gene(lab: Lab, target: str, folder_name: str, expression: str) -> dict[str, Any]:
+    """Measures a gene as it is."""
+    folder = lab.work / folder_name
+    found = evaluate(
+        lab.work / target, gene=folder, expression=expression,
+        prompts=lab.splits.test, task=lab.task_test(target), own=_own(lab, target),
+        max_new_tokens=lab.plan.reply_tokens, progress=lab.tell,
+    ).to_dict()  # fmt: skip
+    return {"seconds": 0.0, **found, "parameters": read_adapter(folder).n_parameters}
+
+
+def _calibrated(
+    folder_name: str, as_aligned: bool = False, more: Sequence[Prompt] = ()
 ) -> Callable[[Lab, str], dict[str, Any]]:
-    """Measures a gene: as it is, calibrated, or calibrated on to the aligned model's refusals.
+    """Measures a gene calibrated with weight 1, or from there on to the aligned model's refusals.
 
     `more` are shots beyond the usual ones.
     """
 
     def measured(lab: Lab, target: str) -> dict[str, Any]:
-        folder, found = lab.work / folder_name, {}
         expression = f"{target}-as-aligned" if as_aligned else target
         expression += "-more" if more else ""
-        if calibrated:
-            fitted = calibrate(
-                folder, lab.work / target, (*lab.few("shots", target), *more), expression,
-                aligned=lab.work / "aligned" if as_aligned else None,
-                settings=Settings(rate=0.25, max_steps=lab.plan.calibration_steps),
-                refusals=REFUSALS, evaluation=lab.splits.test, force=True, progress=lab.tell,
-            )  # fmt: skip
-            found = {
-                name: value for name, value in fitted.to_dict().items()
-                if name in ("seconds", "steps", "level", "before", "after", "coefficients")
-            }  # fmt: skip
-        measured = evaluate(
-            lab.work / target, gene=folder, expression=expression if calibrated else "default",
-            prompts=lab.splits.test, task=lab.task_test(target), own=_own(lab, target),
-            max_new_tokens=lab.plan.reply_tokens, progress=lab.tell,
-        )  # fmt: skip
-        parameters = read_adapter(folder).n_parameters
-        return {"seconds": 0.0, **found, **measured.to_dict(), "parameters": parameters}
+        fitted = calibrate(
+            lab.work / folder_name, lab.work / target, (*lab.few("shots", target), *more), expression,
+            aligned=lab.work / "aligned" if as_aligned else None,
+            settings=Settings(rate=0.25, max_steps=lab.plan.calibration_steps),
+            refusals=REFUSALS, evaluation=lab.splits.test, force=True, progress=lab.tell,
+        ).to_dict()  # fmt: skip
+        kept = ("seconds", "level", "before", "after", "coefficients", "minima")
+        found = _with_gene(lab, target, folder_name, expression)
+        return {**found, **{name: fitted[name] for name in kept}}
 
     return measured
+
+
+def _weight_one(lab: Lab, target: str) -> dict[str, Any]:
+    """Measures the gene where the way to the aligned model's level begins, if that was gone before."""
+    went_on = lab.results().get(f"{target} gene as aligned", {})
+    if "minima" not in went_on:
+        return _calibrated("gene")(lab, target)
+    first = went_on["minima"][0]
+    coefficients = {int(layer): value for layer, value in first["coefficients"].items()}
+    stored = Expression(coefficients, target, len(lab.few("shots", target)))
+    add_expression(lab.work / "gene", target, stored, force=True)
+    found = _with_gene(lab, target, "gene", target)
+    return {
+        **found,
+        "seconds": first["seconds"],
+        "before": went_on["before"],
+        "after": first["losses"],
+    }
 
 
 def _random_layers(lab: Lab, target: str) -> dict[str, Any]:
@@ -373,7 +391,7 @@ def _random_layers(lab: Lab, target: str) -> dict[str, Any]:
         every = [entry["layer"] for entry in chosen["scores"]]
         drawn = lab.random("layers").sample(every, len(chosen["layers"]))
         keep_layers(lab.work / "gene-all", open_base(lab.work / target), drawn, folder, False)
-    return _with_gene("gene-random", True)(lab, target)
+    return _calibrated("gene-random")(lab, target)
 
 
 def _realigned(lab: Lab, target: str) -> dict[str, Any]:
@@ -406,15 +424,14 @@ def _evaluated(lab: Lab, target: str, model: Any, tokenizer: Any) -> dict[str, A
 
 
 METHODS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
-    "gene": _with_gene("gene", True),
-    "gene as aligned": _with_gene("gene", True, as_aligned=True),
-    "all layers": _with_gene("gene-thin", True),
-    "uniform": _with_gene("gene", False),
+    "gene as aligned": _calibrated("gene", as_aligned=True),
+    "gene": _weight_one,
+    "all layers": _calibrated("gene-thin"),
+    "uniform": lambda lab, target: _with_gene(lab, target, "gene", "default"),
     "re-aligned": _realigned,
     "safe lora": _safe_lora,
     "random layers": _random_layers,
-    "direct": _with_gene("direct", True),
-    "all layers as aligned": _with_gene("gene-thin", True, as_aligned=True),
+    "direct": _calibrated("direct"),
 }
 """What is held against one another, by the name it has in the table."""
 
@@ -424,7 +441,7 @@ def more_shots(lab: Lab) -> None:
     target, more = "obedient", []
     for kind in ("harmful", "benign"):
         more += [one for one in lab.splits.spare if one.kind == kind][: 2 * lab.plan.per_kind]
-    measured = _with_gene("gene", True, as_aligned=True, more=more)
+    measured = _calibrated("gene", as_aligned=True, more=more)
     lab.once(f"{target} {MORE_SHOTS}", lambda: measured(lab, target))
 
 

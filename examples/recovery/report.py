@@ -18,7 +18,7 @@ FIGURES = "figures"
 COLOURS = {
     "gene": "#0b6e4f", "gene as aligned": "#1b9e9e", "gene, more shots": "#7fc97f",
     "all layers": "#2f6fbb", "uniform": "#8a8a8a", "re-aligned": "#7a3e9d", "safe lora": "#b3261e",
-    "random layers": "#c98a00", "direct": "#5c4033", "all layers as aligned": "#8fb8de",
+    "random layers": "#c98a00", "direct": "#5c4033",
 }  # fmt: skip
 WIDTH, HEIGHT, EDGE, LEGEND = 720, 420, 60, 150
 

@@ -109,7 +109,7 @@ def main() -> int:
         chosen = tuple(name.strip() for name in arguments.methods.split(","))
         if unknown := [name for name in chosen if name not in methods.METHODS]:
             parser.error(f"--methods: {', '.join(unknown)}; known: {', '.join(methods.METHODS)}")
-        plan = replace(plan, methods=chosen)
+        plan = replace(plan, methods=tuple(name for name in methods.METHODS if name in chosen))
     work = arguments.work / f"{'quick' if arguments.quick else 'full'}-seed-{arguments.seed}"
     lab = methods.Lab(
         work, plan, arguments.seed, data.splits(plan.per_kind, plan.test), tell, arguments.base

@@ -14,10 +14,10 @@ import numpy.typing as npt
 from safegene_converter.gene.asked import REFUSALS
 from safegene_converter.gene.checkpoint import Checkpoint, identity
 from safegene_converter.gene.folder import Expression, add_expression, check_name_free
-from safegene_converter.gene.level import Level, level_of, reach
+from safegene_converter.gene.level import Level, Weighed, level_of, reach
 from safegene_converter.gene.model import load_gene
 from safegene_converter.gene.objective import Losses, Objective, common_factor
-from safegene_converter.gene.optimise import Minimum, Settings, minimise
+from safegene_converter.gene.optimise import Settings, minimise
 from safegene_converter.gene.shots import shots_of
 from safegene_converter.progress import Progress
 from safegene_runtime.errors import GeneError, Problem
@@ -38,6 +38,7 @@ class Calibrated:
         after: losses with the coefficients found.
         separation: how well refusals tell harmful shots from benign ones, before and after.
         level: how surely and how often the model refuses that this one is to equal, or None.
+        minima: where J is least with each weight of the KL that was tried, in that order.
     """
 
     name: str
@@ -50,12 +51,16 @@ class Calibrated:
     converged: bool
     seconds: float
     separation: tuple[float, float]
-    level: Level | None = None
+    level: Level | None
+    minima: tuple[Weighed, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
         found = asdict(self)
         found["coefficients"] = {str(layer): value for layer, value in self.coefficients.items()}
+        for one in found["minima"]:
+            values = one["coefficients"].tolist()
+            one["coefficients"] = dict(zip(found["coefficients"], values, strict=True))
         return found
 
 
@@ -122,11 +127,13 @@ def calibrate(
         "settings": asdict(settings),
     }
     count = len(loaded.layers)
-    minima: list[Minimum] = []
+    minima: list[Weighed] = []
+    steps, converged = 0, True
     checkpoint = Checkpoint(gene.absolute().with_name(f".{gene.name}.calibrate-{name}"), request)
 
-    def minimum(kl_weight: float, last: npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:
+    def minimum(kl_weight: float, last: npt.NDArray[np.float64] | None) -> Weighed:
         """Where J with this weight is least, from the best common factor or the last minimum."""
+        nonlocal steps, converged
         objective.weight = kl_weight
         start = np.full(count, common_factor(objective, count, settings.bounds))
         if last is not None:
@@ -141,11 +148,14 @@ def calibrate(
             gradient, start, settings, checkpoint,
             lambda step: tell(stage, step, settings.max_steps), stage=stage,
         )  # fmt: skip
-        minima.append(found)
         tell(stage, settings.max_steps, settings.max_steps)
-        return found.coefficients
+        steps, converged = steps + len(found.history), converged and found.converged
+        losses = objective.value(found.coefficients)
+        seconds = time.monotonic() - started
+        minima.append(Weighed(kl_weight, found.coefficients, losses, seconds))
+        return minima[-1]
 
-    best = minimum(fixed, None) if level is None else reach(objective, minimum, level)
+    best = minimum(fixed, None).coefficients if level is None else reach(objective, minimum, level)
     coefficients = dict(zip(loaded.layers, best.tolist(), strict=True))
     target = model.resolve().name
     adapter = add_expression(
@@ -164,9 +174,10 @@ def calibrate(
         before=before,
         at_one=objective.value(np.ones(count)),
         after=objective.value(final),
-        steps=sum(len(found.history) for found in minima),
-        converged=all(found.converged for found in minima),
+        steps=steps,
+        converged=converged,
         seconds=time.monotonic() - started,
         separation=(apart, objective.separation(final)),
         level=level,
+        minima=tuple(minima),
     )

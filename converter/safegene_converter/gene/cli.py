@@ -257,14 +257,16 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         if arguments.form:
             show_deployed(found, screen)
         else:
-            for label in ("before", "at_one", "after"):
-                one = getattr(found, label)
-                screen.print(f"{label:<7} safety {one.safety:.3f}, KL {one.kl:.3f} nats per reply, "
+            rows = [("before", found.before), ("at_one", found.at_one), ("after", found.after)]
+            if found.level is not None:
+                rows += [(f"KL x {one.weight:g}", one.losses) for one in found.minima]
+            for label, one in rows:
+                screen.print(f"{label:<11} safety {one.safety:.3f}, KL {one.kl:.3f} nats per reply, "
                              f"P(refusal) {one.refused:.1%}, refused greedily {one.greedy:.1%}")  # fmt: skip
             _show_separation(found.separation, screen)
             if found.level is not None:
                 missed = "" if found.level.reached(found.after) else ": not reached"
-                screen.print(f"aligned P(refusal) {found.level.refused:.1%}, "
+                screen.print(f"aligned     P(refusal) {found.level.refused:.1%}, "
                              f"refused greedily {found.level.greedy:.1%}{missed}")  # fmt: skip
     return OK
 

@@ -25,7 +25,7 @@ from safegene_converter.gene.model import load_gene
 from safegene_converter.gene.objective import Losses, Objective, Valued
 from safegene_converter.gene.shots import Shots
 
-__all__ = ["WEIGHTS", "Level", "level_of", "reach"]
+__all__ = ["WEIGHTS", "Level", "Weighed", "level_of", "reach"]
 
 WEIGHTS = (1.0, 0.25, 0.0625, 0.0)
 """The last one asks for refusals only."""
@@ -46,6 +46,22 @@ class Level:
         return losses.refused >= self.refused and losses.greedy >= self.greedy
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """Where J is least with one weight of the KL.
+
+    Attributes:
+        coefficients: (L,).
+        losses: there.
+        seconds: from the start of the calibration until it was found.
+    """
+
+    weight: float
+    coefficients: F64
+    losses: Losses
+    seconds: float
+
+
 def level_of(
     gene: Path, aligned: Path, harmful: tuple[str, ...], refusals: tuple[str, ...]
 ) -> Level:
@@ -61,25 +77,26 @@ def level_of(
     return Level(losses.refused, losses.greedy)
 
 
-def reach(objective: Valued, minimum: Callable[[float, F64 | None], F64], level: Level) -> F64:
+def reach(objective: Valued, minimum: Callable[[float, F64 | None], Weighed], level: Level) -> F64:
     """Coefficients (L,) that reach a level; those of the smallest weight where none does.
 
     Args:
         objective: of the target.
-        minimum: (weight, (L,) the last minimum or None) -> (L,), where J with this weight is least.
+        minimum: (weight, (L,) the last minimum or None) -> where J with this weight is least.
         level: to reach.
     """
-    below, found = None, minimum(WEIGHTS[0], None)
+    last, least = None, minimum(WEIGHTS[0], None)
     for weight in WEIGHTS[1:]:
-        if level.reached(objective.value(found)):
+        if level.reached(least.losses):
             break
-        below, found = found, minimum(weight, found)
-    if below is None or not level.reached(objective.value(found)):
-        return found
+        last, least = least, minimum(weight, least.coefficients)
+    if last is None or not level.reached(least.losses):
+        return least.coefficients
+    below, above = last.coefficients, least.coefficients
     for _ in range(BISECTIONS):
-        middle = (below + found) / 2
+        middle = (below + above) / 2
         if level.reached(objective.value(middle)):
-            found = middle
+            above = middle
         else:
             below = middle
-    return found
+    return above
