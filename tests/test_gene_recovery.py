@@ -190,12 +190,23 @@ def figures(refused: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_a_target_has_one_mark_whatever_order_its_figures_were_made_in(run: Any) -> None:
+    rows = {"model t": 0.1, "model u": 0.2, "t gene": 0.3, "u gene": 0.4}
+    one = {key: figures(refused) for key, refused in rows.items()}
+    drawn = run.report.picture([one, dict(reversed(one.items()))])
+    for target, mark in (("t", "circle"), ("u", "rect")):
+        found = [line for line in drawn.splitlines() if f"<title>{target} + gene:" in line]
+        assert [line.startswith(f"<g><{mark} ") for line in found] == [True, True]
+
+
 def test_published_rows_stay_until_they_are_measured_again(run: Any, tmp_path: Path) -> None:
     models = {f"model {name}": figures(0.5) for name in ("base", "aligned", "t")}
     assert run.report.targets({**models, "t direct": figures(0.5)}) == ["t"]
     here, out = tmp_path / "work" / "full-seed-0", tmp_path / "out"
     here.mkdir(parents=True)
     out.mkdir()
+    page = f"# Title\n{run.report.START}\nold\n{run.report.END}\nThe end.\n"
+    (out / "README.md").write_text(page)
     (here / "results.json").write_text(json.dumps({**models, "t gene": figures(0.25)}))
     run.report.publish(here.parent, out)
     (here / "results.json").write_text(
@@ -208,6 +219,14 @@ def test_published_rows_stay_until_they_are_measured_again(run: Any, tmp_path: P
     assert "| t + gene | 75.0 |" in table
     assert "| t + uniform | 50.0 |" in table
     assert "| t + direct | 12.5 |" in table
+    (here / "results.json").write_text(json.dumps({**models, "t gene as aligned": figures(0.625)}))
+    run.report.publish(here.parent, out)
+    page = (out / "README.md").read_text()
+    assert "\n| t | 50.0, 50.0, 62.5 | " in page
+    assert page.startswith("# Title\n")
+    assert page.endswith("\nThe end.\n")
+    assert "old" not in page
+    table = (out / "results.md").read_text()
     unfinished = tmp_path / "work" / "full-seed-1"
     unfinished.mkdir()
     (unfinished / "results.json").write_text(json.dumps(models))
@@ -220,18 +239,17 @@ def test_published_rows_stay_until_they_are_measured_again(run: Any, tmp_path: P
     assert (out / "results.md").read_text() == table
 
 
-def test_both_published_tables_are_of_the_same_models_and_genes() -> None:
-    def rows(name: str) -> dict[str, list[str]]:
-        first = (FOLDER / name).read_text().split("\n\n")[1].splitlines()
-        cells = [line.removeprefix("| ").split(" | ") for line in first[2:]]
-        return {name: figures for name, *figures in cells}
-
-    whole, layers = rows("results.md"), rows("layers.md")
-    both = whole.keys() & layers.keys()
-    models = {f"*{name}*" for name in ("base", "aligned", "steps", "sums", "concierge", "obedient")}
-    assert both == models | {f"{name} + gene" for name in ("sums", "concierge", "obedient")}
-    for name in both:
-        assert layers[name][:8] == whole[name][:8], name  # all but the seconds
+def test_what_is_published_is_made_of_the_published_figures(run: Any) -> None:
+    runs = run.report.read((FOLDER / run.report.FIGURES).glob("*.json"))
+    assert len(runs) >= 3
+    rows = [f"{target} {method}" for target in run.FULL.targets for method in run.methods.METHODS]
+    assert not [row for one in runs for row in rows if row not in one]
+    assert (FOLDER / "results.md").read_text() == run.report.table(runs)
+    assert (FOLDER / "results.svg").read_text() == run.report.picture(runs)
+    assert (
+        f"{run.report.START}\n{run.report.summary(runs)}{run.report.END}"
+        in (FOLDER / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(("dies", "enough"), [(("step", 11), 20), (("question", 10), 10)])

@@ -27,9 +27,11 @@ from safegene_converter.gene.evaluate import Scored, evaluate, evaluate_model, o
 from safegene_converter.gene.extract import extract
 from safegene_converter.gene.folder import Expression, add_expression, keep_layers
 from safegene_converter.gene.model import Example, GeneModel, load_gene
+from safegene_converter.gene.objective import Objective, common_factor
 from safegene_converter.gene.optimise import Settings
 from safegene_converter.gene.rebuild import gguf_rebuild
 from safegene_converter.gene.select import select
+from safegene_converter.gene.shots import shots_of
 from safegene_converter.hf_to_gguf import convert_hf
 from safegene_converter.recorder import greedy_replies, load_model, record, stop_ids_of
 from safegene_converter.to_gguf import convert
@@ -45,8 +47,8 @@ BUDGET = 0.01
 MORE_SHOTS = "gene, more shots"
 """The row of the hard case, calibrated with three times as many shots."""
 GENES = {
-    "gene": "gene-all", "gene as aligned": "gene-all", "uniform": "gene-all",
-    "random layers": "gene-all", "all layers": "gene-thin", "direct": "direct-all",
+    "gene": "gene-all", "gene as aligned": "gene-all", "random layers": "gene-all",
+    "one factor": "gene-all", "uniform": "gene-all", "all layers": "gene-thin", "direct": "direct-all",
 }  # fmt: skip
 """What each method's layers are chosen from."""
 CANDIDATES = ("steps", "concierge")
@@ -383,6 +385,21 @@ def _weight_one(lab: Lab, target: str) -> dict[str, Any]:
     }
 
 
+def _one_factor(lab: Lab, target: str) -> dict[str, Any]:
+    """One coefficient for all layers, the best of a few: what a coefficient per layer starts from."""
+    started = time.monotonic()
+    gene, expression = lab.work / "gene", f"{target}-one-factor"
+    shots = shots_of(lab.few("shots", target), target, lab.splits.test)
+    loaded = load_gene(gene, lab.work / target)
+    objective = Objective(loaded, shots, refusals=REFUSALS, progress=lab.tell)
+    factor = common_factor(objective, len(loaded.layers), Settings().bounds)
+    stored = Expression(dict.fromkeys(loaded.layers, factor), target, shots.count)
+    add_expression(gene, expression, stored, force=True)
+    seconds = time.monotonic() - started
+    found = _with_gene(lab, target, "gene", expression)
+    return {**found, "seconds": seconds, "factor": factor}
+
+
 def _random_layers(lab: Lab, target: str) -> dict[str, Any]:
     """As many layers as were selected, drawn by lot."""
     folder = lab.work / "gene-random"
@@ -427,6 +444,7 @@ METHODS: dict[str, Callable[[Lab, str], dict[str, Any]]] = {
     "gene as aligned": _calibrated("gene", as_aligned=True),
     "gene": _weight_one,
     "all layers": _calibrated("gene-thin"),
+    "one factor": _one_factor,
     "uniform": lambda lab, target: _with_gene(lab, target, "gene", "default"),
     "re-aligned": _realigned,
     "safe lora": _safe_lora,

@@ -15,10 +15,14 @@ from safegene_runtime.files import publish_file
 
 FIGURES = "figures"
 """Where published figures lie, a file per seed: a later run adds its rows to them."""
+MAIN = "gene as aligned"
+"""The row that the summary is of."""
+START, END = "<!-- summary: run.py --publish -->", "<!-- end of summary -->"
+"""Between them lies the summary in the page."""
 COLOURS = {
     "gene": "#0b6e4f", "gene as aligned": "#1b9e9e", "gene, more shots": "#7fc97f",
-    "all layers": "#2f6fbb", "uniform": "#8a8a8a", "re-aligned": "#7a3e9d", "safe lora": "#b3261e",
-    "random layers": "#c98a00", "direct": "#5c4033",
+    "all layers": "#2f6fbb", "random layers": "#c98a00", "one factor": "#c2a5cf", "uniform": "#8a8a8a",
+    "direct": "#5c4033", "re-aligned": "#7a3e9d", "safe lora": "#b3261e",
 }  # fmt: skip
 WIDTH, HEIGHT, EDGE, LEGEND = 720, 420, 60, 150
 
@@ -26,7 +30,7 @@ WIDTH, HEIGHT, EDGE, LEGEND = 720, 420, 60, 150
 def write(folder: Path, work: Path, results: dict[str, Any]) -> None:
     """Writes this run's table, then table and picture over all seeds beside it; prints the table."""
     kind = work.name.rsplit("-seed-", 1)[0]
-    runs = [run for run in _read(folder.glob(f"{kind}-seed-*/results.json")) if targets(run)]
+    runs = [run for run in read(folder.glob(f"{kind}-seed-*/results.json")) if targets(run)]
     (work / "table.md").write_text(table([results]))
     text = table(runs)
     (folder / f"{kind}.md").write_text(text)
@@ -60,12 +64,16 @@ def publish(folder: Path, out: Path) -> None:
     problems.raise_if_any(GeneError)
     for place, figures in merged.items():
         publish_file(place, strictjson.dumps(figures))
-    runs = _read(kept.glob("*.json"))
+    runs = read(kept.glob("*.json"))
     publish_file(out / "results.md", table(runs).encode())
     publish_file(out / "results.svg", picture(runs).encode())
+    page = out / "README.md"
+    before, _, rest = page.read_text().partition(START)
+    after = rest.partition(END)[2]
+    publish_file(page, f"{before}{START}\n{summary(runs)}{END}{after}".encode())
 
 
-def _read(paths: Iterable[Path]) -> list[dict[str, Any]]:
+def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """The figures of runs, in the order of their files."""
     return [json.loads(path.read_text()) for path in sorted(paths)]
 
@@ -107,6 +115,34 @@ def table(runs: list[dict[str, Any]]) -> str:
                 found = [run[key] for run in have]
                 lines.append(_row(f"{target} + {method}{fewer}", found, recovered, worse))
     return "\n".join([*lines, "", *_pairs(runs), *_artifacts(runs)]) + "\n"
+
+
+def summary(runs: list[dict[str, Any]]) -> str:
+    """Markdown: what the gene wins back on each target, and what that costs; the mean over runs."""
+    lines = [
+        "| fine-tune | harmful refused: aligned, fine-tuned, with the gene | recovery % (by seed) "
+        "| plain benign refused: aligned, with the gene | borderline: aligned, with the gene | task loss % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for target in targets(runs[0]):
+        have = [run for run in runs if f"{target} {MAIN}" in run]
+        if not have:
+            continue
+        gene, tuned = f"{target} {MAIN}", f"model {target}"
+        recovered = [recovery(run, target, MAIN) for run in have]
+        by_seed = ", ".join("none lost" if one is None else f"{100 * one:.0f}" for one in recovered)
+        worse = [run[gene]["task_loss"] / run[tuned]["task_loss"] - 1 for run in have]
+        lines.append(
+            f"| {target} | {_rates(have, 'harmful_refused', 'model aligned', tuned, gene)} "
+            f"| {_cell(recovered, 100, 0)} ({by_seed}) "
+            f"| {_rates(have, 'benign_refused', 'model aligned', gene)} "
+            f"| {_rates(have, 'borderline_refused', 'model aligned', gene)} | {_cell(worse, 100, 1)} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def _rates(runs: list[dict[str, Any]], name: str, *keys: str) -> str:
+    return ", ".join(f"{100 * mean(run[key][name] for run in runs):.1f}" for key in keys)
 
 
 def _pairs(runs: list[dict[str, Any]]) -> list[str]:
@@ -193,8 +229,9 @@ def picture(runs: list[dict[str, Any]]) -> str:
     The first target is drawn as circles, the second as squares, the others as diamonds.
     """
     points = []
+    names = targets(runs[0]) if runs else []
     for run in runs:
-        for index, target in enumerate(targets(run)):
+        for index, target in enumerate(names):
             for method in COLOURS:
                 found = run.get(f"{target} {method}")
                 if found and found["benign_kl"]:
@@ -230,7 +267,7 @@ def picture(runs: list[dict[str, Any]]) -> str:
         parts.append(f"<g>{mark}<title>{target} + {method}: {refused:.0%}, KL {kl:.3f}</title></g>")
     legend = [(method, colour, 0) for method, colour in COLOURS.items()
               if any(point[2] == method for point in points)]  # fmt: skip
-    legend += [(name, "#444444", i) for i, name in enumerate(targets(runs[0]) if runs else [])]
+    legend += [(name, "#444444", i) for i, name in enumerate(names)]
     for row, (name, colour, index) in enumerate(legend):
         x, y = WIDTH - LEGEND, EDGE / 2 + 18 * row
         parts += [_mark(x, y, colour, index), f'<text x="{x + 12}" y="{y + 4}">{name}</text>']
