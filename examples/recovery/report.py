@@ -88,6 +88,12 @@ def recovery(run: dict[str, Any], target: str, method: str) -> float | None:
     return (got - degraded) / (aligned - degraded)
 
 
+def task_change(run: dict[str, Any], target: str, method: str) -> float:
+    """How much worse the task is done: gene / degraded - 1, of task losses."""
+    changed: float = run[f"{target} {method}"]["task_loss"] / run[f"model {target}"]["task_loss"]
+    return changed - 1
+
+
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown; mean and spread over runs."""
     lines = [
@@ -108,9 +114,7 @@ def table(runs: list[dict[str, Any]]) -> str:
             have = [run for run in runs if key in run]
             if have:
                 recovered = [recovery(run, target, method) for run in have]
-                worse = [
-                    run[key]["task_loss"] / run[f"model {target}"]["task_loss"] - 1 for run in have
-                ]
+                worse = [task_change(run, target, method) for run in have]
                 fewer = "" if len(have) == len(runs) else f" ({len(have)} of {len(runs)} seeds)"
                 found = [run[key] for run in have]
                 lines.append(_row(f"{target} + {method}{fewer}", found, recovered, worse))
@@ -128,12 +132,12 @@ def summary(runs: list[dict[str, Any]]) -> str:
         have = [run for run in runs if f"{target} {MAIN}" in run]
         if not have:
             continue
-        gene, tuned = f"{target} {MAIN}", f"model {target}"
+        gene = f"{target} {MAIN}"
         recovered = [recovery(run, target, MAIN) for run in have]
         by_seed = ", ".join("none lost" if one is None else f"{100 * one:.0f}" for one in recovered)
-        worse = [run[gene]["task_loss"] / run[tuned]["task_loss"] - 1 for run in have]
+        worse = [task_change(run, target, MAIN) for run in have]
         lines.append(
-            f"| {target} | {_rates(have, 'harmful_refused', 'model aligned', tuned, gene)} "
+            f"| {target} | {_rates(have, 'harmful_refused', 'model aligned', f'model {target}', gene)} "
             f"| {_cell(recovered, 100, 0)} ({by_seed}) "
             f"| {_rates(have, 'benign_refused', 'model aligned', gene)} "
             f"| {_rates(have, 'borderline_refused', 'model aligned', gene)} | {_cell(worse, 100, 1)} |"
