@@ -142,6 +142,12 @@ def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
     assert stored() == expressions  # the first part of the longer way is all of the shorter one
     rates = ("harmful_refused", "benign_kl", "task_loss", "before")
     assert [results["obedient gene"][name] for name in rates] == [alone[name] for name in rates]
+    went_on = results["obedient gene as aligned"]
+    first = went_on["minima"][0]
+    further = {**first, "coefficients": dict.fromkeys(first["coefficients"], 2.0)}
+    lab.note("obedient gene as aligned", {**went_on, "minima": [first, further]})
+    run.methods._weight_one(lab, "obedient")
+    assert stored() == expressions
     assert expressions["obedient-as-aligned"]["n_shots"] == 4 + 4
     assert expressions["obedient-as-aligned-more"]["n_shots"] == 3 * (4 + 4)
     assert (tmp_path / "tiny.svg").read_text().startswith("<svg")
