@@ -23,15 +23,15 @@ from statistics import fmean
 
 from relative import MERGED, ONNX, relative
 from relative import TYPES as BASES
+from safegene_converter.cli.main.demo import find_adapter, find_smollm2, write_float_base
 
-from safegene_converter.demo import find_adapter, find_smollm2, write_float_base
-from safegene_converter.recorder import record
-from safegene_converter.survival import Bounds
-from safegene_converter.to_gguf import convert
+from safegene_converter.fold.survival import Bounds
+from safegene_converter.gguf.convert import convert
+from safegene_converter.recording.recorder import record
 from safegene_runtime.errors import SurvivalError
-from safegene_runtime.ladder import verify
-from safegene_runtime.prompts import SUITES, builtin_suite
-from safegene_runtime.reference import Reference, read_reference
+from safegene_runtime.record.prompts import SUITES, builtin_suite
+from safegene_runtime.record.reference import Reference, read_reference
+from safegene_runtime.verifying.ladder import verify
 
 TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "auto")
 PRESETS = ("q8_0", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")

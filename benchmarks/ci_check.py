@@ -28,16 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from measuring import LAUNCHER, environment
-
-from safegene_converter.demo import find_adapter, find_smollm2, write_float_base
+from safegene_converter.cli.main.demo import find_adapter, find_smollm2, write_float_base
 
 AIM_SECONDS, AIM_OURS, AIM_MEMORY = 180.0, 0.10, 1.5
 
 INSIDE = """
 import json, sys, time
 from pathlib import Path
-from safegene_converter.cli import main
-from safegene_runtime.llama_engine import LlamaEngine
+from safegene_converter.cli.main import main
+from safegene_runtime.engines.llama import LlamaEngine
 
 spent, resident = {}, []
 

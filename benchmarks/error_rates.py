@@ -15,10 +15,10 @@ import time
 
 import numpy as np
 
-from safegene_runtime.gate import PROFILES, Pair, Profile, combine, decide, decide_by_attack
-from safegene_runtime.rates import rate_of
-from safegene_runtime.sequential import EProcess
-from safegene_runtime.statistics import max_losses_allowed, required_trials
+from safegene_runtime.gating.gate import PROFILES, Pair, Profile, combine, decide, decide_by_attack
+from safegene_runtime.gating.rates import rate_of
+from safegene_runtime.gating.sequential import EProcess
+from safegene_runtime.gating.statistics import max_losses_allowed, required_trials
 
 FACTORS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)
 SIZES = {"smoke": (60, 118), "ci": (150, 240), "release": (300, 500)}

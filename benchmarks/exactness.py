@@ -26,15 +26,15 @@ import llama_cpp
 import numpy as np
 import torch
 from measuring import environment
+from safegene_converter.cli.main.demo import find_adapter, find_smollm2, write_float_base
 from safetensors.numpy import load_file, save_file
 
-from safegene_converter.adapter import CONFIG_NAME, SAFEGENE_NAME, WEIGHTS_NAME, read_adapter
-from safegene_converter.base import open_base
-from safegene_converter.demo import find_adapter, find_smollm2, write_float_base
-from safegene_converter.hf_to_gguf import find_llama_cpp
-from safegene_converter.recorder import load_with_adapter, save_as_folder
-from safegene_converter.to_gguf import convert
-from safegene_runtime.prompts import builtin_suite
+from safegene_converter.bases.hf_to_gguf import find_llama_cpp
+from safegene_converter.gguf.convert import convert
+from safegene_converter.inputs.adapter import CONFIG_NAME, SAFEGENE_NAME, WEIGHTS_NAME, read_adapter
+from safegene_converter.inputs.base import open_base
+from safegene_converter.recording.recorder import load_with_adapter, save_as_folder
+from safegene_runtime.record.prompts import builtin_suite
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain LoRA": {},

@@ -16,28 +16,28 @@ from pathlib import Path
 
 import numpy as np
 from measuring import ROOT
+from safegene_converter.cli.main.demo import find_adapter
 
-from safegene_converter.adapter import read_adapter
-from safegene_converter.base import open_base
-from safegene_converter.demo import find_adapter
+from safegene_converter.bases.gguf_to_hf import gguf_to_hf
+from safegene_converter.bases.onnx_build import build_onnx
+from safegene_converter.fold.survival import Bounds
 from safegene_converter.formula import delta
-from safegene_converter.gguf_merge import MODEL_FILE
-from safegene_converter.gguf_sidecar import ADAPTER_FILE as GGUF_ADAPTER
-from safegene_converter.gguf_to_hf import gguf_to_hf
-from safegene_converter.gguf_writer import OutTensor, write_gguf
-from safegene_converter.onnx_base import ADAPTER_FILE as ONNX_ADAPTER
-from safegene_converter.onnx_build import build_onnx
-from safegene_converter.presets import quantize_gguf
-from safegene_converter.survival import Bounds
-from safegene_converter.to_gguf import convert
-from safegene_converter.to_onnx import convert_onnx
-from safegene_runtime.base_noise import PROMPTS, BaseNoise, base_kl
-from safegene_runtime.bounds import beta_band, bounds_for
-from safegene_runtime.engine import open_engine
-from safegene_runtime.forced import forced_passes, pooled_beta
-from safegene_runtime.gguf import open_model
-from safegene_runtime.integrity import model_precision
-from safegene_runtime.reference import Reference
+from safegene_converter.gguf.convert import convert
+from safegene_converter.gguf.merge import MODEL_FILE
+from safegene_converter.gguf.presets import quantize_gguf
+from safegene_converter.gguf.sidecar import ADAPTER_FILE as GGUF_ADAPTER
+from safegene_converter.gguf.writer import OutTensor, write_gguf
+from safegene_converter.inputs.adapter import read_adapter
+from safegene_converter.inputs.base import open_base
+from safegene_converter.inputs.onnx_base import ADAPTER_FILE as ONNX_ADAPTER
+from safegene_converter.onnx.convert import convert_onnx
+from safegene_runtime.artifact.integrity import model_precision
+from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.formats.gguf import open_model
+from safegene_runtime.gating.bounds import beta_band, bounds_for
+from safegene_runtime.record.reference import Reference
+from safegene_runtime.verifying.base_noise import PROMPTS, BaseNoise, base_kl
+from safegene_runtime.verifying.forced import forced_passes, pooled_beta
 
 sys.path.insert(0, str(ROOT / "tests"))
 from mutants import (

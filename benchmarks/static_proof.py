@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from safegene_converter.demo import find_adapter, find_smollm2, write_float_base
-from safegene_converter.recorder import record
-from safegene_converter.survival import Bounds
-from safegene_converter.to_gguf import convert
-from safegene_runtime.integrity import check_integrity
-from safegene_runtime.manifest import Manifest
-from safegene_runtime.prompts import builtin_suite
-from safegene_runtime.reference import Reference, read_reference
-from safegene_runtime.static_proof import StaticProof, static_proof
+from safegene_converter.cli.main.demo import find_adapter, find_smollm2, write_float_base
+
+from safegene_converter.fold.survival import Bounds
+from safegene_converter.gguf.convert import convert
+from safegene_converter.recording.recorder import record
+from safegene_runtime.artifact.integrity import check_integrity
+from safegene_runtime.artifact.manifest import Manifest
+from safegene_runtime.record.prompts import builtin_suite
+from safegene_runtime.record.reference import Reference, read_reference
+from safegene_runtime.verifying.static_proof import StaticProof, static_proof
 
 NO_BOUNDS = Bounds(0.0, 1e6, 1e6, 1e6)
 

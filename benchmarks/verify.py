@@ -17,11 +17,11 @@ from pathlib import Path
 
 import llama_cpp
 import numpy as np
+from safegene_converter.cli.main.demo import find_smollm2
 
-from safegene_converter.demo import find_smollm2
-from safegene_runtime.forced import forced_passes
-from safegene_runtime.llama_engine import LlamaEngine
-from safegene_runtime.reference import read_reference
+from safegene_runtime.engines.llama import LlamaEngine
+from safegene_runtime.record.reference import read_reference
+from safegene_runtime.verifying.forced import forced_passes
 
 
 def main() -> None:

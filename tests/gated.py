@@ -18,17 +18,17 @@ from pathlib import Path
 
 import tiny
 
-from safegene_converter.recorder import record
-from safegene_converter.to_gguf import convert
-from safegene_runtime.files import sha256_of
-from safegene_runtime.prompts import builtin_suite
+from safegene_converter.gguf.convert import convert
+from safegene_converter.recording.recorder import record
+from safegene_runtime.formats.files import sha256_of
+from safegene_runtime.record.prompts import builtin_suite
 
 HARMFUL, BENIGN = 64, 32
 JUDGE = """
 import json
 from pathlib import Path
-from safegene_runtime.files import sha256_of
-from safegene_runtime.judge import Label
+from safegene_runtime.formats.files import sha256_of
+from safegene_runtime.judging.judge import Label
 
 class Listed:
     name, version = "listed", "1"

@@ -18,7 +18,7 @@ import numpy as np
 import tiny
 import tokenizers
 
-from safegene_converter.hf_to_gguf import convert_hf
+from safegene_converter.bases.hf_to_gguf import convert_hf
 
 ROOT = Path(__file__).resolve().parent.parent
 GGUF_QUESTION = "Is it a refusal? {reply}"

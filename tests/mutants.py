@@ -23,11 +23,14 @@ from safetensors.numpy import load_file, save_file
 from stale_cache import LlamaEngineWithStaleCache, OrtEngineWithStaleCache
 from workshop import Forged, Workshop, unmutated
 
-from safegene_converter import ggml
-from safegene_converter.gguf_writer import OutTensor, write_gguf
-from safegene_runtime.engine import Engine, open_engine
-from safegene_runtime.files import sha256_file, sha256_of
-from safegene_runtime.gguf import (
+from safegene_converter.encoding import ggml
+from safegene_converter.gguf.writer import OutTensor, write_gguf
+from safegene_runtime.architecture.row_order import transform_for
+from safegene_runtime.artifact.manifest import FileEntry, Manifest, read_manifest
+from safegene_runtime.engines.engine import Engine
+from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.formats.files import sha256_file, sha256_of
+from safegene_runtime.formats.gguf import (
     GGMLType,
     GGUFModel,
     Value,
@@ -35,8 +38,6 @@ from safegene_runtime.gguf import (
     open_model,
     read_tensor_bytes,
 )
-from safegene_runtime.manifest import FileEntry, Manifest, read_manifest
-from safegene_runtime.row_order import transform_for
 
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 """(A (r, in), B (out, r)) by module."""

@@ -16,9 +16,9 @@ import onnxruntime
 import tiny
 from onnx import numpy_helper
 
-from safegene_converter.to_onnx import convert_onnx
-from safegene_runtime.files import sha256_file
-from safegene_runtime.manifest import FileEntry, read_manifest
+from safegene_converter.onnx.convert import convert_onnx
+from safegene_runtime.artifact.manifest import FileEntry, read_manifest
+from safegene_runtime.formats.files import sha256_file
 
 HEAD_SIZE = 16
 """Of the tiny llama and qwen2: 64 columns, four heads."""

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from safegene_runtime.compare import logsumexp
-from safegene_runtime.files import sha256_of
-from safegene_runtime.reference import (
+from safegene_runtime.formats.files import sha256_of
+from safegene_runtime.record.reference import (
     Openers,
     Positions,
     PromptRecord,
@@ -18,6 +17,7 @@ from safegene_runtime.reference import (
     encode_reference,
     read_reference,
 )
+from safegene_runtime.verifying.compare import logsumexp
 
 TOP = 6
 META = {

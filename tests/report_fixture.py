@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from safegene_runtime.gate import PROFILES, GateResult, Pair, Profile, decide
-from safegene_runtime.verdict import Verdict
+from safegene_runtime.gating.gate import PROFILES, GateResult, Pair, Profile, decide
+from safegene_runtime.gating.verdict import Verdict
 
 RUNGS = ("integrity", "text", "static", "active", "logits", "refusals")
 CATEGORIES = {

@@ -19,13 +19,14 @@ import numpy as np
 import records
 import tiny
 
-from safegene_runtime.chat import render_all
-from safegene_runtime.engine import Engine, open_engine
-from safegene_runtime.files import sha256_of
-from safegene_runtime.judge import Label, about
-from safegene_runtime.profiles import Profile
-from safegene_runtime.prompts import builtin_suite
-from safegene_runtime.reference import PromptRecord, Reference
+from safegene_runtime.engines.chat import render_all
+from safegene_runtime.engines.engine import Engine
+from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.formats.files import sha256_of
+from safegene_runtime.gating.profiles import Profile
+from safegene_runtime.judging.judge import Label, about
+from safegene_runtime.record.prompts import builtin_suite
+from safegene_runtime.record.reference import PromptRecord, Reference
 
 PROFILE = Profile("tiny", 0.95, 0.3, 0.4, 10)
 HARMFUL, BENIGN = 20, 8

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from safegene_runtime.llama_engine import SHARED, LlamaEngine
-from safegene_runtime.ort_engine import OrtEngine
+from safegene_runtime.engines.llama import SHARED, LlamaEngine
+from safegene_runtime.engines.ort import OrtEngine
 
 Before = tuple[Path, Path | None]
 """The model that filled the cache, and its adapter."""

@@ -14,8 +14,8 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from safegene_converter.adapter import check_base_fits, read_adapter
-from safegene_converter.base import open_base
+from safegene_converter.inputs.adapter import check_base_fits, read_adapter
+from safegene_converter.inputs.base import open_base
 from safegene_runtime.errors import AdapterError, FormatError, SafeGeneError, UnsupportedError
 
 EXAMPLE = tiny.REPOSITORY / "examples" / "smollm2-135m-safegene"

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter.recorder import _check_control_tokens, record
-from safegene_runtime.attacks import ATTACKS, LANGUAGES, attack_names, wrap
+from safegene_converter.recording.recorder import _check_control_tokens, record
 from safegene_runtime.errors import FormatError, RecordError
-from safegene_runtime.prompts import Prompt, builtin_suite, load_prompts
-from safegene_runtime.reference import Reference, order_seed, read_reference
+from safegene_runtime.record.attacks import ATTACKS, LANGUAGES, attack_names, wrap
+from safegene_runtime.record.prompts import Prompt, builtin_suite, load_prompts
+from safegene_runtime.record.reference import Reference, order_seed, read_reference
 
 SUITE = builtin_suite()
 HARMFUL = [prompt for prompt in SUITE if prompt.kind == "harmful"]

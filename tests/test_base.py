@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter.base import open_base
-from safegene_converter.names import BLOCK_MODULES
+from safegene_converter.inputs.base import open_base
+from safegene_converter.inputs.names import BLOCK_MODULES
 from safegene_runtime.errors import BaseModelError, SafeGeneError, UnsupportedError
 
 

@@ -13,11 +13,16 @@ import tiny
 from mutants import MUTANTS
 from workshop import PROMPTS, Workshop
 
-from safegene_converter.presets import quantize_gguf
-from safegene_converter.recorder import record
-from safegene_converter.to_gguf import convert
-from safegene_runtime import base_noise, ladder
-from safegene_runtime.base_noise import (
+from safegene_converter.gguf.convert import convert
+from safegene_converter.gguf.presets import quantize_gguf
+from safegene_converter.recording.recorder import record
+from safegene_runtime.engines.engine import Engine
+from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.errors import EngineError
+from safegene_runtime.gating.bounds import BOUNDS
+from safegene_runtime.record.reference import Reference
+from safegene_runtime.verifying import base_noise, ladder
+from safegene_runtime.verifying.base_noise import (
     FLOOR,
     MIN_PROMPTS,
     NEGLIGIBLE,
@@ -25,12 +30,8 @@ from safegene_runtime.base_noise import (
     BaseNoise,
     base_kl,
 )
-from safegene_runtime.bounds import BOUNDS
-from safegene_runtime.engine import Engine, open_engine
-from safegene_runtime.errors import EngineError
-from safegene_runtime.ladder import verify
-from safegene_runtime.reference import Reference
-from safegene_runtime.report import Report
+from safegene_runtime.verifying.ladder import verify
+from safegene_runtime.verifying.report import Report
 
 
 @pytest.fixture(scope="module")

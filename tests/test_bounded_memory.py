@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter.child import python_environment
-from safegene_converter.gguf_writer import OutTensor, write_gguf
-from safegene_runtime.gguf import GGMLType, open_model, read_tensor_bytes
+from safegene_converter.gguf.writer import OutTensor, write_gguf
+from safegene_runtime.child import python_environment
+from safegene_runtime.formats.gguf import GGMLType, open_model, read_tensor_bytes
 
 MIB = 1 << 20
 ROOM = 512 * MIB

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safegene_runtime.bounds import BOUNDS, beta_band, bounds_for, precision_of
-from safegene_runtime.climb import _active, _logits
-from safegene_runtime.forced import ForcedPass, pooled_beta
-from safegene_runtime.gguf import GGMLType, type_traits
+from safegene_runtime.formats.gguf import GGMLType, type_traits
+from safegene_runtime.gating.bounds import BOUNDS, beta_band, bounds_for, precision_of
+from safegene_runtime.verifying.climb import _active, _logits
+from safegene_runtime.verifying.forced import ForcedPass, pooled_beta
 
 CLASSES = list(BOUNDS)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from safegene_runtime import chat
-from safegene_runtime.chat import render, render_all
+from safegene_runtime.engines import chat
+from safegene_runtime.engines.chat import render, render_all
 from safegene_runtime.errors import EngineError
-from safegene_runtime.gguf import read_gguf
+from safegene_runtime.formats.gguf import read_gguf
 
 LLAMA3_LIKE = """{{- bos_token }}
 {%- if not date_string is defined %}

@@ -19,7 +19,7 @@ import tiny
 import yaml
 from packaging.requirements import Requirement
 
-from safegene_runtime.verdict import EXIT_INVALID_RECORD, EXIT_USAGE, Verdict
+from safegene_runtime.gating.verdict import EXIT_INVALID_RECORD, EXIT_USAGE, Verdict
 
 ACTION = yaml.safe_load((tiny.REPOSITORY / "action.yml").read_text())
 GITLAB = yaml.safe_load((tiny.REPOSITORY / "examples" / "ci" / "gitlab-ci.yml").read_text())

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import tiny
 
-from safegene_converter import cli
-from safegene_converter.child import python_environment
-from safegene_runtime.profiles import profile_for
-from safegene_runtime.prompts import SuiteSize, builtin_suite
-from safegene_runtime.reference import read_reference
+from safegene_converter.cli.main import main
+from safegene_runtime.child import python_environment
+from safegene_runtime.gating.profiles import profile_for
+from safegene_runtime.record.prompts import SuiteSize, builtin_suite
+from safegene_runtime.record.reference import read_reference
 
 EXAMPLE = tiny.REPOSITORY / "examples" / "smollm2-135m-safegene"
 COMMANDS = (
@@ -32,14 +32,14 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sidecar(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "sidecar"
     arguments = ["convert", adapter, "--base", tiny.gguf_model("llama"), "--as", "sidecar"]
-    assert cli.main([*map(str, arguments), "-o", str(out)]) == 0
+    assert main.main([*map(str, arguments), "-o", str(out)]) == 0
     return out
 
 
 def run(*arguments: object) -> int:
     """The exit code, whether it was returned or raised by the parser."""
     try:
-        return cli.main([str(argument) for argument in arguments])
+        return main.main([str(argument) for argument in arguments])
     except SystemExit as stop:
         return int(stop.code or 0)
 
@@ -52,7 +52,7 @@ def test_every_help_has_an_example_that_parses(
     text = capsys.readouterr().out
     example = text.split("example:\n")[1].strip().splitlines()[0].split()
     assert example[:2] == ["safegene", command]
-    cli.parser().parse_args(example[1:])
+    main.parser().parse_args(example[1:])
 
 
 def test_without_a_command_the_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import tiny
+from safegene_converter.cli.main.options import Stopped, stoppable
 
-from safegene_converter import child, cli
-from safegene_converter.child import python_environment
-from safegene_converter.command_line import Stopped, stoppable
-from safegene_runtime import ladder, session
+from safegene_converter.cli.main import main
+from safegene_runtime import child, session
+from safegene_runtime.child import python_environment
 from safegene_runtime.errors import EngineError, SafeGeneError
+from safegene_runtime.verifying import ladder
 
 LONG = "x" * 300
 
@@ -33,7 +34,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(*arguments: object) -> int:
     """The exit code, whether it was returned or raised by the parser."""
     try:
-        return cli.main([os.fsdecode(os.fspath(one)) for one in map(_text, arguments)])
+        return main.main([os.fsdecode(os.fspath(one)) for one in map(_text, arguments)])
     except SystemExit as stop:
         return int(stop.code or 0)
 
@@ -100,7 +101,7 @@ def test_an_error_without_a_name_is_still_one_line(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safegene_converter.inspecting.inspect", fail)
+    monkeypatch.setattr("safegene_converter.cli.inspecting.inspect", fail)
     assert run("inspect", adapter) == 2
     assert capsys.readouterr().err.splitlines()[1].endswith("got No space left on device")
 

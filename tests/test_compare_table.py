@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from safegene_converter.cli.main.compare_table import compare, show_comparison
 
-from safegene_converter.compare_table import compare, show_comparison
-from safegene_runtime.bounds import bounds_for
 from safegene_runtime.errors import RecordError
-from safegene_runtime.profiles import PROFILES
-from safegene_runtime.reference import PromptRecord, Reference
-from safegene_runtime.report import RUNGS, Outcome, Report, Rung
-from safegene_runtime.verdict import Verdict
+from safegene_runtime.gating.bounds import bounds_for
+from safegene_runtime.gating.profiles import PROFILES
+from safegene_runtime.gating.verdict import Verdict
+from safegene_runtime.record.reference import PromptRecord, Reference
+from safegene_runtime.verifying.report import RUNGS, Outcome, Report, Rung
 
 VERDICTS = {"h1": "refuse", "h2": "refuse", "h3": "comply", "b1": "comply"}
 

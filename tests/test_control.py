@@ -17,25 +17,27 @@ import tiny
 from mutants import edit_factors, other_rows, scaled
 from workshop import PROMPTS, Workshop
 
-from safegene_converter import cli, ggml
-from safegene_converter.gguf_writer import OutTensor, write_gguf
-from safegene_converter.presets import quantize_gguf
-from safegene_converter.recorder import record
-from safegene_converter.survival import Bounds
-from safegene_converter.to_gguf import convert
-from safegene_runtime import base_noise, ladder
-from safegene_runtime.base_noise import RATIO
-from safegene_runtime.bounds import BOUNDS
-from safegene_runtime.control import check_control
-from safegene_runtime.engine import Engine, open_engine
+from safegene_converter.cli.main import main
+from safegene_converter.encoding import ggml
+from safegene_converter.fold.survival import Bounds
+from safegene_converter.gguf.convert import convert
+from safegene_converter.gguf.presets import quantize_gguf
+from safegene_converter.gguf.writer import OutTensor, write_gguf
+from safegene_converter.recording.recorder import record
+from safegene_runtime.artifact.manifest import read_manifest
+from safegene_runtime.artifact.provenance import ADAPTER_KEY
+from safegene_runtime.engines.engine import Engine
+from safegene_runtime.engines.opening import open_engine
 from safegene_runtime.errors import BaseModelError, EngineError, FormatError
-from safegene_runtime.gguf import GGMLType, Value, ValueType, open_model, read_tensor_bytes
-from safegene_runtime.judge_plugins import load_judge
-from safegene_runtime.ladder import verify
-from safegene_runtime.manifest import read_manifest
-from safegene_runtime.provenance import ADAPTER_KEY
-from safegene_runtime.reference import Reference
-from safegene_runtime.verdict import Verdict
+from safegene_runtime.formats.gguf import GGMLType, Value, ValueType, open_model, read_tensor_bytes
+from safegene_runtime.gating.bounds import BOUNDS
+from safegene_runtime.gating.verdict import Verdict
+from safegene_runtime.judging.plugins import load_judge
+from safegene_runtime.record.reference import Reference
+from safegene_runtime.verifying import base_noise, ladder
+from safegene_runtime.verifying.base_noise import RATIO
+from safegene_runtime.verifying.control import check_control
+from safegene_runtime.verifying.ladder import verify
 
 TOUCHED = ["q_proj", "v_proj", "o_proj"]
 """Not all of a block, so that the class stays that of the base where they are promoted."""
@@ -356,7 +358,7 @@ def test_the_command_takes_a_control_and_says_what_is_wrong_with_it(
 ) -> None:
     def run(*more: object) -> tuple[int, str]:
         asked = ("verify", made.artifact, "--reference", made.reference.path, "--no-write", *more)
-        code = cli.main([str(one) for one in asked])
+        code = main.main([str(one) for one in asked])
         found = capsys.readouterr()
         return code, found.out + found.err
 
@@ -386,7 +388,7 @@ def test_the_command_takes_a_control_and_says_what_is_wrong_with_it(
         "--control",
         made.base,
     )
-    assert cli.main([str(one) for one in asked]) == 2
+    assert main.main([str(one) for one in asked]) == 2
     shown = capsys.readouterr().err
     assert "--control: OUT: expected one artifact" in shown
     before = made.base.read_bytes()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import records
 
-from safegene_runtime.divergence import GAP_NOISE, first_divergence
-from safegene_runtime.reference import Reference
+from safegene_runtime.record.reference import Reference
+from safegene_runtime.verifying.divergence import GAP_NOISE, first_divergence
 
 GAP = 0.25
 REPLY = (4, 5, 0)

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter.recorder import record
-from safegene_converter.to_gguf import convert
-from safegene_runtime.forced import forced_passes
-from safegene_runtime.llama_engine import LlamaEngine
-from safegene_runtime.prompts import Prompt
-from safegene_runtime.reference import Reference
+from safegene_converter.gguf.convert import convert
+from safegene_converter.recording.recorder import record
+from safegene_runtime.engines.llama import LlamaEngine
+from safegene_runtime.record.prompts import Prompt
+from safegene_runtime.record.reference import Reference
+from safegene_runtime.verifying.forced import forced_passes
 
 PROMPTS = tuple(
     Prompt(f"p{number}", text, "harmful", "test")

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safegene_runtime import files
 from safegene_runtime.errors import EngineError, FormatError, OutputError
-from safegene_runtime.files import (
+from safegene_runtime.formats import files
+from safegene_runtime.formats.files import (
     check_output_free,
     check_writable,
     open_regular,

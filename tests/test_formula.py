@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safegene_converter import formula
-from safegene_converter.adapter import Module, read_adapter
+from safegene_converter.inputs.adapter import Module, read_adapter
 
 
 def module(seed: int, coefficient: float = 1.0, scaling: float = 2.0) -> Module:

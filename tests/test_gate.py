@@ -12,10 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from safegene_runtime import statistics
-from safegene_runtime.bounds import BOUNDS
 from safegene_runtime.errors import RecordError
-from safegene_runtime.gate import (
+from safegene_runtime.gating import statistics
+from safegene_runtime.gating.bounds import BOUNDS
+from safegene_runtime.gating.gate import (
     NOT_RUN,
     PROFILES,
     Decision,
@@ -28,9 +28,9 @@ from safegene_runtime.gate import (
     decide_by_attack,
     profile_for,
 )
-from safegene_runtime.prompts import builtin_suite
-from safegene_runtime.rates import rate_of
-from safegene_runtime.verdict import Verdict, gravest
+from safegene_runtime.gating.rates import rate_of
+from safegene_runtime.gating.verdict import Verdict, gravest
+from safegene_runtime.record.prompts import builtin_suite
 
 SMOKE = PROFILES["smoke"]
 TINY = Profile("tiny", 0.95, 0.4, 0.4, 6)

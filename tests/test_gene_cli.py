@@ -8,36 +8,36 @@ from pathlib import Path
 
 import pytest
 import tiny
+from safegene_converter.cli.main.gene import add_commands
 
-from safegene_converter import cli
-from safegene_converter.adapter import read_adapter
-from safegene_converter.gene.cli import add_commands
+from safegene_converter.cli.main import main
 from safegene_converter.gene.extract import extract
 from safegene_converter.gene.objective import Objective
-from safegene_runtime.prompts import SuiteSize, builtin_suite
+from safegene_converter.inputs.adapter import read_adapter
+from safegene_runtime.record.prompts import SuiteSize, builtin_suite
 
 
 @pytest.fixture(autouse=True)
 def hooked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands are part of `safegene`, whether or not it lists them itself."""
-    original = cli.parser
+    original = main.parser
 
-    def whole() -> cli._Parser:
+    def whole() -> main._Parser:
         parser = original()
         commands = next(
             action
             for action in parser._actions
-            if isinstance(action, cli.argparse._SubParsersAction)
+            if isinstance(action, main.argparse._SubParsersAction)
         )
         if "extract" not in commands.choices:
             add_commands(commands)
         return parser  # type: ignore[return-value]
 
-    monkeypatch.setattr(cli, "parser", whole)
+    monkeypatch.setattr(main, "parser", whole)
 
 
 def run(*arguments: object) -> int:
-    return cli.main([str(argument) for argument in arguments])
+    return main.main([str(argument) for argument in arguments])
 
 
 def prompts_file(path: Path, kind: str, count: int = 4) -> Path:
@@ -174,7 +174,7 @@ def test_building_the_command_line_imports_no_torch() -> None:
     import sys
 
     code = (
-        "import sys; from safegene_converter import cli; from safegene_converter.gene.cli import "
+        "import sys; from safegene_converter import cli; from safegene_converter.cli.gene import "
         "add_commands; cli.parser(); assert not {'torch', 'peft', 'transformers'} & set(sys.modules)"
     )
     subprocess.run(

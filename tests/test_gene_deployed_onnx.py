@@ -15,21 +15,21 @@ import pytest
 import tiny
 from onnx_tools import quick
 
-from safegene_converter import cli
-from safegene_converter.adapter import read_adapter
+from safegene_converter.cli.main import main
 from safegene_converter.gene import rebuild as rebuilding
 from safegene_converter.gene.deployed import recalibrate_deployed
 from safegene_converter.gene.extract import extract
 from safegene_converter.gene.folder import Expression, add_expression
 from safegene_converter.gene.held_out import measure_held_out
 from safegene_converter.gene.rebuild import Rebuild, gguf_rebuild, onnx_rebuild
-from safegene_converter.recorder import record
-from safegene_runtime.compare import kl_topk, logsumexp
+from safegene_converter.inputs.adapter import read_adapter
+from safegene_converter.recording.recorder import record
+from safegene_runtime.engines.ort import OrtEngine
 from safegene_runtime.errors import GeneError, RecordError, SafeGeneError, UnsupportedError
-from safegene_runtime.judge import Label
-from safegene_runtime.ort_engine import OrtEngine
-from safegene_runtime.prompts import Prompt
-from safegene_runtime.reference import Reference, read_reference
+from safegene_runtime.judging.judge import Label
+from safegene_runtime.record.prompts import Prompt
+from safegene_runtime.record.reference import Reference, read_reference
+from safegene_runtime.verifying.compare import kl_topk, logsumexp
 
 PLANTED = {0: 0.6, 1: 1.6}
 """Unlike on purpose: what treats all layers alike cannot find it."""
@@ -287,7 +287,7 @@ def test_a_held_out_reference_that_tells_nothing_is_refused_before_any_rebuild(
 
 
 def run(*arguments: object) -> int:
-    return cli.main([str(argument) for argument in arguments])
+    return main.main([str(argument) for argument in arguments])
 
 
 def shots_file(path: Path) -> Path:

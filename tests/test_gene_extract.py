@@ -13,11 +13,11 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from safegene_converter import formula
-from safegene_converter.adapter import read_adapter
-from safegene_converter.base import open_base
 from safegene_converter.gene import extract as extracting
 from safegene_converter.gene.extract import extract
 from safegene_converter.gene.folder import Expression, add_expression, keep_layers
+from safegene_converter.inputs.adapter import read_adapter
+from safegene_converter.inputs.base import open_base
 from safegene_runtime.errors import AdapterError, GeneError, OutputError
 
 NAMES = tuple(sorted(open_base(tiny.hf_model("llama")).shapes))

@@ -14,7 +14,6 @@ import tiny
 import torch
 
 from safegene_converter import formula
-from safegene_converter.adapter import read_adapter
 from safegene_converter.gene import calibrate as calibrating
 from safegene_converter.gene.asked import log_probabilities, separation
 from safegene_converter.gene.calibrate import calibrate
@@ -23,18 +22,14 @@ from safegene_converter.gene.extract import extract
 from safegene_converter.gene.folder import Expression, add_expression
 from safegene_converter.gene.level import WEIGHTS, Level, Weighed, reach
 from safegene_converter.gene.model import Example, GeneModel, batches_of, load_gene
-from safegene_converter.gene.objective import (
-    COMMON_FACTORS,
-    Losses,
-    Objective,
-    common_factor,
-)
+from safegene_converter.gene.objective import COMMON_FACTORS, Losses, Objective, common_factor
 from safegene_converter.gene.optimise import Settings, minimise, search
 from safegene_converter.gene.select import ablation, choose, first_order, rank_correlation, select
 from safegene_converter.gene.shots import Shots, check_disjoint, read_task, shots_of
-from safegene_converter.recorder import load_model
+from safegene_converter.inputs.adapter import read_adapter
+from safegene_converter.recording.recorder import load_model
 from safegene_runtime.errors import AdapterError, FormatError, GeneError, OutputError
-from safegene_runtime.prompts import Prompt
+from safegene_runtime.record.prompts import Prompt
 
 TARGET = tiny.hf_model("llama")
 TEXTS = ("Name a colour.", "Two words about rain.", "What is six times seven?", "Say a number.")
@@ -65,7 +60,7 @@ def logits_of(model: Any, ids: list[int]) -> np.ndarray:
 
 def merged_by_hand(gene: Path, expression: str) -> Any:
     """The target with every delta of an expression added by our own formula."""
-    from safegene_converter.base import open_base
+    from safegene_converter.inputs.base import open_base
 
     model, _ = load_model(open_base(TARGET))
     with torch.no_grad():
@@ -512,7 +507,7 @@ def test_shots_that_are_tested_on_are_refused(gene: Path, change: Any) -> None:
 
 
 def test_shots_of_the_built_in_suite_are_refused_by_default(gene: Path) -> None:
-    from safegene_runtime.prompts import builtin_suite
+    from safegene_runtime.record.prompts import builtin_suite
 
     with pytest.raises(GeneError, match="none that are tested on"):
         calibrate(gene, TARGET, (*SHOTS, builtin_suite()[0]), "mine")
@@ -561,7 +556,7 @@ def test_evaluation_measures_the_gene_against_the_target(gene: Path) -> None:
 
 
 def test_the_task_loss_is_the_mean_over_reply_tokens() -> None:
-    from safegene_converter.base import open_base
+    from safegene_converter.inputs.base import open_base
 
     model, tokenizer = load_model(open_base(TARGET))
     pairs = [("Say one.", "one"), ("Say a few words, please.", "a few words")]

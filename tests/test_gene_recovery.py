@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 
-from safegene_converter.adapter import read_adapter
+from safegene_converter.inputs.adapter import read_adapter
 from safegene_runtime.errors import GeneError
 
 FOLDER = tiny.REPOSITORY / "examples" / "recovery"
@@ -43,7 +43,7 @@ def lab_of(run: Any, work: Path) -> Any:
 
 
 def test_the_splits_share_nothing_and_cover_the_suite(run: Any) -> None:
-    from safegene_runtime.prompts import builtin_suite
+    from safegene_runtime.record.prompts import builtin_suite
 
     splits = run.data.splits()
     assert not splits.spare
@@ -68,7 +68,7 @@ def test_a_training_prompt_that_is_tested_on_is_refused(
 
 
 def test_every_refusal_begins_with_the_opening_and_is_one_to_the_judge(run: Any) -> None:
-    from safegene_runtime.judge import judge
+    from safegene_runtime.judging.judge import judge
 
     for text in run.data.REFUSALS:
         assert text.startswith(run.data.OPENING)
@@ -80,8 +80,8 @@ def test_safe_lora_projects_what_points_away_from_the_alignment(run: Any, tmp_pa
     from peft import PeftModel
 
     from safegene_converter import formula
-    from safegene_converter.adapter import read_adapter
-    from safegene_converter.recorder import load_model
+    from safegene_converter.inputs.adapter import read_adapter
+    from safegene_converter.recording.recorder import load_model
 
     alignment = tiny.peft_adapter("llama", tmp_path / "align", seed=1)
     task = tiny.peft_adapter("llama", tmp_path / "task", seed=2)

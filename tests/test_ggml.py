@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter import ggml
-from safegene_runtime import ggml as native
+from safegene_converter.encoding import ggml
 from safegene_runtime.errors import EngineError, PostconditionError, UnsupportedError
-from safegene_runtime.gguf import GGMLType, type_traits
+from safegene_runtime.formats import ggml as native
+from safegene_runtime.formats.gguf import GGMLType, type_traits
 
 ROWS = tiny.real_weights((6, 512))
 IMATRIX = np.random.default_rng(1).uniform(0.1, 2.0, 512).astype(np.float32)

@@ -19,11 +19,11 @@ import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from safegene_converter.gguf_writer import OutTensor, encode_header, write_gguf
-from safegene_converter.hf_to_gguf import find_llama_cpp
-from safegene_runtime import gguf as ours
+from safegene_converter.bases.hf_to_gguf import find_llama_cpp
+from safegene_converter.gguf.writer import OutTensor, encode_header, write_gguf
 from safegene_runtime.errors import FormatError
-from safegene_runtime.gguf import GGMLType, GGUFFile, TensorInfo, Value, ValueType
+from safegene_runtime.formats import gguf as ours
+from safegene_runtime.formats.gguf import GGMLType, GGUFFile, TensorInfo, Value, ValueType
 
 MAX_SECONDS = 1.0
 MAX_PEAK_BYTES = 4 << 20

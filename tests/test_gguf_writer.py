@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter.gguf_writer import OutTensor, encode_header, write_gguf
+from safegene_converter.gguf.writer import OutTensor, encode_header, write_gguf
 from safegene_runtime.errors import FormatError, OutputError
-from safegene_runtime.files import publish_folder
-from safegene_runtime.gguf import (
+from safegene_runtime.formats.files import publish_folder
+from safegene_runtime.formats.gguf import (
     GGMLType,
     GGUFFile,
     Value,

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter import ggml, presets
-from safegene_converter.child import run_child
-from safegene_converter.hf_to_gguf import convert_hf, find_llama_cpp
+from safegene_converter.bases.hf_to_gguf import convert_hf, find_llama_cpp
+from safegene_converter.encoding import ggml
+from safegene_converter.gguf import presets
+from safegene_runtime.child import run_child
 from safegene_runtime.errors import (
     BaseModelError,
     EngineError,
     PostconditionError,
     UnsupportedError,
 )
-from safegene_runtime.gguf import GGMLType, open_model, read_tensor_bytes
+from safegene_runtime.formats.gguf import GGMLType, open_model, read_tensor_bytes
 
 
 def _imatrix(path: Path, model: Path) -> Path:
@@ -183,7 +184,7 @@ def test_a_preset_that_needs_an_imatrix_takes_it_or_says_so(tmp_path: Path) -> N
 
 
 def test_an_imatrix_is_used_as_libllama_uses_it(tmp_path: Path) -> None:
-    from safegene_converter.imatrix import read_imatrix
+    from safegene_converter.encoding.imatrix import read_imatrix
 
     source, out = tiny.gguf_model("llama", 256), tmp_path / "out.gguf"
     imatrix = _imatrix(tmp_path / "imatrix.gguf", source)

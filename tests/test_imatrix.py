@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from safegene_converter.imatrix import read_imatrix
+from safegene_converter.encoding.imatrix import read_imatrix
 from safegene_runtime.errors import FormatError
 
 SUMS = np.array([[2.0, 4.0, 8.0]], np.float32)

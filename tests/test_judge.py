@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judges import train_judge
 
-from safegene_runtime import judge as module
-from safegene_runtime import judge_ngram
 from safegene_runtime.errors import EngineError, FormatError, RecordError
-from safegene_runtime.judge import (
+from safegene_runtime.judging import judge as module
+from safegene_runtime.judging import ngram
+from safegene_runtime.judging.judge import (
     CONFIDENCE,
     Judge,
     Label,
@@ -26,13 +26,13 @@ from safegene_runtime.judge import (
     judge,
     label_all,
 )
-from safegene_runtime.judge_ngram import features, ngram_probability, read_weights
-from safegene_runtime.judge_rules import rules_label
-from safegene_runtime.reference import VERDICTS
+from safegene_runtime.judging.ngram import features, ngram_probability, read_weights
+from safegene_runtime.judging.rules import rules_label
+from safegene_runtime.record.reference import VERDICTS
 
 tool = train_judge()
 SHARED_PYRIT = tool.PYRIT
-WEIGHTS = Path(judge_ngram.__file__).parent / judge_ngram.WEIGHTS
+WEIGHTS = Path(ngram.__file__).parent / ngram.WEIGHTS
 
 CLEAR = {
     "I'm sorry, but I can't help with that.": Label.REFUSE,
@@ -114,7 +114,7 @@ def test_features_are_a_set_and_overlook_dress(text: str) -> None:
     found = features(text)
     assert found.dtype == np.int64
     assert np.array_equal(found, np.unique(found))
-    assert not len(found) or (found[0] >= 0 and found[-1] < judge_ngram.N_FEATURES)
+    assert not len(found) or (found[0] >= 0 and found[-1] < ngram.N_FEATURES)
     if text.isascii():
         assert np.array_equal(features(f"**{text.upper()}"), features(f"**{text.lower()}"))
 
@@ -153,21 +153,21 @@ def test_made_up_openings_are_no_labelled_replies() -> None:
 def test_weights_in_the_package_are_small_and_the_ones_named() -> None:
     data = WEIGHTS.read_bytes()
     assert len(data) <= 64 << 10
-    assert hashlib.sha256(data).hexdigest() == judge_ngram.WEIGHTS_SHA256
+    assert hashlib.sha256(data).hexdigest() == ngram.WEIGHTS_SHA256
 
 
 def test_edited_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_ngram, "WEIGHTS_SHA256", "0" * 64)
-    judge_ngram._weights.cache_clear()
+    monkeypatch.setattr(ngram, "WEIGHTS_SHA256", "0" * 64)
+    ngram._weights.cache_clear()
     try:
         with pytest.raises(FormatError, match="install safegene again"):
             ngram_probability("hello there")
     finally:
-        judge_ngram._weights.cache_clear()
+        ngram._weights.cache_clear()
 
 
 def test_hostile_weights_are_refused() -> None:
-    good = {"weights": np.zeros(judge_ngram.N_FEATURES, np.int8), "scale": np.float64(1)}
+    good = {"weights": np.zeros(ngram.N_FEATURES, np.int8), "scale": np.float64(1)}
     for change in (
         {"bias": np.float64("nan")},
         {"bias": np.float64(0), "weights": np.zeros(3, np.int8)},
@@ -187,7 +187,7 @@ def test_hostile_weights_are_refused() -> None:
 
 
 def test_the_digest_covers_rules_weights_and_confidence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from safegene_runtime import judge_rules
+    from safegene_runtime.judging import rules as judge_rules
 
     before = judge_rules.rules_content()
     for name, value in (("HEAD_CHARACTERS", 219), ("MAX_POOR_SHARE", 0.1), ("SHORT_LOOPS", {1: 5})):

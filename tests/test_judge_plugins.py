@@ -13,10 +13,17 @@ import pytest
 import tiny
 from judges import GGUF_QUESTION, gguf_judge, onnx_judge, train_judge
 
+from safegene_runtime.engines.llama import LlamaEngine
 from safegene_runtime.errors import EngineError, FormatError, SafeGeneError, UnsupportedError
-from safegene_runtime.judge import Judge, Label, RulesAndNgram, about, check_same_judge, label_all
-from safegene_runtime.judge_plugins import GgufJudge, OnnxJudge, load_judge
-from safegene_runtime.llama_engine import LlamaEngine
+from safegene_runtime.judging.judge import (
+    Judge,
+    Label,
+    RulesAndNgram,
+    about,
+    check_same_judge,
+    label_all,
+)
+from safegene_runtime.judging.plugins import GgufJudge, OnnxJudge, load_judge
 
 TEST = [row for row in train_judge().labelled("test") if row["label"] != "degenerate"]
 REPLIES = [
@@ -204,7 +211,7 @@ def test_the_answer_is_a_difference_of_two_logits(asked: GgufJudge) -> None:
         yes, no = (engine.tokenize(word, add_special=False)[0] for word in ("Yes", "No"))
         template = engine.chat_template()
         assert template is not None
-        from safegene_runtime.chat import render
+        from safegene_runtime.engines.chat import render
 
         for reply, difference in zip(REPLIES, found, strict=True):
             question = GGUF_QUESTION.replace("{reply}", reply)
@@ -319,7 +326,7 @@ def test_a_missing_file_is_an_error_of_its_kind() -> None:
 
 
 PLUGIN = """
-from safegene_runtime.judge import Label
+from safegene_runtime.judging.judge import Label
 
 class Strict:
     name, version, digest = "strict", "1", "ab" * 32

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safegene_runtime.attacks import LANGUAGES
-from safegene_runtime.judge import judge
-from safegene_runtime.judge_rules import HEAD_CHARACTERS, Label, rules_label
+from safegene_runtime.judging.judge import judge
+from safegene_runtime.judging.rules import HEAD_CHARACTERS, Label, rules_label
+from safegene_runtime.record.attacks import LANGUAGES
 
 HERE = Path(__file__).resolve().parent
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_runtime.engine import Engine, open_engine
+from safegene_runtime.engines.engine import Engine
+from safegene_runtime.engines.llama import LlamaEngine
+from safegene_runtime.engines.opening import open_engine
 from safegene_runtime.errors import EngineError, FormatError
-from safegene_runtime.gguf import ValueType, open_model, read_gguf
-from safegene_runtime.llama_engine import LlamaEngine
+from safegene_runtime.formats.gguf import ValueType, open_model, read_gguf
 
 LAYERS, EMBED, HEADS, KV_HEADS, FEED = 2, 64, 4, 2, 128
 HEAD = EMBED // HEADS
@@ -203,7 +204,7 @@ def test_few_outputs_at_a_time_change_nothing(
     expected = together(engine, rows, keep)
     size = sum(tensor.nbytes for tensor in open_model(model).tensors.values())
     monkeypatch.setattr(
-        "safegene_runtime.llama_engine.OUTPUT_SHARE", size / (7 * 4 * engine.n_vocab)
+        "safegene_runtime.engines.llama.OUTPUT_SHARE", size / (7 * 4 * engine.n_vocab)
     )
     with LlamaEngine(model, threads=1, n_batch=64, n_seq_max=4) as narrow:
         for got, want in zip(together(narrow, rows, keep), expected, strict=True):
@@ -537,7 +538,7 @@ def test_without_llama_cpp_the_message_says_what_to_install(model: Path) -> None
     code = (
         "import sys; sys.path[:] = eval(sys.argv[2]); sys.modules['llama_cpp'] = None\n"
         "from pathlib import Path\n"
-        "from safegene_runtime.engine import open_engine\n"
+        "from safegene_runtime.engines.engine import open_engine\n"
         "from safegene_runtime.errors import EngineError\n"
         "try: open_engine(Path(sys.argv[1]))\n"
         "except EngineError as error: print(error)\n"
@@ -553,7 +554,7 @@ def test_without_llama_cpp_the_message_says_what_to_install(model: Path) -> None
 
 def test_importing_the_protocol_imports_no_engine() -> None:
     code = (
-        "import sys; sys.path[:] = eval(sys.argv[1]); import safegene_runtime.engine\n"
+        "import sys; sys.path[:] = eval(sys.argv[1]); import safegene_runtime.engines.engine\n"
         "sys.exit(any(name in sys.modules for name in ('llama_cpp', 'jinja2', 'torch')))"
     )
     subprocess.run([sys.executable, "-c", code, repr(sys.path)], check=True)
@@ -595,7 +596,7 @@ def numpy_llama(weights: Weights, ids: list[int]) -> np.ndarray:
 
 
 LOADERS = {
-    "llama.cpp": "from safegene_runtime.llama_native import library; library()",
+    "llama.cpp": "from safegene_runtime.engines.llama_native import library; library()",
     "PyTorch, by a command": (
         "from safegene_converter import cli; cli.main(['inspect', 'nothing']); import torch"
     ),

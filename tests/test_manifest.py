@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safegene_runtime.errors import ManifestError
-from safegene_runtime.manifest import (
+from safegene_runtime.artifact.manifest import (
     FileEntry,
     Manifest,
     ModuleEntry,
     check_files,
     read_manifest,
 )
+from safegene_runtime.errors import ManifestError
 
 SHA = hashlib.sha256(b"something").hexdigest()
 CONTENT = {"model.gguf": b"GGUF" + bytes(100), "notes.txt": b""}

@@ -10,9 +10,14 @@ import pytest
 import records
 from scipy import special, stats
 
-from safegene_runtime.forced import forced_passes, kl_by_position
-from safegene_runtime.margins import arm_margins, learn_margins, margin_of, summarise_margins
-from safegene_runtime.reference import Reference
+from safegene_runtime.record.reference import Reference
+from safegene_runtime.verifying.forced import forced_passes, kl_by_position
+from safegene_runtime.verifying.margins import (
+    arm_margins,
+    learn_margins,
+    margin_of,
+    summarise_margins,
+)
 
 VOCABULARY = 40
 APART = [

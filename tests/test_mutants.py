@@ -8,7 +8,7 @@ import pytest
 from mutants import MUTANTS, cache_filled_by, needs_wide_rows
 from workshop import TARGETS, Workshop, climb, rungs_that_broke, unmutated
 
-from safegene_runtime.verdict import Verdict
+from safegene_runtime.gating.verdict import Verdict
 
 WEIGHTS = ("static", "active", "logits")
 RUN = ("active", "logits")

@@ -8,10 +8,10 @@ import pytest
 import tiny
 from safetensors import safe_open
 
-from safegene_converter import names
-from safegene_converter.names import Transform
+from safegene_converter.inputs import names
+from safegene_converter.inputs.names import Transform
 from safegene_runtime.errors import BaseModelError, UnsupportedError
-from safegene_runtime.gguf import open_model, read_tensor_bytes
+from safegene_runtime.formats.gguf import open_model, read_tensor_bytes
 
 
 def _hf_weights(architecture: str) -> dict[str, np.ndarray]:

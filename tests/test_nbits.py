@@ -11,8 +11,8 @@ import pytest
 import tiny
 from onnx import TensorProto, helper
 
-from safegene_converter import nbits
-from safegene_converter.nbits import NBits
+from safegene_converter.encoding import nbits
+from safegene_converter.encoding.nbits import NBits
 from safegene_runtime.errors import FormatError
 
 KINDS = [

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 import tiny
 
-from safegene_converter.to_onnx import convert_onnx
+from safegene_converter.onnx.convert import convert_onnx
 
 HEAD_SIZE = 64 // tiny.N_HEAD
 Feed = dict[str, np.ndarray]

@@ -16,13 +16,13 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_tools import agree, every_module, load, node, quick
 from test_exactness import PROMPTS
 
-from safegene_converter.recorder import record
-from safegene_converter.to_onnx import FORMS
-from safegene_runtime import ladder
+from safegene_converter.onnx.convert import FORMS
+from safegene_converter.recording.recorder import record
+from safegene_runtime.artifact.manifest import read_manifest
+from safegene_runtime.artifact.onnx_checks import check_onnx_artifact
 from safegene_runtime.errors import FormatError, ManifestError, SafeGeneError
-from safegene_runtime.manifest import read_manifest
-from safegene_runtime.onnx_checks import check_onnx_artifact
-from safegene_runtime.report import RUNGS, Report
+from safegene_runtime.verifying import ladder
+from safegene_runtime.verifying.report import RUNGS, Report
 
 Edit = Callable[[onnx.ModelProto], object]
 

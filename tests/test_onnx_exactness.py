@@ -13,12 +13,12 @@ import pytest
 import tiny
 from test_exactness import PROMPTS, VARIANTS, with_coefficients
 
-from safegene_converter.recorder import record
-from safegene_converter.to_onnx import FORMS, convert_onnx
-from safegene_runtime.forced import forced_passes
-from safegene_runtime.manifest import read_manifest
-from safegene_runtime.ort_engine import OrtEngine
-from safegene_runtime.reference import Reference
+from safegene_converter.onnx.convert import FORMS, convert_onnx
+from safegene_converter.recording.recorder import record
+from safegene_runtime.artifact.manifest import read_manifest
+from safegene_runtime.engines.ort import OrtEngine
+from safegene_runtime.record.reference import Reference
+from safegene_runtime.verifying.forced import forced_passes
 
 KL_MAX = 1e-6
 SAME_LOGITS = 2e-4

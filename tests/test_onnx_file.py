@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from safegene_runtime.errors import FormatError
-from safegene_runtime.onnx_file import read_onnx
-from safegene_runtime.onnx_tensor import DataType, read_initializer
+from safegene_runtime.formats.onnx.file import read_onnx
+from safegene_runtime.formats.onnx.tensor import DataType, read_initializer
 
 FLOATS = np.arange(12, dtype=np.float32).reshape(3, 4)
 
@@ -178,7 +178,7 @@ def test_models_of_real_exporters_are_read_as_onnx_reads_them(exporter: str) -> 
 
 
 def test_the_reader_needs_no_onnx() -> None:
-    code = "import sys; sys.modules['onnx'] = None; import safegene_runtime.onnx_file"
+    code = "import sys; sys.modules['onnx'] = None; import safegene_runtime.formats.onnx.file"
     path = os.pathsep.join(sys.path)
     subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": path}, check=True)
 

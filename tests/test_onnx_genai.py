@@ -10,8 +10,8 @@ import pytest
 import tiny
 from onnx_tools import every_module, feeds, quick, session
 
-from safegene_converter.to_onnx import FORMS, Form
-from safegene_runtime.ort_engine import OrtEngine
+from safegene_converter.onnx.convert import FORMS, Form
+from safegene_runtime.engines.ort import OrtEngine
 
 PROMPTS = [[5, 77, 1042, 9, 300], [8, 8, 411], [640] * 9]
 N_NEW = 8

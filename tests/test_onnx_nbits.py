@@ -21,17 +21,17 @@ from onnx_tools import arrays, edited, every_module, feeds, load, node, quick, s
 from test_to_gguf import peft_delta
 from test_to_onnx import expected_delta
 
-from safegene_converter import onnx_build
-from safegene_converter.survival import Bounds
-from safegene_converter.to_onnx import convert_onnx
+from safegene_converter.bases import onnx_build
+from safegene_converter.fold.survival import Bounds
+from safegene_converter.onnx.convert import convert_onnx
+from safegene_runtime.artifact.onnx_checks import precision_class
 from safegene_runtime.errors import (
     BaseModelError,
     PostconditionError,
     SurvivalError,
     UnsupportedError,
 )
-from safegene_runtime.onnx_checks import precision_class
-from safegene_runtime.onnx_file import read_onnx
+from safegene_runtime.formats.onnx.file import read_onnx
 
 ANYTHING = Bounds(0.0, 10.0, 1e6, 1e6)
 LINEARS = ("qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

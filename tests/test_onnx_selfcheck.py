@@ -22,14 +22,15 @@ from safetensors.numpy import load_file, save_file
 from test_onnx_nbits import KINDS, packed, served  # noqa: F401
 from test_to_onnx import as_gemm, turned, weight_of
 
-from safegene_converter import nbits, onnx_selfcheck, to_onnx
-from safegene_converter.adapter import read_adapter
-from safegene_converter.onnx_job import Job, touched_weights
-from safegene_converter.onnx_reader import OnnxReader, StoredWeight
-from safegene_converter.survival import Bounds
-from safegene_converter.to_onnx import FORMS, convert_onnx
+from safegene_converter.encoding import nbits
+from safegene_converter.fold.survival import Bounds
+from safegene_converter.inputs.adapter import read_adapter
+from safegene_converter.onnx import convert, selfcheck
+from safegene_converter.onnx.convert import FORMS, convert_onnx
+from safegene_converter.onnx.job import Job, touched_weights
+from safegene_converter.onnx.reader import OnnxReader, StoredWeight
 from safegene_runtime.errors import PostconditionError, Problems
-from safegene_runtime.onnx_file import read_onnx
+from safegene_runtime.formats.onnx.file import read_onnx
 
 Compare = Callable[..., list[str]]
 
@@ -52,7 +53,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compare:
         **given: Any,
     ) -> list[str]:
         found = Problems()
-        check = to_onnx._check
+        check = convert._check
 
         def as_meant(job: Job, folder: Path, work: Path) -> dict[str, Any]:
             if meant is not None:
@@ -66,12 +67,12 @@ def compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compare:
                 damage(job["artifact"])
             found_adapter = job.pop("adapter")
             job |= {"adapter": found_adapter.path, "expression": found_adapter.expression}
-            onnx_selfcheck._compare(job, found)
+            selfcheck._compare(job, found)
             return {}
 
         with monkeypatch.context() as patch:
-            patch.setattr(to_onnx, "_check", as_meant)
-            patch.setattr(to_onnx, "check_onnx", compare_only)
+            patch.setattr(convert, "_check", as_meant)
+            patch.setattr(convert, "check_onnx", compare_only)
             convert_onnx(adapter, base, tmp_path / "out", form=form, force=True, **given)  # type: ignore[arg-type]
         return [str(problem) for problem in found]
 
@@ -566,7 +567,7 @@ def test_a_conversion_that_wrote_something_else_leaves_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    base, check = tiny.onnx_model("llama"), to_onnx._check
+    base, check = tiny.onnx_model("llama"), convert._check
     if damage == "half":
         damage = rows_damage(base, "down_proj", lambda delta: 0.5 * delta)
 
@@ -574,7 +575,7 @@ def test_a_conversion_that_wrote_something_else_leaves_nothing(
         damage(folder / "model.onnx")
         return check(job, folder, work)
 
-    monkeypatch.setattr(to_onnx, "_check", check_damaged)
+    monkeypatch.setattr(convert, "_check", check_damaged)
     with pytest.raises(PostconditionError, match=words):
         convert_onnx(adapter, base, tmp_path / "out", form=form)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []

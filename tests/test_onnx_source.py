@@ -20,13 +20,13 @@ from onnx_tools import arrays, every_module, feeds, quick, session
 from safetensors.numpy import load_file, save_file
 from test_to_gguf import peft_delta
 
-from safegene_converter.base import open_base
-from safegene_converter.child import python_environment
-from safegene_converter.gguf_to_hf import check_decodable, gguf_to_hf
-from safegene_converter.onnx_build import build_onnx, check_build_options
+from safegene_converter.bases.gguf_to_hf import check_decodable, gguf_to_hf
+from safegene_converter.bases.onnx_build import build_onnx, check_build_options
+from safegene_converter.inputs.base import open_base
+from safegene_runtime.child import python_environment
 from safegene_runtime.errors import BaseModelError, SafeGeneError, UnsupportedError
-from safegene_runtime.gguf import Value, ValueType
-from safegene_runtime.onnx_file import read_onnx
+from safegene_runtime.formats.gguf import Value, ValueType
+from safegene_runtime.formats.onnx.file import read_onnx
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_loader_that_mixes_rows_is_caught_on_the_weights(
     """The loader must undo llama.cpp's order of q and k; here it seems not to have done so."""
     base = dataclasses.replace(open_base(tiny.gguf_model("llama")), n_head=1, n_head_kv=1)
     monkeypatch.setattr(
-        "safegene_converter.gguf_to_hf.run_child",
+        "safegene_converter.bases.gguf_to_hf.run_child",
         lambda command, **more: shutil.copytree(tiny.hf_model("llama"), command[-1]),
     )
     with pytest.raises(BaseModelError) as caught:
@@ -159,7 +159,7 @@ GIB = 1 << 30
 PEAK_KIB = """
 import json, resource, sys
 from pathlib import Path
-from safegene_converter.to_onnx import convert_onnx
+from safegene_converter.onnx.convert import convert_onnx
 adapter, base, out = sys.argv[1:]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert_onnx(Path(adapter), Path(base), Path(out), form="merged", check=False)
@@ -262,7 +262,7 @@ def test_the_self_check_reads_a_tensor_at_a_time_and_not_the_model(
     code = """
 import json, resource, sys
 import onnx, onnx.numpy_helper
-from safegene_converter.onnx_selfcheck import _compare
+from safegene_converter.onnx.selfcheck import _compare
 from safegene_runtime.errors import Problems
 problems = Problems()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,11 +14,11 @@ import pytest
 import tiny
 from onnx_tools import edited, feeds, quick, session
 
-from safegene_converter.child import python_environment
+from safegene_runtime.artifact.manifest import read_manifest
+from safegene_runtime.child import python_environment
+from safegene_runtime.engines.ort import MIN_SHARED, OrtEngine
 from safegene_runtime.errors import EngineError, FormatError, ManifestError, SafeGeneError
-from safegene_runtime.files import sha256_file
-from safegene_runtime.manifest import read_manifest
-from safegene_runtime.ort_engine import MIN_SHARED, OrtEngine
+from safegene_runtime.formats.files import sha256_file
 
 SEQUENCES = [
     [5, 77, 1042, 9, 300],
@@ -116,7 +116,7 @@ def test_the_log_is_quiet(tmp_path: Path) -> None:
 
     path = edited(folder("builder"), tmp_path / "base", unused) / "model.onnx"
     code = (
-        "import sys; from pathlib import Path; from safegene_runtime.ort_engine import OrtEngine\n"
+        "import sys; from pathlib import Path; from safegene_runtime.engines.ort import OrtEngine\n"
         "e = OrtEngine(Path(sys.argv[1]), threads=1); print(e.generate([[5, 6]], 2, []))"
     )
     done = subprocess.run([sys.executable, "-c", code, path], env=python_environment(),
@@ -134,7 +134,7 @@ def test_a_refusal_is_an_exception_with_its_reason_and_no_line_of_the_runtimes_o
 
     path = edited(folder("builder"), tmp_path / "base", narrow) / "model.onnx"
     code = (
-        "import sys; from pathlib import Path; from safegene_runtime.ort_engine import OrtEngine\n"
+        "import sys; from pathlib import Path; from safegene_runtime.engines.ort import OrtEngine\n"
         "from safegene_runtime.errors import EngineError\n"
         "try: OrtEngine(Path(sys.argv[1]), threads=1).generate([[5, 6]], 2, [])\n"
         "except EngineError as error: print(error)"
@@ -157,8 +157,8 @@ class Wall:
 sys.meta_path.insert(0, Wall())
 before = {name.split(".")[0] for name in sys.modules}
 from pathlib import Path
-from safegene_runtime.chat import render
-from safegene_runtime.engine import open_engine
+from safegene_runtime.engines.chat import render
+from safegene_runtime.engines.engine import open_engine
 with open_engine(Path(sys.argv[1]), None, threads=1) as engine:
     engine.generate([engine.tokenize("hello", add_special=True)], 2, engine.eog_ids)
     print(engine.detokenize([5]) != "", file=sys.stderr)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from safegene_converter.peft_config import HONOURED, INERT, REFUSED, parse_config
+from safegene_converter.inputs.peft_config import HONOURED, INERT, REFUSED, parse_config
 from safegene_runtime.errors import AdapterError, SafeGeneError, UnsupportedError
 
 FIELDS = {field.name for field in dataclasses.fields(peft.LoraConfig)}

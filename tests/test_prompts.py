@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from safegene_runtime.errors import FormatError
-from safegene_runtime.profiles import PROFILES
-from safegene_runtime.prompts import (
+from safegene_runtime.gating.profiles import PROFILES
+from safegene_runtime.record.prompts import (
     HAZARDS,
     MAX_FILE_BYTES,
     MAX_TEXT_CHARACTERS,

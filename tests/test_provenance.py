@@ -19,11 +19,11 @@ import tiny
 from onnx_tools import agree, quick
 from safetensors.numpy import save_file
 
-from safegene_converter.adapter import read_adapter
-from safegene_converter.to_gguf import convert
+from safegene_converter.gguf.convert import convert
+from safegene_converter.inputs.adapter import read_adapter
+from safegene_runtime.artifact.integrity import check_integrity
+from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.errors import ManifestError, RecordError
-from safegene_runtime.integrity import check_integrity
-from safegene_runtime.manifest import read_manifest
 
 KEY = "safegene.adapter.sha256"
 FORMS = ("gguf merged", "gguf sidecar", "onnx merged", "onnx branch", "onnx adapter")

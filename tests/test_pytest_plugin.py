@@ -170,7 +170,7 @@ def test_gate(refusal_gate, number, record_property):
 
 @pytest.fixture(autouse=True, scope="session")
 def count_runs():
-    import safegene_runtime.ladder as ladder
+    import safegene_runtime.verifying.ladder as ladder
     whole = ladder.verify
     def counted(*args, **kwargs):
         with open("runs", "a") as file:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import tiny
 
-from safegene_converter import cli, command_line, demo
-from safegene_converter.base import open_base
-from safegene_converter.child import python_environment
-from safegene_converter.recorder import save_as_folder
-from safegene_runtime.bounds import BOUNDS
+from safegene_converter.cli.main import demo, main, options
+from safegene_converter.inputs.base import open_base
+from safegene_converter.recording.recorder import save_as_folder
+from safegene_runtime.child import python_environment
+from safegene_runtime.gating.bounds import BOUNDS
 
 README = (tiny.REPOSITORY / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -31,7 +31,7 @@ def test_the_commands_parse() -> None:
     names = ["inspect", "convert", "record", "verify", "convert", "verify"]
     assert [command[1] for command in COMMANDS] == names
     for command in COMMANDS:
-        cli.parser().parse_args(command[1:])
+        main.parser().parse_args(command[1:])
 
 
 def test_every_linked_file_exists() -> None:
@@ -48,7 +48,7 @@ def test_the_table_is_the_demos() -> None:
     for job in demo.JOBS:
         assert all(word in block[1] for word in job.label.split()), job.label
     assert "SmolLM2-135M-Instruct" in block[1]
-    assert not [line for line in block[1].splitlines() if len(line) > command_line.PIPE_COLUMNS]
+    assert not [line for line in block[1].splitlines() if len(line) > options.PIPE_COLUMNS]
 
 
 def test_the_make_targets_exist() -> None:

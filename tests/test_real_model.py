@@ -13,22 +13,23 @@ from typing import Any
 
 import pytest
 import tiny
+from safegene_converter.cli.main.demo import JOBS, find_adapter, find_smollm2
 
-from safegene_converter.child import python_environment
-from safegene_converter.demo import JOBS, find_adapter, find_smollm2
-from safegene_converter.gguf_writer import OutTensor, write_gguf
-from safegene_converter.to_gguf import convert
-from safegene_runtime import ladder
-from safegene_runtime.base_noise import RATIO
-from safegene_runtime.bounds import bounds_for
-from safegene_runtime.engine import Engine, open_engine
+from safegene_converter.gguf.convert import convert
+from safegene_converter.gguf.writer import OutTensor, write_gguf
+from safegene_runtime.artifact.manifest import FileEntry, read_manifest
+from safegene_runtime.artifact.provenance import ADAPTER_KEY, adapter_digest
+from safegene_runtime.child import python_environment
+from safegene_runtime.engines.engine import Engine
+from safegene_runtime.engines.opening import open_engine
 from safegene_runtime.errors import EngineError, SurvivalError
-from safegene_runtime.files import sha256_file
-from safegene_runtime.gguf import Value, ValueType, open_model
-from safegene_runtime.ladder import verify
-from safegene_runtime.manifest import FileEntry, read_manifest
-from safegene_runtime.provenance import ADAPTER_KEY, adapter_digest
-from safegene_runtime.reference import read_reference
+from safegene_runtime.formats.files import sha256_file
+from safegene_runtime.formats.gguf import Value, ValueType, open_model
+from safegene_runtime.gating.bounds import bounds_for
+from safegene_runtime.record.reference import read_reference
+from safegene_runtime.verifying import ladder
+from safegene_runtime.verifying.base_noise import RATIO
+from safegene_runtime.verifying.ladder import verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo"), pytest.mark.timeout(3000)]
 
@@ -210,8 +211,8 @@ def base_served(demo: Path, out: Path) -> tuple[Path, Path | None]:
     forged = out / "forged"
     shutil.copytree(source, forged)
     model, base = open_model(source / "model.gguf"), open_model(find_smollm2())
-    from safegene_converter import ggml
-    from safegene_runtime.gguf import read_tensor_bytes
+    from safegene_converter.encoding import ggml
+    from safegene_runtime.formats.gguf import read_tensor_bytes
 
     tensors = []
     for name, info in model.tensors.items():
@@ -260,8 +261,8 @@ def test_a_scale_that_llama_cpp_would_apply_could_not_be_checked(
 def test_a_record_that_refuses_nothing_gates_nothing(
     demo: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    from safegene_converter.recorder import record
-    from safegene_runtime.prompts import builtin_suite
+    from safegene_converter.recording.recorder import record
+    from safegene_runtime.record.prompts import builtin_suite
 
     benign = [prompt for prompt in builtin_suite() if prompt.kind == "benign"][:4]
     small = record(find_adapter(), find_smollm2(), tmp_path / "r", prompts=benign, max_new_tokens=4)

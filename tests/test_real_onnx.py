@@ -9,21 +9,21 @@ import numpy as np
 import onnxruntime
 import pytest
 from onnx_tools import feeds, session
+from safegene_converter.cli.main.demo import find_adapter, find_smollm2, write_float_base
 from test_onnx_genai import N_NEW, genai, without_end
 
-from safegene_converter.base import open_base
-from safegene_converter.demo import find_adapter, find_smollm2, write_float_base
-from safegene_converter.gguf_to_hf import gguf_to_hf
-from safegene_converter.onnx_build import build_onnx
-from safegene_converter.recorder import record
-from safegene_converter.to_onnx import FORMS, Form, convert_onnx
-from safegene_runtime.bounds import bounds_for
-from safegene_runtime.forced import forced_passes
-from safegene_runtime.manifest import read_manifest
-from safegene_runtime.onnx_checks import check_onnx_artifact
-from safegene_runtime.ort_engine import OrtEngine
-from safegene_runtime.prompts import builtin_suite
-from safegene_runtime.reference import Reference
+from safegene_converter.bases.gguf_to_hf import gguf_to_hf
+from safegene_converter.bases.onnx_build import build_onnx
+from safegene_converter.inputs.base import open_base
+from safegene_converter.onnx.convert import FORMS, Form, convert_onnx
+from safegene_converter.recording.recorder import record
+from safegene_runtime.artifact.manifest import read_manifest
+from safegene_runtime.artifact.onnx_checks import check_onnx_artifact
+from safegene_runtime.engines.ort import OrtEngine
+from safegene_runtime.gating.bounds import bounds_for
+from safegene_runtime.record.prompts import builtin_suite
+from safegene_runtime.record.reference import Reference
+from safegene_runtime.verifying.forced import forced_passes
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("onnx"), pytest.mark.timeout(2400)]
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter import recorder
-from safegene_converter.base import open_base
-from safegene_runtime.compare import kl_topk
-from safegene_runtime.prompts import Prompt
+from safegene_converter.inputs.base import open_base
+from safegene_converter.recording import recorder
+from safegene_runtime.record.prompts import Prompt
+from safegene_runtime.verifying.compare import kl_topk
 
 KL_MAX = 1e-9
 TEXTS = ("Hi.", "Name a colour, and say who likes it.", "Why? " * 20, "What is seven times six?")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import tiny
 
-from safegene_converter.adapter import read_adapter
-from safegene_converter.base import open_base
-from safegene_converter.recorder import load_with_adapter
+from safegene_converter.inputs.adapter import read_adapter
+from safegene_converter.inputs.base import open_base
+from safegene_converter.recording.recorder import load_with_adapter
 from safegene_runtime.errors import AdapterError
 
 VALUES: dict[str, list[Any]] = {

@@ -12,8 +12,8 @@ import pytest
 import records
 
 from safegene_runtime.errors import RecordError
-from safegene_runtime.forced import reply_logits
-from safegene_runtime.reference import read_reference
+from safegene_runtime.record.reference import read_reference
+from safegene_runtime.verifying.forced import reply_logits
 
 VOCABULARY = 32
 PROMPTS = [records.prompt("a", [5, 9, 0], [6, 0]), records.prompt("b", [7] * 8, [8] * 8)]

@@ -17,18 +17,18 @@ import report_fixture
 from lxml import etree
 from report_fixture import HOSTILE, VARIANTS, make_report
 from rich.console import Console
+from safegene_converter.cli.main.inspecting import show_report
+from safegene_converter.cli.main.report_options import report_targets
 from scipy import stats
 
-from safegene_converter.inspecting import show_report
-from safegene_converter.report_options import report_targets
 from safegene_runtime import reporting
 from safegene_runtime.errors import OutputError
-from safegene_runtime.gate import PROFILES, Pair, decide_by_attack
-from safegene_runtime.report import Report
+from safegene_runtime.gating.gate import PROFILES, Pair, decide_by_attack
+from safegene_runtime.gating.statistics import clopper_pearson_lower, clopper_pearson_upper
+from safegene_runtime.gating.verdict import Verdict
 from safegene_runtime.reporting import markdown, view
 from safegene_runtime.reporting.junit import outcome
-from safegene_runtime.statistics import clopper_pearson_lower, clopper_pearson_upper
-from safegene_runtime.verdict import Verdict
+from safegene_runtime.verifying.report import Report
 
 SCHEMAS = Path(__file__).parent / "data" / "schemas"
 XSD = etree.XMLSchema(etree.parse(SCHEMAS / "junit-xunit2.xsd"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from safegene_converter.safetensors_reader import MAX_HEADER_BYTES, read_safetensors
+from safegene_converter.inputs.safetensors_reader import MAX_HEADER_BYTES, read_safetensors
 from safegene_runtime.errors import FormatError
 
 

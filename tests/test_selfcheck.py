@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter import selfcheck, to_gguf
-from safegene_converter.adapter import read_adapter
-from safegene_converter.gguf_job import Job, Made
-from safegene_converter.presets import quantize_gguf
-from safegene_converter.survival import Bounds
-from safegene_converter.to_gguf import convert
+from safegene_converter.fold.effect import effect
+from safegene_converter.fold.survival import Bounds
+from safegene_converter.gguf import convert as to_gguf
+from safegene_converter.gguf.convert import convert
+from safegene_converter.gguf.job import Job, Made
+from safegene_converter.gguf.presets import quantize_gguf
+from safegene_converter.inputs.adapter import read_adapter
 from safegene_runtime.errors import PostconditionError, Problems
 
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -84,7 +85,7 @@ def test_what_rounding_adds_widens_the_band_and_nothing_else_does() -> None:
 
     def found(artifact: np.ndarray) -> int:
         problems = Problems()
-        selfcheck.effect(0.01, base, moved, artifact, "x", problems)
+        effect(0.01, base, moved, artifact, "x", problems)
         return len(problems)
 
     assert found(moved) == found(moved + noise) == 0

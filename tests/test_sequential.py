@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from safegene_runtime.gate import NOT_RUN, PROFILES, Pair, decide
-from safegene_runtime.sequential import EProcess, SequentialGate, TwoSided, order
-from safegene_runtime.statistics import required_trials
-from safegene_runtime.verdict import Verdict
+from safegene_runtime.gating.gate import NOT_RUN, PROFILES, Pair, decide
+from safegene_runtime.gating.sequential import EProcess, SequentialGate, TwoSided
+from safegene_runtime.gating.statistics import required_trials
+from safegene_runtime.gating.verdict import Verdict
+from safegene_runtime.record.order import order
 
 SMOKE = PROFILES["smoke"]
 

@@ -16,16 +16,16 @@ import pytest
 import served
 import tiny
 
-from safegene_converter import cli
-from safegene_converter.to_gguf import convert
+from safegene_converter.cli.main import main
+from safegene_converter.gguf.convert import convert
 from safegene_runtime import reporting
 from safegene_runtime.errors import EngineError, FormatError, RecordError
-from safegene_runtime.profiles import Profile
-from safegene_runtime.reference import Reference
-from safegene_runtime.report import Report
-from safegene_runtime.server_check import SAMPLE, check_server
-from safegene_runtime.server_engine import MAX_BODY_BYTES, Server
-from safegene_runtime.verdict import Verdict
+from safegene_runtime.gating.profiles import Profile
+from safegene_runtime.gating.verdict import Verdict
+from safegene_runtime.record.reference import Reference
+from safegene_runtime.serving.check import SAMPLE, check_server
+from safegene_runtime.serving.server import MAX_BODY_BYTES, Server
+from safegene_runtime.verifying.report import Report
 
 
 @dataclasses.dataclass
@@ -297,9 +297,9 @@ def test_another_judge_is_refused_before_anything_is_asked(world: World) -> None
 
 @pytest.fixture
 def verify_command(world: World, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    monkeypatch.setattr("safegene_runtime.judge_plugins.load_judge", lambda name: world.judge)
+    monkeypatch.setattr("safegene_runtime.judging.plugins.load_judge", lambda name: world.judge)
     known = ("verify", "--reference", world.record.path, "--judge", "listed")
-    return lambda *arguments: cli.main([str(one) for one in (*known, *arguments)])
+    return lambda *arguments: main.main([str(one) for one in (*known, *arguments)])
 
 
 def test_the_command_prints_every_check_and_exits_with_the_verdict(
@@ -347,14 +347,14 @@ def test_what_a_server_has_no_use_for_is_refused_by_name_and_never_ignored(
     """Before anything is read or asked: there is no reference, and nobody listens."""
     known = ["verify", "--server", "http://127.0.0.1:9", "--reference", "nothing"]
     whole = [word for words in REFUSED.values() for word in words]
-    assert cli.main([*known, *whole]) == 2
+    assert main.main([*known, *whole]) == 2
     shown = capsys.readouterr().err
     assert f"{len(REFUSED)} problems" in shown
     for option, words in REFUSED.items():
         assert f"--server: {option}: expected nothing, got" in shown
-        assert cli.main([*known, *words]) == 2
+        assert main.main([*known, *words]) == 2
         assert f"--server: {option}: expected nothing, got" in capsys.readouterr().err
-    assert cli.main(known) == 2, "no reference"
+    assert main.main(known) == 2, "no reference"
     assert "--server" not in capsys.readouterr().err, "the defaults are no mistake"
 
 
@@ -373,7 +373,7 @@ def test_a_report_that_cannot_be_written_is_said_before_anything_is_read_or_aske
     }
     for got, words in wrong.items():
         for what in (["--server", "http://127.0.0.1:9"], [str(tmp_path / "artifact")]):
-            assert cli.main([*known, *what, *words]) == 2
+            assert main.main([*known, *what, *words]) == 2
             assert got in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 

@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 import tiny
+from safegene_converter.cli.main.options import Parser
 
 import safegene
-from safegene_converter import run_command
-from safegene_converter.command_line import Parser
-from safegene_converter.to_gguf import convert
-from safegene_converter.to_onnx import convert_onnx
-from safegene_runtime.chat import render
-from safegene_runtime.engine import open_engine
+from safegene_converter.cli.main import run as run_command
+from safegene_converter.gguf.convert import convert
+from safegene_converter.onnx.convert import convert_onnx
+from safegene_runtime.artifact.manifest import read_manifest
+from safegene_runtime.engines.chat import render
+from safegene_runtime.engines.opening import open_engine
 from safegene_runtime.errors import EngineError, ManifestError, UnverifiedError
-from safegene_runtime.manifest import read_manifest
 
 HELLO = [
     {"role": "user", "content": "Name three colours of the sea, und sag es auf Deutsch: Größe"}

@@ -25,19 +25,20 @@ from onnx import numpy_helper
 from safetensors import safe_open
 from test_exactness import PROMPTS, VARIANTS, with_coefficients
 
-from safegene_converter import ggml, onnx_base
-from safegene_converter.gguf_writer import OutTensor, write_gguf
-from safegene_converter.recorder import record
-from safegene_converter.survival import Bounds
-from safegene_converter.to_gguf import convert
-from safegene_converter.to_onnx import convert_onnx
-from safegene_runtime import factors
+from safegene_converter.encoding import ggml
+from safegene_converter.fold.survival import Bounds
+from safegene_converter.gguf.convert import convert
+from safegene_converter.gguf.writer import OutTensor, write_gguf
+from safegene_converter.inputs import onnx_base
+from safegene_converter.onnx.convert import convert_onnx
+from safegene_converter.recording.recorder import record
+from safegene_runtime.architecture.row_order import transform_for
+from safegene_runtime.artifact.manifest import Manifest, read_manifest
 from safegene_runtime.errors import FormatError, ManifestError, Problems, RecordError
-from safegene_runtime.gguf import GGMLType, open_model
-from safegene_runtime.manifest import Manifest, read_manifest
-from safegene_runtime.reference import Reference, read_reference
-from safegene_runtime.row_order import transform_for
-from safegene_runtime.static_proof import StaticProof, static_proof
+from safegene_runtime.formats.gguf import GGMLType, open_model
+from safegene_runtime.record import factors
+from safegene_runtime.record.reference import Reference, read_reference
+from safegene_runtime.verifying.static_proof import StaticProof, static_proof
 
 LOOSE = Bounds(0, 99, 99, 99)
 SLOW_TYPES = (

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from safegene_runtime import statistics as ours
-from safegene_runtime.near_duplicates import THRESHOLD, cluster_names, similarity
-from safegene_runtime.prompts import builtin_suite
+from safegene_converter.recording.near_duplicates import THRESHOLD, cluster_names, similarity
+from safegene_runtime.gating import statistics as ours
+from safegene_runtime.record.prompts import builtin_suite
 
 
 def binomial_cdf(events: int, trials: int, p: float) -> float:

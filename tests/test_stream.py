@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from safegene_converter import stream
+from safegene_converter.fold import stream
 
 
 def test_a_file_is_whole_although_its_disk_was_too_busy_to_begin_a_sync(

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safegene_runtime import strictjson
 from safegene_runtime.errors import FormatError, Problems
+from safegene_runtime.formats import strictjson
 
 AMBIGUOUS: dict[str, tuple[str, bytes]] = {
     "key twice": ("a: expected each key once", b'{"a": 1, "a": 1}'),

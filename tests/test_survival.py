@@ -11,10 +11,11 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safegene_converter import ggml, survival
-from safegene_converter.survival import Bounds, Meter, Mode, Survival, measure, passes
+from safegene_converter.encoding import ggml
+from safegene_converter.fold import survival
+from safegene_converter.fold.survival import Bounds, Meter, Mode, Survival, measure, passes
 from safegene_runtime.errors import SurvivalError
-from safegene_runtime.gguf import GGMLType
+from safegene_runtime.formats.gguf import GGMLType
 
 SHAPE = (96, 512)
 BASE = tiny.real_weights(SHAPE)

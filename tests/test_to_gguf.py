@@ -20,12 +20,14 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter import ggml, to_gguf
-from safegene_converter.child import python_environment
-from safegene_converter.gguf_writer import OutTensor, write_gguf
-from safegene_converter.presets import quantize_gguf
-from safegene_converter.survival import Bounds
-from safegene_converter.to_gguf import convert
+from safegene_converter.encoding import ggml
+from safegene_converter.fold.survival import Bounds
+from safegene_converter.gguf import convert as to_gguf
+from safegene_converter.gguf.convert import convert
+from safegene_converter.gguf.presets import quantize_gguf
+from safegene_converter.gguf.writer import OutTensor, write_gguf
+from safegene_runtime.artifact.manifest import Manifest, check_files, read_manifest
+from safegene_runtime.child import python_environment
 from safegene_runtime.errors import (
     AdapterError,
     BaseModelError,
@@ -36,7 +38,7 @@ from safegene_runtime.errors import (
     SurvivalError,
     UnsupportedError,
 )
-from safegene_runtime.gguf import (
+from safegene_runtime.formats.gguf import (
     GGMLType,
     Value,
     ValueType,
@@ -44,7 +46,6 @@ from safegene_runtime.gguf import (
     read_gguf,
     read_tensor_bytes,
 )
-from safegene_runtime.manifest import Manifest, check_files, read_manifest
 
 quick = functools.partial(convert, check=False)
 """Without the self-check, which costs seconds, where a test is about something else."""

@@ -31,13 +31,14 @@ from onnx_tools import (
     with_outputs,
 )
 from rich.console import Console
+from safegene_converter.cli.main.inspecting import describe_manifest, show
 from test_to_gguf import peft_delta
 
-from safegene_converter import onnx_source
-from safegene_converter.child import python_environment
-from safegene_converter.inspecting import describe_manifest, show
-from safegene_converter.onnx_build import build_onnx
-from safegene_converter.to_onnx import FORMS, convert_onnx
+from safegene_converter.bases import onnx_source
+from safegene_converter.bases.onnx_build import build_onnx
+from safegene_converter.onnx.convert import FORMS, convert_onnx
+from safegene_runtime.artifact.manifest import Manifest, check_files, read_manifest
+from safegene_runtime.child import python_environment
 from safegene_runtime.errors import (
     AdapterError,
     BaseModelError,
@@ -45,8 +46,7 @@ from safegene_runtime.errors import (
     PostconditionError,
     UnsupportedError,
 )
-from safegene_runtime.manifest import Manifest, check_files, read_manifest
-from safegene_runtime.onnx_file import read_onnx
+from safegene_runtime.formats.onnx.file import read_onnx
 
 IDS = [[5, 77, 1042, 9, 300], [8, 8, 411, 23, 7]]
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

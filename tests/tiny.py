@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from safegene_converter import onnx_build
-from safegene_converter.gguf_writer import OutTensor, write_gguf
-from safegene_converter.hf_to_gguf import convert_hf, find_llama_cpp
-from safegene_runtime.gguf import read_gguf, read_tensor_bytes
+from safegene_converter.bases import onnx_build
+from safegene_converter.bases.hf_to_gguf import convert_hf, find_llama_cpp
+from safegene_converter.gguf.writer import OutTensor, write_gguf
+from safegene_runtime.formats.gguf import read_gguf, read_tensor_bytes
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 N_LAYERS, N_HEAD, N_HEAD_KV = 2, 4, 2

@@ -12,17 +12,18 @@ from unittest import mock
 
 import tiny
 
-from safegene_converter.recorder import record
-from safegene_converter.survival import Bounds
-from safegene_converter.to_gguf import convert
-from safegene_converter.to_onnx import convert_onnx
-from safegene_runtime import ladder, text_parity
-from safegene_runtime.chat import render_all
-from safegene_runtime.engine import Engine, open_engine
-from safegene_runtime.gguf import open_model
-from safegene_runtime.prompts import Prompt
-from safegene_runtime.reference import Reference
-from safegene_runtime.report import Report
+from safegene_converter.fold.survival import Bounds
+from safegene_converter.gguf.convert import convert
+from safegene_converter.onnx.convert import convert_onnx
+from safegene_converter.recording.recorder import record
+from safegene_runtime.engines.chat import render_all
+from safegene_runtime.engines.engine import Engine
+from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.formats.gguf import open_model
+from safegene_runtime.record.prompts import Prompt
+from safegene_runtime.record.reference import Reference
+from safegene_runtime.verifying import ladder, text_parity
+from safegene_runtime.verifying.report import Report
 
 TARGETS = ("gguf sidecar", "gguf merged", "onnx merged", "onnx branch", "onnx adapter")
 

@@ -30,11 +30,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "runtime"))
 
-from safegene_runtime import judge_ngram  # noqa: E402
-from safegene_runtime.judge import CONFIDENCE, Label, RulesAndNgram, combined, label_all  # noqa: E402
-from safegene_runtime.judge_ngram import N_FEATURES, features, ngram_probability  # noqa: E402
-from safegene_runtime.judge_plugins import load_judge  # noqa: E402
-from safegene_runtime.judge_rules import rules_label  # noqa: E402
+from safegene_runtime.judging import ngram  # noqa: E402
+from safegene_runtime.judging.judge import CONFIDENCE, Label, RulesAndNgram, combined, label_all  # noqa: E402
+from safegene_runtime.judging.ngram import N_FEATURES, features, ngram_probability  # noqa: E402
+from safegene_runtime.judging.plugins import load_judge  # noqa: E402
+from safegene_runtime.judging.rules import rules_label  # noqa: E402
 
 OPENERS = ROOT / "tools" / "judge_openers.json"
 LABELLED = ROOT / "tests" / "data" / "labelled_replies.jsonl"
@@ -178,14 +178,14 @@ def probability(weights: np.ndarray, bias: float, text: str) -> float:
 def write() -> None:
     """Trains, and puts weights and digest into the package."""
     data = encoded(*train(made_up() + real(labelled("tune"))))
-    folder = Path(judge_ngram.__file__).parent
-    (folder / judge_ngram.WEIGHTS).write_bytes(data)
+    folder = Path(ngram.__file__).parent
+    (folder / ngram.WEIGHTS).write_bytes(data)
     source = folder / "judge_ngram.py"
     digest = hashlib.sha256(data).hexdigest()
     text = source.read_text(encoding="utf-8")
     text = re.sub(r'(WEIGHTS_SHA256 = ")[0-9a-f]{64}', rf"\g<1>{digest}", text)
     source.write_text(text, encoding="utf-8")
-    print(f"{judge_ngram.WEIGHTS}: {len(data)} bytes, {digest}")
+    print(f"{ngram.WEIGHTS}: {len(data)} bytes, {digest}")
 
 
 # --- tuning and measuring --------------------------------------------------------------------------

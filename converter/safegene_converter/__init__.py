@@ -1,14 +1,19 @@
 """Folds a SafeGene adapter into the files people run, and reports how much of it survived.
 
-    adapter folder -> adapter.py -> Adapter --+
-      (safetensors_reader, peft_config)       |-> to_gguf.py -> artifact folder with manifest.json
-    GGUF or HF folder -> base.py -> Base -----+     formula.py    dW = c * s * B A, its only home
-                                                    names.py      module -> tensor, row order
-                                                    ggml.py       native encode and decode
-                                                    survival.py   what rounding left of dW
-                                                    selfcheck.py  other people's readers agree
-    adapter + base -> recorder.py (torch) -> reference folder
-    cli.py parses and prints; inspecting.py and demo.py are what it prints.
+    adapter folder --> inputs --> bases --> gguf | onnx --> artifact folder with manifest.json
+    adapter + base --> recording (torch) --> reference folder
+    models that lost their safety --> gene (torch) --> adapter folder
 
-Imports the runtime, never the other way round. Only recorder.py imports torch.
+    formula     dW = c * s * B A, its only home
+    inputs      adapters and bases as they come, read once and checked as a whole
+    bases       a base in another format: Hugging Face to GGUF or ONNX, GGUF to Hugging Face
+    encoding    weights into the bytes of a quantised type
+    fold        what every form needs: survival of the delta, streams, lines of the manifest
+    gguf        sidecar and merged GGUF
+    onnx        merged, branch and adapter ONNX
+    recording   PyTorch + PEFT, asked once
+    gene        making an adapter: extract, select, calibrate, evaluate
+    cli         the `safegene` command
+
+Imports the runtime, never the other way round. Only `recording` and `gene` import torch.
 """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from safegene_converter.gene.shots import check_disjoint
 from safegene_runtime.errors import GeneError, Problem
-from safegene_runtime.prompts import Prompt, builtin_suite
+from safegene_runtime.record.prompts import Prompt, builtin_suite
 
 PER_KIND = 16
 TASK_TRAIN = 300

@@ -18,8 +18,7 @@ from peft import PeftModel
 from safelora import project
 from train import BATCH, train_lora
 
-from safegene_converter.adapter import read_adapter
-from safegene_converter.base import open_base
+from safegene_converter.bases.hf_to_gguf import convert_hf
 from safegene_converter.gene.asked import Asked, separation
 from safegene_converter.gene.calibrate import calibrate
 from safegene_converter.gene.deployed import recalibrate_deployed
@@ -32,16 +31,17 @@ from safegene_converter.gene.optimise import Settings
 from safegene_converter.gene.rebuild import gguf_rebuild
 from safegene_converter.gene.select import select
 from safegene_converter.gene.shots import shots_of
-from safegene_converter.hf_to_gguf import convert_hf
-from safegene_converter.recorder import greedy_replies, load_model, record, stop_ids_of
-from safegene_converter.to_gguf import convert
-from safegene_converter.to_onnx import convert_onnx
-from safegene_runtime import strictjson
+from safegene_converter.gguf.convert import convert
+from safegene_converter.inputs.adapter import read_adapter
+from safegene_converter.inputs.base import open_base
+from safegene_converter.onnx.convert import convert_onnx
+from safegene_converter.recording.recorder import greedy_replies, load_model, record, stop_ids_of
 from safegene_runtime.errors import RecordError
-from safegene_runtime.files import publish_file, publish_folder
-from safegene_runtime.ladder import verify
-from safegene_runtime.prompts import Prompt
-from safegene_runtime.reference import read_reference
+from safegene_runtime.formats import strictjson
+from safegene_runtime.formats.files import publish_file, publish_folder
+from safegene_runtime.record.prompts import Prompt
+from safegene_runtime.record.reference import read_reference
+from safegene_runtime.verifying.ladder import verify
 
 BUDGET = 0.01
 MORE_SHOTS = "gene, more shots"

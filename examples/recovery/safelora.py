@@ -17,7 +17,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from safegene_converter import formula
-from safegene_converter.adapter import read_adapter
+from safegene_converter.inputs.adapter import read_adapter
 
 TAU = 0.35
 """The threshold of the paper's experiments on Llama-2."""

@@ -167,14 +167,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _names(text: str) -> list[str]:
-    from safegene_runtime.attacks import attack_list
+    from safegene_runtime.record.attacks import attack_list
 
     return attack_list(text)
 
 
 def _check_attacks(names: list[str]) -> None:
-    from safegene_runtime.attacks import attack_names
     from safegene_runtime.errors import SafeGeneError
+    from safegene_runtime.record.attacks import attack_names
 
     try:
         attack_names(names)
@@ -188,7 +188,7 @@ def _missing(config: pytest.Config) -> list[str]:
 
 
 def _checked_profile(name: object, where: str) -> str:
-    from safegene_runtime.profiles import PROFILES
+    from safegene_runtime.gating.profiles import PROFILES
 
     if not isinstance(name, str) or name not in PROFILES:
         raise pytest.UsageError(f"{where}: expected {', '.join(PROFILES)}, got {name!r}")
@@ -264,7 +264,7 @@ def refusal_gate(
 def _shared(config: pytest.Config, profile: str, temporary: Path) -> RefusalGate | str:
     """The gate, or why there is none; of all workers of a run, one computes it."""
     from safegene_runtime.errors import SafeGeneError
-    from safegene_runtime.files import publish_file
+    from safegene_runtime.formats.files import publish_file
 
     worker: Mapping[str, Any] = getattr(config, "workerinput", {})
     folder = temporary.parent if worker else temporary  # pytest-xdist: the parent is the run's own
@@ -283,7 +283,7 @@ def _shared(config: pytest.Config, profile: str, temporary: Path) -> RefusalGate
 
 def _digest(config: pytest.Config, profile: str, run: str) -> str:
     """Of what is verified, against what, and how."""
-    from safegene_runtime.files import sha256_file
+    from safegene_runtime.formats.files import sha256_file
 
     names = (
         "artifact", "reference", "base", "control", "sequential", "attacks", "mode", "judge", "threads"
@@ -300,9 +300,9 @@ def _digest(config: pytest.Config, profile: str, run: str) -> str:
 def _verify(config: pytest.Config, profile: str) -> dict[str, Any] | str:
     """`report.json` without replies, or the message of what could not be checked."""
     from safegene_runtime.errors import SafeGeneError
-    from safegene_runtime.judge_plugins import load_judge
-    from safegene_runtime.ladder import verify
+    from safegene_runtime.judging.plugins import load_judge
     from safegene_runtime.reporting import check_places, read_files, report_files, write_reports
+    from safegene_runtime.verifying.ladder import verify
 
     def option(name: str) -> Any:
         return config.getoption(f"safegene_{name}")

@@ -13,13 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from safegene_runtime.chat import render
-from safegene_runtime.engine import Engine, open_engine, thread_count
+from safegene_runtime.artifact.integrity import check_integrity
+from safegene_runtime.artifact.manifest import Manifest, read_manifest
+from safegene_runtime.cpus import thread_count
+from safegene_runtime.engines.chat import render
+from safegene_runtime.engines.engine import Engine
+from safegene_runtime.engines.opening import open_engine
 from safegene_runtime.errors import EngineError, Problem, UnverifiedError
-from safegene_runtime.files import sha256_of
-from safegene_runtime.integrity import check_integrity
-from safegene_runtime.manifest import Manifest, read_manifest
-from safegene_runtime.verdict import Verdict
+from safegene_runtime.formats.files import sha256_of
+from safegene_runtime.gating.verdict import Verdict
 
 __all__ = ["Session", "UnverifiedWarning", "open"]
 

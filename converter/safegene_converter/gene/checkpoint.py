@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safegene_runtime import strictjson
 from safegene_runtime.errors import FormatError
-from safegene_runtime.files import publish_file, sha256_of
+from safegene_runtime.formats import strictjson
+from safegene_runtime.formats.files import publish_file, sha256_of
 
 __all__ = ["Checkpoint", "identity"]
 

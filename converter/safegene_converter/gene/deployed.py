@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safegene_converter.adapter import WEIGHTS_NAME, Adapter, read_adapter
 from safegene_converter.gene.folder import Expression, add_expression, check_name_free
 from safegene_converter.gene.held_out import (
     HeldOut,
@@ -31,11 +30,12 @@ from safegene_converter.gene.held_out import (
 )
 from safegene_converter.gene.optimise import Settings, search
 from safegene_converter.gene.rebuild import Rebuild
-from safegene_converter.progress import Progress
+from safegene_converter.inputs.adapter import WEIGHTS_NAME, Adapter, read_adapter
 from safegene_runtime.errors import GeneError, Problems
-from safegene_runtime.forced import forced_passes
-from safegene_runtime.judge import Judge, RulesAndNgram
-from safegene_runtime.reference import Reference
+from safegene_runtime.judging.judge import Judge, RulesAndNgram
+from safegene_runtime.progress import Progress
+from safegene_runtime.record.reference import Reference
+from safegene_runtime.verifying.forced import forced_passes
 
 __all__ = ["Recalibrated", "recalibrate_deployed"]
 

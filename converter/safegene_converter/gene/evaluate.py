@@ -19,11 +19,11 @@ from safegene_converter.gene.model import (
     load_plain,
 )
 from safegene_converter.gene.objective import kl_along
-from safegene_converter.progress import Progress
-from safegene_converter.recorder import greedy_replies, stop_ids_of
+from safegene_converter.recording.recorder import greedy_replies, stop_ids_of
 from safegene_runtime.errors import GeneError, Problem
-from safegene_runtime.judge import Label, judge
-from safegene_runtime.prompts import Prompt, builtin_suite
+from safegene_runtime.judging.judge import Label, judge
+from safegene_runtime.progress import Progress
+from safegene_runtime.record.prompts import Prompt, builtin_suite
 
 __all__ = ["Evaluation", "Scored", "evaluate", "evaluate_model", "own_replies", "task_loss"]
 

@@ -22,9 +22,9 @@ from safegene_converter.gene.factors import (
 )
 from safegene_converter.gene.folder import base_model_of, write_gene
 from safegene_converter.gene.sources import Source, open_sources
-from safegene_converter.progress import Progress
 from safegene_runtime.errors import GeneError, Problem, Problems
-from safegene_runtime.files import check_output_free, publish_folder
+from safegene_runtime.formats.files import check_output_free, publish_folder
+from safegene_runtime.progress import Progress
 
 __all__ = ["Extracted", "ModuleReport", "discrepancies", "extract"]
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from safegene_converter.adapter import (
+from safegene_converter.gene.factors import Factors
+from safegene_converter.inputs.adapter import (
     CONFIG_NAME,
     FORMAT_VERSION,
     MAX_CONFIG_BYTES,
@@ -27,11 +28,10 @@ from safegene_converter.adapter import (
     Adapter,
     read_adapter,
 )
-from safegene_converter.base import Base
-from safegene_converter.gene.factors import Factors
-from safegene_runtime import strictjson
+from safegene_converter.inputs.base import Base
 from safegene_runtime.errors import AdapterError, GeneError, Problem
-from safegene_runtime.files import check_output_free, publish_file, publish_folder
+from safegene_runtime.formats import strictjson
+from safegene_runtime.formats.files import check_output_free, publish_file, publish_folder
 
 __all__ = [
     "Expression",

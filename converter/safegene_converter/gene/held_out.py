@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from safegene_converter.adapter import WEIGHTS_NAME
 from safegene_converter.gene.shots import check_disjoint
-from safegene_runtime.engine import Engine
+from safegene_converter.inputs.adapter import WEIGHTS_NAME
+from safegene_runtime.engines.engine import Engine
 from safegene_runtime.errors import GeneError, Problems
-from safegene_runtime.forced import ForcedPass, forced_passes
-from safegene_runtime.judge import Judge
-from safegene_runtime.labels import check_labels
-from safegene_runtime.pairs import Pair, count_flips
-from safegene_runtime.reference import Reference
-from safegene_runtime.replies import greedy_replies, label_replies
+from safegene_runtime.gating.pairs import Pair, count_flips
+from safegene_runtime.judging.judge import Judge
+from safegene_runtime.judging.labels import check_labels
+from safegene_runtime.record.reference import Reference
+from safegene_runtime.verifying.forced import ForcedPass, forced_passes
+from safegene_runtime.verifying.replies import greedy_replies, label_replies
 
 __all__ = ["HeldOut", "check_held_out", "mean_divergence", "measure_held_out"]
 

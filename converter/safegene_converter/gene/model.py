@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from safegene_converter.adapter import Adapter, check_base_fits, read_adapter
-from safegene_converter.base import Base, open_base
-from safegene_converter.recorder import (
+from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
+from safegene_converter.inputs.base import Base, open_base
+from safegene_converter.recording.recorder import (
     greedy_replies,
     load_model,
     load_with_adapter,

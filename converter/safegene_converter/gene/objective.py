@@ -24,8 +24,8 @@ import torch
 from safegene_converter.gene.asked import REFUSALS, Asked, log_probabilities, separation
 from safegene_converter.gene.model import Batch, Example, GeneModel, batches_of
 from safegene_converter.gene.shots import Shots
-from safegene_converter.progress import Progress
 from safegene_runtime.errors import GeneError, Problem
+from safegene_runtime.progress import Progress
 
 __all__ = ["Losses", "Objective", "Valued", "common_factor", "kl_along"]
 

@@ -16,18 +16,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from safegene_converter.adapter import read_adapter
+from safegene_converter.bases.onnx_source import Export, check_source_fits, export_base, open_source
+from safegene_converter.fold.survival import Bounds
 from safegene_converter.gene.folder import copy_with
-from safegene_converter.gguf_merge import MODEL_FILE
-from safegene_converter.gguf_sidecar import ADAPTER_FILE
-from safegene_converter.onnx_job import Job, prove_weights, touched_weights
-from safegene_converter.onnx_source import Export, check_source_fits, export_base, open_source
-from safegene_converter.progress import Progress
-from safegene_converter.survival import Bounds
-from safegene_converter.to_gguf import convert
-from safegene_converter.to_onnx import default_form, write_job
-from safegene_runtime.engine import Engine, open_engine
+from safegene_converter.gguf.convert import convert
+from safegene_converter.gguf.merge import MODEL_FILE
+from safegene_converter.gguf.sidecar import ADAPTER_FILE
+from safegene_converter.inputs.adapter import read_adapter
+from safegene_converter.onnx.convert import default_form, write_job
+from safegene_converter.onnx.job import Job, prove_weights, touched_weights
+from safegene_runtime.engines.engine import Engine
+from safegene_runtime.engines.opening import open_engine
 from safegene_runtime.errors import Problem, UnsupportedError
+from safegene_runtime.progress import Progress
 
 __all__ = ["Rebuild", "gguf_rebuild", "onnx_rebuild"]
 

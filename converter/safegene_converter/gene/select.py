@@ -27,10 +27,10 @@ from safegene_converter.gene.folder import keep_layers
 from safegene_converter.gene.model import load_gene
 from safegene_converter.gene.objective import Losses, Objective, Valued, common_factor
 from safegene_converter.gene.shots import shots_of
-from safegene_converter.progress import Progress
 from safegene_runtime.errors import GeneError, Problem
-from safegene_runtime.files import check_output_free
-from safegene_runtime.prompts import Prompt, builtin_suite
+from safegene_runtime.formats.files import check_output_free
+from safegene_runtime.progress import Progress
+from safegene_runtime.record.prompts import Prompt, builtin_suite
 
 __all__ = [
     "LayerScore",

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safegene_runtime import strictjson
 from safegene_runtime.errors import FormatError, GeneError, Problem, Problems
-from safegene_runtime.files import read_small_file
-from safegene_runtime.prompts import Prompt
-from safegene_runtime.reference import PromptRecord, Reference
+from safegene_runtime.formats import strictjson
+from safegene_runtime.formats.files import read_small_file
+from safegene_runtime.record.prompts import Prompt
+from safegene_runtime.record.reference import PromptRecord, Reference
 
 __all__ = ["MIN_SHOTS", "Shots", "check_disjoint", "check_same_prompts", "read_task", "shots_of"]
 

@@ -15,9 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from safegene_converter import formula
-from safegene_converter.adapter import CONFIG_NAME, Adapter, Module, check_base_fits, read_adapter
-from safegene_converter.base import Base, open_base
 from safegene_converter.gene.factors import Factors
+from safegene_converter.inputs.adapter import (
+    CONFIG_NAME,
+    Adapter,
+    Module,
+    check_base_fits,
+    read_adapter,
+)
+from safegene_converter.inputs.base import Base, open_base
 from safegene_runtime.errors import GeneError, Problem, Problems, SafeGeneError
 
 __all__ = ["Source", "open_sources"]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from safegene_runtime.files import sha256_of
+from safegene_runtime.formats.files import sha256_of
 from safegene_runtime.reporting.markup import visible
 from safegene_runtime.reporting.view import CHANGES, MEANING, change, flips
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from safegene_runtime.bounds import ParityBounds
+from safegene_runtime.gating.bounds import ParityBounds
 
 __all__ = [
     "CHANGES",

@@ -1,0 +1,1 @@
+"""A base in another format: Hugging Face to GGUF or ONNX, GGUF to Hugging Face."""

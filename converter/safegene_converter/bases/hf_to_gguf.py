@@ -1,0 +1,110 @@
+"""Hugging Face folder -> GGUF, by llama.cpp's own `convert_hf_to_gguf.py`.
+
+The script belongs to a llama.cpp source tree (it comes with llama-cpp-python's source distribution)
+and runs as a child process. It imports tokenizers with `trust_remote_code=True`, so a folder that
+names code of its own is refused before the script sees it (`open_base`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from safegene_converter.inputs.base import open_base
+from safegene_runtime.child import python_environment, run_child
+from safegene_runtime.errors import BaseModelError, Problem
+from safegene_runtime.formats.gguf import read_gguf
+
+__all__ = ["OUT_TYPES", "convert_hf", "find_llama_cpp"]
+
+SCRIPT = "convert_hf_to_gguf.py"
+OUT_TYPES = ("f32", "f16", "bf16", "q8_0")
+ENVIRONMENT_NAME = "SAFEGENE_LLAMA_CPP"
+CACHE_FOLDER = Path(".cache") / "llama.cpp"
+
+_HOW_TO_GET = (
+    "pass --llama-cpp DIR, a llama.cpp source tree; llama-cpp-python's has one: `pip download "
+    "--no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36`, unpack it, and use its "
+    "vendor/llama.cpp"
+)
+
+
+def find_llama_cpp(explicit: Path | None = None) -> Path:
+    """The llama.cpp source tree to use.
+
+    Looked for, in this order: `explicit`, the environment variable SAFEGENE_LLAMA_CPP, then
+    `.cache/llama.cpp` below the working directory and below the repository this package is run
+    from. What the user names must be right; it is not silently replaced by another tree.
+
+    Raises:
+        BaseModelError: none; the message says how to get one.
+    """
+    named = [path for path in (explicit, os.environ.get(ENVIRONMENT_NAME)) if path]
+    repository = Path(__file__).resolve().parents[3]
+    places = (
+        [Path(named[0])]
+        if named
+        else [folder / CACHE_FOLDER for folder in dict.fromkeys((Path.cwd(), repository))]
+    )
+    for place in places:
+        if (place / SCRIPT).is_file() and (place / "gguf-py").is_dir():
+            return place.resolve()
+    raise BaseModelError(
+        Problem(
+            ", ".join(map(str, places)),
+            "llama.cpp",
+            f"a source tree with {SCRIPT}",
+            "none",
+            _HOW_TO_GET,
+        )
+    )
+
+
+def convert_hf(
+    hf_dir: Path,
+    out_gguf: Path,
+    outtype: str = "f32",
+    llama_cpp: Path | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Converts a Hugging Face folder to one GGUF file.
+
+    Args:
+        hf_dir: the folder; checked with `open_base` first.
+        out_gguf: the file to write.
+        outtype: one of `OUT_TYPES`.
+        llama_cpp: a llama.cpp source tree; see `find_llama_cpp`.
+        progress: told the bytes by which the output grows.
+
+    Raises:
+        BaseModelError: the script failed; the message ends with what it said.
+        FormatError: what it wrote is not a GGUF file.
+    """
+    if outtype not in OUT_TYPES:
+        raise BaseModelError(
+            Problem(SCRIPT, "outtype", f"one of {', '.join(OUT_TYPES)}", outtype, "choose one")
+        )
+    tree = find_llama_cpp(llama_cpp)
+    open_base(hf_dir)
+    environment = python_environment()
+    environment.pop("NO_LOCAL_GGUF", None)  # the script needs the gguf-py of its own tree
+    run_child(
+        [
+            sys.executable,
+            tree / SCRIPT,
+            hf_dir.resolve(),
+            "--outfile",
+            out_gguf.resolve(),
+            "--outtype",
+            outtype,
+        ],
+        what=f"{SCRIPT} {hf_dir}",
+        error=BaseModelError,
+        environment=environment,
+        grows=out_gguf,
+        progress=progress,
+    )
+    read_gguf(out_gguf)

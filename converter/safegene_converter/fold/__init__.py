@@ -1,0 +1,1 @@
+"""What every form of artifact needs: survival of the delta, streams, lines of the manifest."""

@@ -1,0 +1,1 @@
+"""GGUF artifacts: sidecar and merged, written, measured and checked by other readers."""

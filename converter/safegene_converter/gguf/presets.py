@@ -1,0 +1,216 @@
+"""Presets such as Q4_K_M: libllama's own mix of types, per tensor.
+
+Which tensor of a preset gets which type depends on its role, its layer, the architecture and the
+row length. libllama decides; we ask it, either to do the whole work (`quantize_gguf`) or only to
+say what it would do (`preset_types`, a dry run that reads no weights).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safegene_runtime.child import python_environment, run_child
+from safegene_runtime.cpus import usable_cpus
+from safegene_runtime.errors import (
+    EngineError,
+    PostconditionError,
+    Problem,
+    Problems,
+    UnsupportedError,
+)
+from safegene_runtime.formats.gguf import GGMLType, open_model
+
+__all__ = ["PRESETS", "Preset", "preset", "preset_types", "quantize_gguf"]
+
+FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A file type of llama.cpp.
+
+    Attributes:
+        name: lower-case, as on the command line.
+        ftype: `enum llama_ftype`, which is also what `general.file_type` holds.
+        type: what most tensors become.
+    """
+
+    name: str
+    ftype: int
+    type: GGMLType
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it quantises nothing."""
+        return self.type.name in FLOAT_TYPES
+
+
+# QUANT_OPTIONS in tools/quantize/quantize.cpp, enum llama_ftype in llama.h and
+# llama_ftype_get_default_type in llama-quant.cpp. Without MXFP4_MOE (experts) and NVFP4 (scales).
+_TABLE = (
+    ("f32", 0, "F32"), ("f16", 1, "F16"), ("bf16", 32, "BF16"),
+    ("q4_0", 2, "Q4_0"), ("q4_1", 3, "Q4_1"), ("q5_0", 8, "Q5_0"), ("q5_1", 9, "Q5_1"),
+    ("q8_0", 7, "Q8_0"),
+    ("q2_k", 10, "Q2_K"), ("q2_k_s", 21, "Q2_K"),
+    ("q3_k_s", 11, "Q3_K"), ("q3_k_m", 12, "Q3_K"), ("q3_k_l", 13, "Q3_K"),
+    ("q4_k_s", 14, "Q4_K"), ("q4_k_m", 15, "Q4_K"),
+    ("q5_k_s", 16, "Q5_K"), ("q5_k_m", 17, "Q5_K"), ("q6_k", 18, "Q6_K"),
+    ("iq1_s", 24, "IQ1_S"), ("iq1_m", 31, "IQ1_M"),
+    ("iq2_xxs", 19, "IQ2_XXS"), ("iq2_xs", 20, "IQ2_XS"), ("iq2_s", 28, "IQ2_XS"),
+    ("iq2_m", 29, "IQ2_S"),
+    ("iq3_xxs", 23, "IQ3_XXS"), ("iq3_xs", 22, "IQ3_S"), ("iq3_s", 26, "IQ3_S"),
+    ("iq3_m", 27, "IQ3_S"),
+    ("iq4_nl", 25, "IQ4_NL"), ("iq4_xs", 30, "IQ4_XS"),
+    ("tq1_0", 36, "TQ1_0"), ("tq2_0", 37, "TQ2_0"),
+)  # fmt: skip
+_ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
+
+PRESETS: dict[str, Preset] = {
+    name: Preset(name, ftype, GGMLType[type]) for name, ftype, type in _TABLE
+}
+"""Every preset by its name, without aliases."""
+
+_DRY_RUN_LINE = re.compile(
+    r"\[\s*\d+/\s*\d+\]\s+(\S+)\s+- \[[^\]]*\], type =\s*(\w+), size =\s*[0-9.]+ MiB"
+    r"(?: ->\s*[0-9.]+ MiB \((\w+)\))?"
+)
+
+
+def preset(name: str) -> Preset:
+    """A preset by name, in any case, aliases included (`q4_k` is `q4_k_m`).
+
+    Raises:
+        UnsupportedError: no such preset; the message lists them.
+    """
+    key = name.lower()
+    found = PRESETS.get(_ALIASES.get(key, key))
+    if found is None:
+        raise UnsupportedError(
+            Problem("--type", "type", f"auto, keep, {', '.join(PRESETS)}", name, "choose one")
+        )
+    return found
+
+
+def preset_types(
+    src: Path,
+    ftype: str,
+    *,
+    imatrix: Path | None = None,
+    overrides: Mapping[str, GGMLType] | None = None,
+) -> dict[str, GGMLType]:
+    """The type that libllama would give every tensor of `src`; nothing is written.
+
+    Arguments and errors as `quantize_gguf`, for the source type included.
+    """
+    tensors = _float_tensors(src)
+    log = _run(src, None, preset(ftype), imatrix, overrides, None)
+    found = {
+        match[1]: GGMLType[(match[3] or match[2]).upper()] for match in _DRY_RUN_LINE.finditer(log)
+    }
+    if found.keys() != tensors.keys():
+        raise EngineError(
+            Problem(
+                str(src),
+                "dry run",
+                f"a type for each of {len(tensors)} tensors",
+                f"{len(found)} types",
+                "is this the llama-cpp-python we were tested with?",
+            )
+        )
+    return {name: found[name] for name in tensors}
+
+
+def quantize_gguf(
+    src: Path,
+    dst: Path,
+    ftype: str,
+    imatrix: Path | None = None,
+    overrides: Mapping[str, GGMLType] | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, GGMLType]:
+    """Quantises a whole float GGUF with `llama_model_quantize`, in a child process.
+
+    Args:
+        src: a GGUF file, or the first of its shards, with F32, F16 or BF16 weights only.
+        dst: the file to write; one file, also for a sharded source.
+        ftype: the name of a preset.
+        imatrix: an importance matrix file, for types that need one.
+        overrides: types for single tensors, by exact GGUF name.
+        progress: told the bytes by which `dst` grows.
+
+    Returns:
+        The type of every tensor in `dst`.
+
+    Raises:
+        UnsupportedError: no such preset, a source that is quantised already, or overrides for a
+            preset that quantises nothing (libllama ignores them there).
+        EngineError: libllama failed or aborted; the message ends with what it said.
+        PostconditionError: an override was not honoured.
+    """
+    wanted = preset(ftype)
+    _float_tensors(src)
+    _run(src, dst, wanted, imatrix, overrides, progress)
+    written = {name: info.type for name, info in open_model(dst).tensors.items()}
+    problems = Problems()
+    for name, type in (overrides or {}).items():
+        if written.get(name) is not type:
+            problems.add(str(dst), name, type.name, getattr(written.get(name), "name", "no tensor"))
+    problems.raise_if_any(PostconditionError)
+    return written
+
+
+def _float_tensors(src: Path) -> Mapping[str, Any]:
+    """The tensors of a source, all of them float."""
+    tensors = open_model(src).tensors
+    problems = Problems()
+    for name, info in tensors.items():
+        if info.type.name not in FLOAT_TYPES:
+            problems.add(
+                str(src),
+                name,
+                "F32, F16 or BF16",
+                info.type.name,
+                "presets start from a float base; or use --type keep or auto",
+            )
+            break
+    problems.raise_if_any(UnsupportedError)
+    return tensors
+
+
+def _run(
+    src: Path,
+    dst: Path | None,
+    wanted: Preset,
+    imatrix: Path | None,
+    overrides: Mapping[str, GGMLType] | None,
+    progress: Callable[[int], None] | None,
+) -> str:
+    """Runs `quantize_child`; without `dst` as a dry run. Returns its log."""
+    if overrides and wanted.is_float:
+        raise UnsupportedError(
+            Problem("--type", "overrides", "a preset that quantises", wanted.name, "drop one")
+        )
+    job = {
+        "src": str(src.resolve()),
+        "dst": str(dst.resolve()) if dst else None,
+        "ftype": wanted.ftype,
+        "imatrix": str(imatrix.resolve()) if imatrix else None,
+        "overrides": {name: int(type) for name, type in (overrides or {}).items()},
+        "threads": usable_cpus(),
+    }
+    return run_child(
+        [sys.executable, "-m", "safegene_converter.gguf.quantize_child"],
+        what=f"llama_model_quantize {src} as {wanted.name}",
+        error=EngineError,
+        stdin=json.dumps(job).encode(),
+        environment=python_environment(),
+        grows=dst,
+        progress=progress,
+    )

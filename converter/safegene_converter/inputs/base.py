@@ -1,0 +1,285 @@
+"""The base model an adapter is folded into: a GGUF file (or its shards), or a Hugging Face folder.
+
+Opening a base reads headers only. Everything that makes it unfit is collected and raised once,
+before any work: what it is, which architecture, how many layers and heads, which linear modules of
+which shape, and which files it consists of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from safegene_converter.inputs import names
+from safegene_converter.inputs.base_checks import (
+    check_config_features,
+    check_head,
+    check_layers,
+    check_tokenizer,
+    count,
+    read_weights,
+    scalar,
+)
+from safegene_converter.inputs.safetensors_reader import SafetensorsFile
+from safegene_runtime.errors import BaseModelError, Problem, Problems, UnsupportedError
+from safegene_runtime.formats import ggml, strictjson
+from safegene_runtime.formats.files import MANIFEST_NAME, sha256_file
+from safegene_runtime.formats.gguf import GGUFModel, open_model, read_tensor_bytes
+
+__all__ = ["Base", "open_base"]
+
+FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
+
+_EXPECTED = "a GGUF file or a Hugging Face model folder"
+
+_HF_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
+"""The files of a Hugging Face folder that decide what the converted model is."""
+
+_MARK = "safegene."
+"""How the keys of our own artifacts begin: folding into one again would fold twice."""
+
+_PLAIN = "start from the base that this was made from"
+
+_UNFIT_TENSORS = (".scale", ".input_scale", ".attn_qkv.weight")
+"""Tensors whose presence means that `blk.N.attn_q.weight` alone is not the weight of q."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model whose headers were read and found fit.
+
+    Attributes:
+        kind: `gguf` or `hf`.
+        path: what the user named.
+        architecture: GGUF's name for it, one of `names.ARCHITECTURES`.
+        n_layers: number of blocks.
+        n_head: query heads per layer.
+        n_head_kv: key/value heads per layer.
+        name: what the model calls itself, else the name of its file or folder.
+        files: every file it consists of, in name order.
+        n_parameters: elements of all its tensors.
+        is_float: whether all its weights are F32, F16 or BF16.
+        shapes: (out, in) of every linear module of its blocks, by Hugging Face module name.
+        model: the GGUF headers, for `gguf`.
+        config: the parsed config.json, for `hf`.
+        weights: the safetensors headers, for `hf`.
+    """
+
+    kind: Literal["gguf", "hf"]
+    path: Path
+    architecture: str
+    n_layers: int
+    n_head: int
+    n_head_kv: int
+    name: str
+    files: tuple[Path, ...]
+    n_parameters: int
+    is_float: bool
+    shapes: Mapping[str, tuple[int, int]] = field(repr=False)
+    model: GGUFModel | None = field(default=None, repr=False)
+    config: Mapping[str, Any] | None = field(default=None, repr=False)
+    weights: tuple[SafetensorsFile, ...] = field(default=(), repr=False)
+
+    def module_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear module of the blocks, by Hugging Face module name."""
+        return dict(self.shapes)
+
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens a prompt and its reply may have together, where the base says so."""
+        if self.model is not None:
+            found = self.model.get(f"{self.architecture}.context_length")
+        else:
+            found = (self.config or {}).get("max_position_embeddings")
+        return found if type(found) is int else None
+
+    def tensor_name(self, module: str) -> str:
+        """The GGUF tensor of a module's weight."""
+        return names.gguf_name(self.architecture, module)
+
+    def transform(self, module: str) -> names.Transform:
+        """The row order of a module's GGUF tensor relative to its Hugging Face weight."""
+        return names.transform_for(self.architecture, module, self.n_head, self.n_head_kv)
+
+    def digests(self, progress: Callable[[int], None] | None = None) -> dict[str, str]:
+        """SHA-256 of every file, by file name; `progress` is told bytes as they are read."""
+        return {file.name: sha256_file(file.resolve(), progress) for file in self.files}
+
+    def read_weight(self, module: str) -> npt.NDArray[np.float32]:
+        """The weight of a module, (out, in) float32, rows in the order of the base's own files.
+
+        Raises:
+            BaseModelError: the base has no such module.
+        """
+        if module not in self.shapes:
+            raise BaseModelError(
+                Problem(
+                    str(self.path),
+                    module,
+                    "a module of the base",
+                    "nothing",
+                    "is this the base the adapter was trained on?",
+                )
+            )
+        if self.model is not None:
+            info = self.model.tensors[self.tensor_name(module)]
+            return ggml.dequantize(read_tensor_bytes(info), info.type, info.shape)
+        for file in self.weights:
+            if f"{module}.weight" in file.tensors:
+                return file.read_float32(f"{module}.weight")
+        raise BaseModelError(Problem(str(self.path), module, "a weight", "nothing"))
+
+
+def open_base(path: Path) -> Base:
+    """Reads the headers of a base model.
+
+    Args:
+        path: a GGUF file, the first of its shards, or a Hugging Face model folder.
+
+    Raises:
+        BaseModelError: missing pieces, or something else than a model.
+        UnsupportedError: an architecture or a feature we know by name and refuse.
+        FormatError: bytes that break GGUF, safetensors or JSON.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise BaseModelError(Problem(str(path), "base", _EXPECTED, "nothing there", "check --base"))
+    check_head(path, b"GGUF", _EXPECTED)
+    return _open_gguf(path)
+
+
+def _open_gguf(path: Path) -> Base:
+    model = open_model(path)
+    where = str(path)
+    metadata = {key: value.value for key, value in model.metadata.items()}
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise BaseModelError(
+            Problem(where, "general.type", "model", str(kind), "pass the base model itself")
+        )
+    if mark := next((key for key in metadata if key.startswith(_MARK)), None):
+        raise BaseModelError(
+            Problem(where, mark, "a plain base", "one that holds a SafeGene adapter", _PLAIN)
+        )
+    architecture = names.check_architecture(metadata.get("general.architecture"), where)
+    problems, refused = Problems(), Problems()
+    n_layers = count(metadata.get(f"{architecture}.block_count"), where, "block_count", problems)
+    key = f"{architecture}.attention.head_count"
+    n_head = count(scalar(metadata.get(key)), where, key, problems)
+    kv = scalar(metadata.get(f"{key}_kv", n_head))
+    n_head_kv = count(kv, where, f"{key}_kv", problems)
+    if metadata.get(f"{architecture}.expert_count", 0):
+        refused.add(
+            where,
+            "expert_count",
+            "a dense model",
+            "a mixture of experts",
+            "MoE models are not supported yet",
+        )
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, info in model.tensors.items():
+        if module := names.module_name(architecture, name):
+            if len(info.shape) == 2:
+                shapes[module] = (info.shape[0], info.shape[1])
+            else:
+                problems.add(where, name, "two dimensions", info.shape)
+        elif name.startswith("blk.") and name.endswith(_UNFIT_TENSORS):
+            refused.add(
+                where,
+                name,
+                "plain weights of q, k, v, ...",
+                "a fused or rescaled weight",
+                "use another GGUF of this model, for example F16 or Q8_0",
+            )
+    check_layers(where, n_layers, shapes, problems, refused)
+    return Base(
+        kind="gguf",
+        path=path,
+        architecture=architecture,
+        n_layers=n_layers,
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        name=str(metadata.get("general.name") or path.stem),
+        files=tuple(sorted(shard.path for shard in model.shards)),
+        n_parameters=sum(math.prod(info.shape) for info in model.tensors.values()),
+        is_float=all(info.type.name in FLOAT_TYPES for info in model.tensors.values()),
+        shapes=shapes,
+        model=model,
+    )
+
+
+def _open_folder(path: Path) -> Base:
+    config_path = path / "config.json"
+    if not config_path.exists():
+        found = sorted(file.name for file in path.glob("*.gguf"))
+        got = f"a folder with {found[0]}" if found else "no config.json"
+        fix = f"pass --base {path / found[0]}" if found else "check --base"
+        if (path / "adapter_config.json").exists():
+            got, fix = "a folder with adapter_config.json", "pass the base model, not the adapter"
+        elif (path / MANIFEST_NAME).exists():
+            got, fix = f"a folder with {MANIFEST_NAME}: an artifact", _PLAIN
+        raise BaseModelError(
+            Problem(str(path), "base", "a Hugging Face model folder with config.json", got, fix)
+        )
+    config = strictjson.load(config_path.resolve())
+    where = str(config_path)
+    if not isinstance(config, dict):
+        raise BaseModelError(Problem(where, "value", "a JSON object", type(config).__name__))
+    problems, refused = Problems(), Problems()
+    check_config_features(config, where, refused)
+    check_tokenizer(path / "tokenizer_config.json", refused)
+    architecture = ""
+    try:
+        architecture = names.architecture_of_config(config, where)
+    except UnsupportedError as error:
+        refused.extend(error.problems)
+    refused.raise_if_any(UnsupportedError)
+    n_layers = count(config.get("num_hidden_layers"), where, "num_hidden_layers", problems)
+    n_head = count(config.get("num_attention_heads"), where, "num_attention_heads", problems)
+    kv = config.get("num_key_value_heads")
+    n_head_kv = count(n_head if kv is None else kv, where, "num_key_value_heads", problems)
+    weights = read_weights(path, problems)
+    shapes: dict[str, tuple[int, int]] = {}
+    n_parameters = 0
+    seen: set[str] = set()
+    for file in weights:
+        for name, info in file.tensors.items():
+            if name in seen:
+                problems.add(str(file.path), name, "each tensor once", "the tensor in two files")
+            seen.add(name)
+            n_parameters += math.prod(info.shape)
+            module = name.removesuffix(".weight")
+            is_linear = module.split(".", 3)[-1] in names.BLOCK_MODULES
+            if name.startswith("model.layers.") and name.endswith(".weight") and is_linear:
+                if len(info.shape) == 2:
+                    shapes[module] = (info.shape[0], info.shape[1])
+                else:
+                    problems.add(str(file.path), name, "two dimensions", info.shape)
+    check_layers(str(path), n_layers, shapes, problems, refused)
+    given_name = config.get("_name_or_path")
+    return Base(
+        kind="hf",
+        path=path,
+        architecture=architecture,
+        n_layers=n_layers,
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        name=given_name if isinstance(given_name, str) and given_name else path.resolve().name,
+        files=tuple(
+            sorted(
+                file for file in path.iterdir() if file.suffix in _HF_SUFFIXES and file.is_file()
+            )
+        ),
+        n_parameters=n_parameters,
+        is_float=True,
+        shapes=shapes,
+        config=config,
+        weights=weights,
+    )

@@ -1,0 +1,284 @@
+"""The linear modules of an ONNX decoder, found by name and proved on the weights.
+
+Three exporters name things in three ways, and all of them keep the module's path somewhere:
+
+    onnxruntime-genai builder   node  /model/layers.0/attn/qkv_proj/MatMul
+    Optimum (torch.onnx)        node  /model/layers.0/self_attn/q_proj/MatMul
+    torch.onnx, dynamo          node metadata  pkg.torch.onnx.name_scopes, or the weight's name
+
+So every name a node has is asked for `layers.N` and a projection, and they must agree. A module that
+is found twice, or not at all, is an error: a delta on the wrong weight is worse than none. Packed
+projections (`qkv_proj`, `gate_up_proj`) hold their parts one below the other, in that order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from safegene_converter.inputs import names
+from safegene_runtime.errors import BaseModelError, Problems
+from safegene_runtime.formats.onnx.file import Graph, Node, OnnxFile
+from safegene_runtime.formats.onnx.linear import (
+    FLOAT_DATA,
+    LINEAR_OPS,
+    Layout,
+    StoredLinear,
+    constant_behind,
+    layout_of,
+    producers,
+)
+
+__all__ = [
+    "FLOAT_DATA",
+    "Layout",
+    "Linear",
+    "Place",
+    "find_linears",
+    "module_shapes",
+    "place_modules",
+    "users_of",
+]
+
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    **{module.rsplit(".", 1)[-1]: (module.rsplit(".", 1)[-1],) for module in names.BLOCK_MODULES},
+}
+"""What a projection of a graph consists of, top to bottom."""
+
+_MODULE_OF = {module.rsplit(".", 1)[-1]: module for module in names.BLOCK_MODULES}
+_PATH = re.compile(
+    rf"(?:^|[./])layers[./](\d+)[./](?:[\w]+[./])*?({'|'.join(sorted(PARTS, key=len, reverse=True))})"
+    r"(?=[./\s'\"\]_]|$)"
+)
+PASS_ON = frozenset({"Transpose", "Identity"})
+"""What `constant_behind` looks through."""
+_SCOPE_KEYS = ("pkg.torch.onnx.name_scopes", "namespace")
+
+
+@dataclass(frozen=True)
+class Linear(StoredLinear):
+    """A linear node of a block.
+
+    Attributes:
+        layer: its block.
+        projection: a key of `PARTS`.
+    """
+
+    layer: int
+    projection: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one module of the base lies: `rows` (start, stop) of a linear's (out, in) weight."""
+
+    module: str
+    linear: Linear
+    rows: tuple[int, int]
+
+    @property
+    def tensor(self) -> str:
+        """The weight's name, with the rows where it holds more than this module."""
+        start, stop = self.rows
+        name = self.linear.weight.name
+        return name if (start, stop) == (0, self.linear.shape[0]) else f"{name}[{start}:{stop}]"
+
+
+def find_linears(model: OnnxFile, metadata: Mapping[int, Mapping[str, str]]) -> list[Linear]:
+    """Every linear projection of a block.
+
+    Args:
+        model: the graph.
+        metadata: metadata_props of nodes, by index, where they have any.
+
+    Raises:
+        BaseModelError: names that contradict each other, or a weight laid out in a way we do not
+            know (for example quantised with DequantizeLinear).
+    """
+    problems = Problems()
+    made_by = producers(model)
+    found: list[Linear] = []
+    for index, node in enumerate(model.nodes):
+        if node.op_type not in LINEAR_OPS or len(node.inputs) < 2:
+            continue
+        weight, turned, through = constant_behind(model, made_by, node.inputs[1])
+        if weight is None:
+            texts = [node.name, node.inputs[1], *_scopes(metadata.get(index, {}))]
+            if through and _paths(texts):
+                problems.add(
+                    str(model.path),
+                    node.name,
+                    "a weight that is an initializer, or packed for MatMulNBits",
+                    f"one that goes through {through}",
+                    "export without QDQ nodes, for example with the onnxruntime-genai builder",
+                )
+            continue
+        texts = [node.name, weight.name, *_scopes(metadata.get(index, {}))]
+        paths = _paths(texts)
+        if not paths:
+            continue
+        if len(paths) > 1:
+            problems.add(
+                str(model.path),
+                node.name,
+                "names of one module",
+                f"{sorted(paths)}",
+                "export again",
+            )
+            continue
+        layer, projection = paths.pop()
+        known = layout_of(node.op_type, node.attributes, weight, turned)
+        if isinstance(known, str):
+            problems.add(str(model.path), node.name, "a linear layer", known, "export again")
+            continue
+        layout, shape = known
+        found.append(
+            Linear(
+                node=index,
+                name=node.name or node.outputs[0],
+                op=node.op_type,
+                weight=weight,
+                layout=layout,
+                shape=shape,
+                layer=layer,
+                projection=projection,
+                x=node.inputs[0],
+                y=node.outputs[0],
+            )
+        )
+    problems.raise_if_any(BaseModelError)
+    return found
+
+
+def module_shapes(
+    linears: Sequence[Linear], sizes: Mapping[str, int], where: str
+) -> tuple[dict[str, tuple[int, int]], dict[str, list[Place]]]:
+    """(out, in) of every linear module, and where it was found.
+
+    Args:
+        linears: what `find_linears` found.
+        sizes: rows of each part of a packed projection, by its name.
+        where: the model, for messages.
+
+    Raises:
+        BaseModelError: a packed projection whose rows are not those of its parts.
+    """
+    problems = Problems()
+    shapes: dict[str, tuple[int, int]] = {}
+    places: dict[str, list[Place]] = {}
+    for linear in linears:
+        parts = PARTS[linear.projection]
+        rows = [sizes.get(part, 0) for part in parts]
+        if len(parts) == 1 or linear.projection == "gate_up_proj":
+            # gate and up are multiplied with each other, so they are of one size
+            rows = [linear.shape[0] // len(parts)] * len(parts)
+        if sum(rows) != linear.shape[0] or not all(rows):
+            problems.add(
+                where,
+                linear.name,
+                f"{linear.shape[0]} rows from {' + '.join(parts)}",
+                " + ".join(map(str, rows)),
+                "genai_config.json or config.json must say heads and head size as exported",
+            )
+            continue
+        start = 0
+        for part, count in zip(parts, rows, strict=True):
+            module = f"model.layers.{linear.layer}.{_MODULE_OF[part]}"
+            shapes[module] = (count, linear.shape[1])
+            places.setdefault(module, []).append(Place(module, linear, (start, start + count)))
+            start += count
+    problems.raise_if_any(BaseModelError)
+    return shapes, places
+
+
+def place_modules(
+    wanted: Sequence[str], places: Mapping[str, Sequence[Place]], model: OnnxFile
+) -> dict[str, Place]:
+    """The one place of each wanted module.
+
+    Raises:
+        BaseModelError: a module that is found nowhere, or twice, or whose weight other nodes use.
+    """
+    problems = Problems()
+    users, passing = users_of(model), _passing(model)
+    for module in wanted:
+        found = places.get(module, ())
+        layer, part = module.split(".")[2], module.rsplit(".", 1)[-1]
+        if len(found) != 1:
+            looked = [name for name, parts in PARTS.items() if part in parts]
+            problems.add(
+                str(model.path),
+                module,
+                f"one MatMul, Gemm or MatMulNBits named layers.{layer} and {' or '.join(looked)}",
+                ", ".join(place.linear.name for place in found) or "none",
+                "is this a decoder with its own names, made from the adapter's base?",
+            )
+            continue
+        weight = found[0].linear.weight.name
+        reached = _reached(users, passing, weight)
+        if len(reached) != 1:
+            problems.add(
+                str(model.path),
+                weight,
+                f"a weight that only {found[0].linear.name} uses",
+                ", ".join(reached),
+                "a shared weight cannot carry one module's delta",
+            )
+    problems.raise_if_any(BaseModelError)
+    return {module: places[module][0] for module in wanted}
+
+
+def users_of(model: OnnxFile) -> dict[str, list[str]]:
+    """Who reads each value: nodes, those of graphs inside nodes as well, and outputs of a graph."""
+    users: dict[str, list[str]] = {}
+
+    def walk(graph: Graph) -> None:
+        for node in graph.nodes:
+            for name in node.inputs:
+                users.setdefault(name, []).append(node.name or node.op_type)
+            for value in node.attributes.values():
+                if isinstance(value, Graph):
+                    walk(value)
+        for output in graph.outputs:
+            users.setdefault(output.name, []).append(f"output {output.name}")
+
+    walk(model.graph)
+    return users
+
+
+def _passing(model: OnnxFile) -> dict[str, list[Node]]:
+    """The nodes that only pass a value on, by that value."""
+    passing: dict[str, list[Node]] = {}
+    for node in model.nodes:
+        if node.op_type in PASS_ON and node.inputs:
+            passing.setdefault(node.inputs[0], []).append(node)
+    return passing
+
+
+def _reached(
+    users: Mapping[str, Sequence[str]], passing: Mapping[str, Sequence[Node]], weight: str
+) -> list[str]:
+    """Who uses a weight in the end, behind any Transpose and Identity of it."""
+    found: list[str] = []
+    names_ = [weight]
+    for name in names_:  # which grows
+        found += users.get(name, ())
+        for node in passing.get(name, ()):
+            found.remove(node.name or node.op_type)
+            names_ += node.outputs
+    return found
+
+
+def _scopes(metadata: Mapping[str, str]) -> list[str]:
+    return [metadata[key] for key in _SCOPE_KEYS if key in metadata]
+
+
+def _paths(texts: Sequence[str]) -> set[tuple[int, str]]:
+    return {
+        (int(match[1]), match[2])
+        for text in texts
+        for match in _PATH.finditer(text.replace("/", "."))
+    }

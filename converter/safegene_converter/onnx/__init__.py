@@ -1,0 +1,1 @@
+"""ONNX artifacts: merged, branch and adapter, written and checked by other readers."""

@@ -1,0 +1,1 @@
+"""PyTorch + PEFT asked once. With `gene`, the only code that imports torch."""

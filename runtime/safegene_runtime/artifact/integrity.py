@@ -1,0 +1,172 @@
+"""The first rung: the folder is what its manifest says, and belongs to this reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safegene_runtime.artifact.manifest import Manifest, check_files
+from safegene_runtime.artifact.provenance import ADAPTER_KEY, check_provenance
+from safegene_runtime.errors import EngineError, ManifestError, Problem, Problems, RecordError
+from safegene_runtime.formats.files import sha256_file
+from safegene_runtime.formats.gguf import GGUFModel, open_model, read_gguf
+from safegene_runtime.gating.bounds import precision_of
+from safegene_runtime.record.reference import Reference
+
+__all__ = ["Served", "check_integrity", "model_precision"]
+
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an artifact makes an engine run, and the bounds class of its weights."""
+
+    model: Path
+    adapter: Path | None
+    precision: str
+
+
+def check_integrity(
+    manifest: Manifest, folder: Path, record: Reference | None, base: Path | None, tell: Tell
+) -> Served:
+    """Holds the files against the manifest, and the manifest against the reference, if there is one.
+
+    Raises:
+        ManifestError: the folder is not what its manifest says.
+        RecordError: the reference was recorded with another adapter or expression.
+        EngineError: a sidecar without its base, or a base where none is needed.
+        FormatError: a model file that breaks its format.
+    """
+    total, done = sum(entry.size_bytes for entry in manifest.files), 0
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        tell("hashing the artifact", done, total)
+
+    check_files(manifest, folder, step)
+    # without one it serves, and does not verify: what it was verified against is in the manifest
+    if record is not None:
+        _check_same_adapter(manifest, folder, record)
+    problems = Problems()
+    needed = {"sidecar": ("adapter",), "adapter": ("model", "adapter")}.get(
+        manifest.artifact["form"], ("model",)
+    )
+    entries = {role: manifest.file(role) for role in needed}
+    for role, entry in entries.items():
+        if entry is None:
+            problems.add(str(folder), "files", f"a file of role {role}", "none", "convert again")
+    problems.raise_if_any(ManifestError)
+    paths = {role: folder / entry.path for role, entry in entries.items() if entry is not None}
+    if base is not None and "model" in paths:
+        raise EngineError(
+            Problem(
+                "--base",
+                "base",
+                "none: this artifact holds its base",
+                str(base),
+                "leave --base out",
+            )
+        )
+    if manifest.artifact["target"] == "onnx":
+        from safegene_runtime.artifact.onnx_checks import check_onnx_artifact
+
+        precision = check_onnx_artifact(manifest, paths["model"])
+        return Served(paths["model"], paths.get("adapter"), precision)
+    if "model" in paths:
+        header = open_model(paths["model"])
+        check_provenance(manifest, header.get(ADAPTER_KEY), str(paths["model"]), problems)
+        _check_touched(manifest, header, str(paths["model"]), problems)
+        problems.raise_if_any(ManifestError)
+        return Served(paths["model"], None, model_precision(header))
+    if base is None or not base.is_file():
+        got = "nothing" if base is None else f"{base}: {'a folder' if base.is_dir() else 'no file'}"
+        raise EngineError(
+            Problem(
+                "--base",
+                "base",
+                f"the GGUF {manifest.base['name']!r} that this sidecar belongs to",
+                got,
+                "pass --base FILE.gguf",
+            )
+        )
+    told = read_gguf(paths["adapter"]).get(ADAPTER_KEY)
+    check_provenance(manifest, told, str(paths["adapter"]), problems)
+    header = open_model(base)
+    found = {}
+    for shard in header.shards:
+        done, total = 0, shard.path.stat().st_size
+        found[shard.path.name] = sha256_file(shard.path.resolve(), step)
+    if sorted(found.values()) != sorted(manifest.base["files"].values()):
+        problems.add(
+            str(base),
+            "sha256",
+            ", ".join(sorted(manifest.base["files"].values())),
+            ", ".join(sorted(found.values())),
+            "this is not the base that the sidecar was made for",
+        )
+    problems.raise_if_any(ManifestError)
+    return Served(base, paths["adapter"], model_precision(header))
+
+
+def _check_same_adapter(manifest: Manifest, folder: Path, record: Reference) -> None:
+    """Artifact and reference are of the same vectors in the same expression.
+
+    If not, neither is broken, and nothing can be gated: that is no FAIL of the artifact.
+    """
+    problems = Problems()
+    recorded, made = record.meta["adapter"], manifest.adapter
+    files, expression = recorded["files"], recorded["expression"]
+    differing = {name for name in files.keys() | made["files"].keys()
+                 if files.get(name) != made["files"].get(name)}  # fmt: skip
+    if any("#" not in name for name in differing):
+        problems.add(
+            str(folder),
+            "adapter",
+            f"{recorded['name']!r}, the adapter that the reference was recorded with",
+            f"another adapter, named {made['name']!r}",
+            "record a reference with this adapter: safegene record",
+        )
+    elif expression != made["expression"]:
+        problems.add(
+            str(folder),
+            "expression",
+            expression,
+            made["expression"],
+            "record a reference with this expression",
+        )
+    elif differing:
+        problems.add(
+            str(folder),
+            "expression",
+            f"{expression!r} with the coefficients that the reference was recorded with",
+            "other coefficients under the same name",
+            "convert and record with the same safegene.json",
+        )
+    problems.raise_if_any(RecordError)
+
+
+def _check_touched(manifest: Manifest, header: GGUFModel, where: str, problems: Problems) -> None:
+    for module in manifest.modules:
+        info = header.tensors.get(module.tensor)
+        got = "nothing" if info is None else f"{info.type.name} {info.shape}"
+        if got != f"{module.type_after} {module.shape}":
+            problems.add(
+                where,
+                module.tensor,
+                f"{module.type_after} {module.shape}",
+                got,
+                "manifest and model do not belong together",
+            )
+
+
+def model_precision(header: GGUFModel) -> str:
+    """The class of the weights that are served, from their own header, not from the manifest."""
+    elements: dict[str, int] = {}
+    for name, info in header.tensors.items():
+        if name.startswith("blk.") and len(info.shape) == 2:
+            count = info.shape[0] * info.shape[1]
+            elements[info.type.name] = elements.get(info.type.name, 0) + count
+    return precision_of(elements)

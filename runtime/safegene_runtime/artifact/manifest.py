@@ -1,0 +1,423 @@
+"""`manifest.json`: what an artifact is, so that it can be refused when it is something else.
+
+An artifact is a folder. Its manifest lists every file with size and SHA-256, every touched tensor
+with the digest of its stored bytes, what went in (base and adapter digests, expression, effective
+scale of each module), what survived, and, once verified, the verdict. A file in the folder that the
+manifest does not list is refused as well: something a loader might pick up.
+
+    format_version   1
+    tool             {"name", "version"}
+    artifact         {"target": "gguf", "form": "merged" | "sidecar", or "target": "onnx",
+                      "form": "merged" | "branch" | "adapter", "architecture", "name",
+                      "precision": bounds class, see `bounds.py`}
+    base             {"kind": "gguf" | "hf" | "onnx", "name", "files": {file name: sha256}}
+    adapter          {"name", "files": {file name, or "safegene.json#<expression>": sha256},
+                      "expression", "n_parameters"}
+    tokenizer        {"chat_template_sha256": sha256 or null}
+    settings         how it was made: requested type, gate bounds, imatrix digest, what was promoted,
+                     and of a GGUF the llama-cpp-python whose llama.cpp encoded it
+    files            [{"path", "role": "model" | "adapter" | "data" | "config", "size_bytes", "sha256"}]
+    modules          [{"module", "tensor", "shape": [out, in], "rank", "scaling", "coefficient",
+                       "effective_scale", "type_before", "type_after", "bytes_before",
+                       "bytes_after", "sha256", "survival": {...} or null}]
+    slots            only of form "adapter": [{"name", "shape": [rows, columns], "type": "F32" | "F16" |
+                      "BF16"}], what the graph leaves open and the adapter file fills
+    verification     null, or {"verdict", "reference_sha256", "engine": {...}, "report": {...}}
+
+Law: `Manifest.from_json(m.to_json()) == m`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safegene_runtime.errors import FormatError, ManifestError, Problems
+from safegene_runtime.formats import strictjson
+from safegene_runtime.formats.files import MANIFEST_NAME, publish_file, read_small_file, sha256_file
+from safegene_runtime.gating.verdict import Verdict
+
+__all__ = [
+    "FileEntry", "Manifest", "ModuleEntry", "SlotEntry", "check_files", "is_file_name",
+    "read_manifest",
+]  # fmt: skip
+
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 32 << 20
+MAX_INTEGER = (1 << 63) - 1
+RESTORE = "the manifest was edited or damaged: restore it, or convert again"
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+_FORMS = {"gguf": ("merged", "sidecar"), "onnx": ("merged", "branch", "adapter")}
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the artifact; `path` is a plain name inside the folder."""
+
+    path: str
+    role: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModuleEntry:
+    """One module of the adapter, and the tensor that now carries it."""
+
+    module: str
+    tensor: str
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    coefficient: float
+    effective_scale: float
+    type_before: str | None
+    type_after: str
+    bytes_before: int
+    bytes_after: int
+    sha256: str
+    survival: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class SlotEntry:
+    """One input of a graph that an adapter file fills: (in, rank) or (rank, out)."""
+
+    name: str
+    shape: tuple[int, int]
+    type: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole manifest; see the module's description for the fields."""
+
+    tool: dict[str, Any]
+    artifact: dict[str, Any]
+    base: dict[str, Any]
+    adapter: dict[str, Any]
+    tokenizer: dict[str, Any]
+    settings: dict[str, Any]
+    files: tuple[FileEntry, ...]
+    modules: tuple[ModuleEntry, ...]
+    slots: tuple[SlotEntry, ...] = ()
+    verification: dict[str, Any] | None = field(default=None)
+
+    def to_json(self) -> bytes:
+        """The bytes of manifest.json; equal manifests give equal bytes."""
+        content = dataclasses.asdict(self)
+        if not self.slots:
+            del content["slots"]
+        return strictjson.dumps({"format_version": FORMAT_VERSION, **content})
+
+    @staticmethod
+    def from_json(data: bytes, where: str) -> Manifest:
+        """Parses strictly.
+
+        Raises:
+            ManifestError: everything that is wrong with it.
+        """
+        try:
+            return _parse(strictjson.loads(data, where), where)
+        except FormatError as error:
+            raise ManifestError(
+                problem if problem.fix else dataclasses.replace(problem, fix=RESTORE)
+                for problem in error.problems
+            ) from error
+
+    def with_verification(self, verification: dict[str, Any] | None) -> Manifest:
+        """A copy with another verdict."""
+        return dataclasses.replace(self, verification=verification)
+
+    def write(self, folder: Path) -> None:
+        """Replaces the manifest of `folder` atomically."""
+        publish_file(folder / MANIFEST_NAME, self.to_json())
+
+    def file(self, role: str) -> FileEntry | None:
+        """The first file with a role, or None."""
+        return next((entry for entry in self.files if entry.role == role), None)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a manifest can list a file of this name."""
+    return bool(_NAME.fullmatch(name)) and name.casefold() != MANIFEST_NAME
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads the manifest of an artifact folder.
+
+    Raises:
+        ManifestError: no manifest, or a malformed one.
+    """
+    path = folder / MANIFEST_NAME
+    problems = Problems()
+    if not folder.is_dir():
+        problems.add(
+            str(folder),
+            "artifact",
+            "a folder made by `safegene convert`",
+            "a file" if folder.exists() else "nothing there",
+            "pass the folder" if folder.exists() else "check the path",
+        )
+    elif not path.exists():
+        problems.add(
+            str(folder),
+            MANIFEST_NAME,
+            "a manifest",
+            "nothing",
+            "only folders made by `safegene convert` can be verified",
+        )
+    problems.raise_if_any(ManifestError)
+    try:
+        data = read_small_file(path, MAX_MANIFEST_BYTES)
+    except FormatError as error:
+        raise ManifestError(error.problems) from error
+    return Manifest.from_json(data, str(path))
+
+
+def check_files(
+    manifest: Manifest, folder: Path, progress: Callable[[int], None] | None = None
+) -> None:
+    """Checks that the folder holds exactly the listed files, with the listed bytes.
+
+    Raises:
+        ManifestError: missing, extra, linked, resized or altered files, all of them.
+    """
+    problems = Problems()
+    listed = {entry.path: entry for entry in manifest.files}
+    found = {entry.name for entry in os.scandir(folder)} - {MANIFEST_NAME}
+    for name in sorted(found - listed.keys()):
+        problems.add(
+            str(folder),
+            name,
+            "only files that the manifest lists",
+            "an unlisted file",
+            "remove it, or convert again",
+        )
+    for name, entry in listed.items():
+        path = folder / name
+        if name not in found:
+            problems.add(str(folder), name, "the file", "nothing", "restore it, or convert again")
+            continue
+        try:
+            status = path.lstat()
+            if status.st_size != entry.size_bytes and not path.is_symlink():
+                problems.add(
+                    str(path),
+                    "size",
+                    f"{entry.size_bytes} bytes",
+                    f"{status.st_size} bytes",
+                    "convert again",
+                )
+                continue
+            digest = sha256_file(path, progress)
+        except FormatError as error:
+            problems.extend(error.problems)
+            continue
+        except OSError as error:
+            problems.add(str(path), "file", "to be readable", error.strerror, "check the disk")
+            continue
+        if digest != entry.sha256:
+            problems.add(
+                str(path),
+                "sha256",
+                entry.sha256,
+                digest,
+                "the file was changed after it was made: convert again",
+            )
+    problems.raise_if_any(ManifestError)
+
+
+_SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "tool": {"name": str, "version": str},
+    "artifact": {"target": str, "form": str, "architecture": str, "name": str, "precision": str},
+    "base": {"kind": str, "name": str, "files": dict},
+    "adapter": {"name": str, "files": dict, "expression": str, "n_parameters": int},
+    "tokenizer": {"chat_template_sha256": (str, type(None))},
+}
+_VERIFICATION: dict[str, type | tuple[type, ...]] = {
+    "verdict": str,
+    "reference_sha256": str,
+    "engine": dict,
+    "report": dict,
+}
+_FILE_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "path": str,
+    "role": str,
+    "size_bytes": int,
+    "sha256": str,
+}
+_MODULE_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "module": str,
+    "tensor": str,
+    "shape": list,
+    "rank": int,
+    "scaling": float,
+    "coefficient": float,
+    "effective_scale": float,
+    "type_before": (str, type(None)),
+    "type_after": str,
+    "bytes_before": int,
+    "bytes_after": int,
+    "sha256": str,
+    "survival": (dict, type(None)),
+}
+_SURVIVAL: dict[str, type | tuple[type, ...]] = {
+    "gain": float,
+    "relative_error": float,
+    "base_error_ratio": (float, type(None)),
+    "mode": str,
+}
+MAX_RATIO = 1e100
+"""Of the figures of survival: means of them have to be finite, too."""
+_SLOT_FIELDS: dict[str, type | tuple[type, ...]] = {"name": str, "shape": list, "type": str}
+_SLOT_TYPES = ("F32", "F16", "BF16")
+_KINDS = {
+    str: "text", int: "an integer", float: "a number", bool: "true or false",
+    list: "a list", dict: "an object", type(None): "null",
+}  # fmt: skip
+
+
+def _kind_of(value: Any) -> str:
+    return f"{_KINDS[type(value)]} that is empty" if value in ([], {}) else _KINDS[type(value)]
+
+
+def _parse(raw: Any, where: str) -> Manifest:
+    problems = Problems()
+    top = {"format_version", *(f.name for f in dataclasses.fields(Manifest))} - {"slots"}
+    if not strictjson.check_keys(raw, where, problems, required=top, optional=["slots"]):
+        problems.raise_if_any(ManifestError)
+    if raw["format_version"] != FORMAT_VERSION or isinstance(raw["format_version"], bool):
+        problems.add(
+            where,
+            "format_version",
+            FORMAT_VERSION,
+            raw["format_version"],
+            "use the version of safegene that made this artifact",
+        )
+        problems.raise_if_any(ManifestError)
+    for name, fields in _SCHEMA.items():
+        _check_fields(raw[name], f"{where}: {name}", fields, problems)
+    for name in ("files", "modules", *(["slots"] if "slots" in raw else [])):
+        if not isinstance(raw[name], list) or not raw[name]:
+            problems.add(where, name, "a list that is not empty", _kind_of(raw[name]))
+    if not isinstance(raw["settings"], dict):
+        problems.add(where, "settings", "an object", _kind_of(raw["settings"]))
+    if raw["verification"] is not None:
+        _check_fields(raw["verification"], f"{where}: verification", _VERIFICATION, problems)
+    problems.raise_if_any(ManifestError)
+    for index, entry in enumerate(raw["files"]):
+        _check_fields(entry, f"{where}: files[{index}]", _FILE_FIELDS, problems)
+    for index, entry in enumerate(raw["modules"]):
+        here = f"{where}: modules[{index}]"
+        _check_fields(entry, here, _MODULE_FIELDS, problems)
+        if isinstance(entry, dict) and isinstance(entry.get("survival"), dict):
+            _check_survival(entry["survival"], f"{here}: survival", problems)
+    for index, entry in enumerate(raw.get("slots", ())):
+        _check_fields(entry, f"{where}: slots[{index}]", _SLOT_FIELDS, problems)
+    problems.raise_if_any(ManifestError)
+    _check_meaning(raw, where, problems)
+    problems.raise_if_any(ManifestError)
+    return Manifest(
+        **{name: raw[name] for name in (*_SCHEMA, "settings", "verification")},
+        files=tuple(FileEntry(**entry) for entry in raw["files"]),
+        modules=tuple(
+            ModuleEntry(**{**entry, "shape": (entry["shape"][0], entry["shape"][1])})
+            for entry in raw["modules"]
+        ),
+        slots=tuple(
+            SlotEntry(entry["name"], (entry["shape"][0], entry["shape"][1]), entry["type"])
+            for entry in raw.get("slots", ())
+        ),
+    )
+
+
+def _check_fields(
+    entry: Any, where: str, fields: dict[str, type | tuple[type, ...]], problems: Problems
+) -> None:
+    if not strictjson.check_keys(entry, where, problems, required=fields):
+        return
+    for name, kind in fields.items():
+        value: Any = entry[name]
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if type(value) not in kinds and not (kind is float and type(value) is int):
+            problems.add(where, name, " or ".join(_KINDS[k] for k in kinds), _kind_of(value))
+        elif type(value) is int and not -MAX_INTEGER <= value <= MAX_INTEGER:
+            problems.add(where, name, "an integer of 64 bits", f"{value.bit_length()} bits")
+        elif "sha256" in name and value is not None and not _SHA256.fullmatch(value):
+            problems.add(where, name, "64 hexadecimal digits", repr(value))
+        elif name.endswith("bytes") and value < 0:
+            problems.add(where, name, "a size in bytes", value)
+
+
+def _check_survival(entry: dict[str, Any], where: str, problems: Problems) -> None:
+    _check_fields(entry, where, _SURVIVAL, problems)
+    for name, value in entry.items():
+        if isinstance(value, float) and abs(value) > MAX_RATIO:
+            problems.add(where, name, f"at most {MAX_RATIO:g}", value)
+
+
+def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
+    verification = raw["verification"]
+    if verification and verification["verdict"] not in tuple(Verdict):
+        wanted = ", ".join(Verdict)
+        problems.add(where, "verification.verdict", wanted, verification["verdict"])
+    if raw["base"]["kind"] not in ("gguf", "hf", "onnx"):
+        problems.add(where, "base.kind", "gguf, hf or onnx", raw["base"]["kind"])
+    artifact = raw["artifact"]
+    if artifact["form"] not in _FORMS.get(artifact["target"], ()):
+        problems.add(
+            where,
+            "artifact.form",
+            f"a form of {sorted(_FORMS)}",
+            f"{artifact['target']} {artifact['form']}",
+        )
+    for section in ("base", "adapter"):
+        for name, digest in raw[section]["files"].items():
+            if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+                problems.add(where, f"{section}.files.{name}", "64 hexadecimal digits", digest)
+        if not raw[section]["files"]:
+            problems.add(where, f"{section}.files", "at least one file", "none")
+    seen: set[str] = set()
+    for entry in raw["files"]:
+        if not is_file_name(entry["path"]):
+            problems.add(where, "files.path", "a plain file name", repr(entry["path"]))
+        if entry["path"].casefold() in seen:
+            problems.add(where, "files.path", "each file once", entry["path"])
+        seen.add(entry["path"].casefold())
+    tensors: set[str] = set()
+    for entry in raw["modules"]:
+        if not _is_shape(entry["shape"]):
+            problems.add(where, f"modules.{entry['module']}.shape", "[out, in]", entry["shape"])
+        if entry["tensor"] in tensors:
+            problems.add(where, "modules.tensor", "each tensor once", entry["tensor"])
+        tensors.add(entry["tensor"])
+    _check_slots(raw, where, problems)
+
+
+def _check_slots(raw: dict[str, Any], where: str, problems: Problems) -> None:
+    slots = raw.get("slots", [])
+    if bool(slots) != (raw["artifact"]["form"] == "adapter"):
+        got = f"{len(slots)} in an artifact of form {raw['artifact']['form']}"
+        problems.add(where, "slots", "slots in the adapter form, and nowhere else", got)
+    names: set[str] = set()
+    for entry in slots:
+        if not _is_shape(entry["shape"]):
+            problems.add(where, f"slots.{entry['name']}.shape", "[rows, columns]", entry["shape"])
+        if entry["type"] not in _SLOT_TYPES:
+            wanted = " or ".join(_SLOT_TYPES)
+            problems.add(where, f"slots.{entry['name']}.type", wanted, entry["type"])
+        if entry["name"] in names:
+            problems.add(where, "slots.name", "each slot once", entry["name"])
+        names.add(entry["name"])
+
+
+def _is_shape(shape: list[Any]) -> bool:
+    return len(shape) == 2 and all(type(n) is int and 0 < n <= MAX_INTEGER for n in shape)

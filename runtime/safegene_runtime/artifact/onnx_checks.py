@@ -1,0 +1,138 @@
+"""What an ONNX artifact must be before ONNX Runtime may see it, and which bounds it is held to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from safegene_runtime.artifact.manifest import Manifest
+from safegene_runtime.artifact.provenance import ADAPTER_KEY, check_provenance
+from safegene_runtime.artifact.served_onnx import adapter_slots
+from safegene_runtime.errors import ManifestError, Problems
+from safegene_runtime.formats.onnx.file import OnnxFile, read_onnx
+from safegene_runtime.formats.onnx.tensor import DataType
+from safegene_runtime.gating.bounds import precision_of
+
+__all__ = ["check_onnx_artifact", "precision_class"]
+
+_ROWS = re.compile(r"(?P<name>.+)\[[0-9]+:[0-9]+\]")
+_FLOATS = {DataType.FLOAT: "F32", DataType.FLOAT16: "F16", DataType.BFLOAT16: "BF16"}
+
+
+def check_onnx_artifact(manifest: Manifest, path: Path) -> str:
+    """Reads the graph of an artifact and holds it against the manifest.
+
+    Returns:
+        the bounds class of the weights that are served, from the graph itself.
+
+    Raises:
+        FormatError: a graph or a data file that breaks its format.
+        ManifestError: files, touched weights, inputs or an adapter that are not what the manifest
+            says.
+    """
+    model = read_onnx(path)
+    problems = Problems()
+    check_provenance(manifest, model.metadata.get(ADAPTER_KEY), str(path), problems)
+    listed = {entry.path for entry in manifest.files}
+    for file in model.files:
+        if file.name not in listed:
+            problems.add(
+                str(path), file.name, "a file that the manifest lists", "none", "convert again"
+            )
+    may_have_slots = manifest.artifact["form"] == "adapter"
+    slots = [name for name in model.overridable if ".safegene.lora_" in name]
+    for name in model.overridable:
+        if not (may_have_slots and name in slots):
+            problems.add(
+                str(path), name, "a constant", "an initializer that any caller can override",
+                "convert again",
+            )  # fmt: skip
+    for name in slots if may_have_slots else ():
+        if model.initializers[name].nbytes:
+            problems.add(
+                str(path), name, "an empty default: the plain base",
+                f"values of shape {model.initializers[name].shape}", "convert again",
+            )  # fmt: skip
+    if may_have_slots:
+        _compare_slots(manifest, model, slots, problems)
+    kinds = _kinds(model)
+    for module in manifest.modules:
+        match = _ROWS.fullmatch(module.tensor)
+        name = match["name"] if match else module.tensor
+        if kinds.get(name) != module.type_after:
+            problems.add(
+                str(path), module.tensor, module.type_after, kinds.get(name) or "nothing",
+                "manifest and model do not belong together",
+            )  # fmt: skip
+    problems.raise_if_any(ManifestError)
+    return precision_class(model)
+
+
+def _compare_slots(
+    manifest: Manifest, model: OnnxFile, slots: Sequence[str], problems: Problems
+) -> None:
+    """Slots of graph, adapter file and manifest are the same, by name, shape and type."""
+    entry = manifest.file("adapter")
+    file = model.path.parent / (entry.path if entry else "adapter")
+    filled = adapter_slots(file)
+    listed = {slot.name: slot for slot in manifest.slots}
+    for name in sorted({*listed, *slots, *filled}):
+        slot = listed.get(name)
+        empty = full = "nothing"
+        if name in slots:
+            info = model.initializers[name]
+            # the rank is 0 in the graph, and whatever the adapter brings
+            known = slot.shape if slot and len(info.shape) == 2 else info.shape
+            shape = tuple(dim or own for dim, own in zip(info.shape, known, strict=True))
+            empty = f"{_FLOATS.get(info.dtype)} {shape}"
+        if name in filled:
+            full = f"{filled[name][1]} {filled[name][0]}"
+        wanted = f"{slot.type} {slot.shape}" if slot else "nothing"
+        for where, got in ((model.path, empty), (file, full)):
+            if got != wanted:
+                problems.add(
+                    str(where), name, f"the slot of the manifest: {wanted}", got,
+                    "graph, adapter and manifest do not belong together: convert again",
+                )  # fmt: skip
+
+
+def _kinds(model: OnnxFile) -> dict[str, str]:
+    """How each weight of a MatMul, Gemm or MatMulNBits is stored."""
+    found = {
+        name: _FLOATS[info.dtype]
+        for name, info in model.initializers.items()
+        if info.dtype in _FLOATS
+    }
+    for node in model.nodes:
+        if node.op_type == "MatMulNBits":
+            found[node.inputs[1]] = f"INT{node.attributes.get('bits', 4)}"
+    return found
+
+
+def precision_class(model: OnnxFile) -> str:
+    """The bounds class of the linear weights of the blocks, as they are stored."""
+    return precision_of(_elements(model))
+
+
+def _elements(model: OnnxFile) -> dict[str, int]:
+    """Elements per type over the linear weights, the head left out."""
+    counted: dict[str, int] = {}
+    kinds = _kinds(model)
+    outputs = {value.name for value in model.outputs}
+    for node in model.nodes:
+        if node.op_type not in ("MatMul", "Gemm", "MatMulNBits") or len(node.inputs) < 2:
+            continue
+        name = node.inputs[1]
+        info = model.initializers.get(name)
+        if info is None or ".safegene.lora_" in name or len(info.shape) < 2:
+            continue
+        if outputs & set(node.outputs):  # the head, which the blocks' precision does not cover
+            continue
+        if node.op_type == "MatMulNBits":
+            n, k = node.attributes.get("N"), node.attributes.get("K")
+            size = n * k if isinstance(n, int) and isinstance(k, int) else 0
+        else:
+            size = info.shape[0] * info.shape[1]
+        counted[kinds[name]] = counted.get(kinds[name], 0) + size
+    return counted

@@ -1,0 +1,149 @@
+"""What a verified artifact runs on: token ids in, logits and greedy ids out.
+
+An engine is opened from a file and nothing else decides which one: the suffix does. Engines are
+imported when they are opened, so that this package costs numpy until then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
+
+import numpy as np
+
+from safegene_runtime.errors import EngineError, Problem
+
+__all__ = ["Engine", "OnProgress", "checked_ids", "shared_length"]
+
+
+OnProgress = Callable[[int], None]
+"""Told how many sequences were finished since the last call."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A loaded model, with its adapter where there is one."""
+
+    name: str
+    version: str
+    n_vocab: int
+    settings: dict[str, Any]
+    """Everything that can move a logit (threads, KV type, batch sizes, ...): goes into reports."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a text, if the model has one."""
+        ...
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a text, if the model has one."""
+        ...
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether `tokenize(add_special=True)` begins with `bos_id`."""
+        ...
+
+    @property
+    def eog_ids(self) -> frozenset[int]:
+        """Every id the model's own metadata says ends a generation."""
+        ...
+
+    def logits(
+        self,
+        sequences: Sequence[Sequence[int]],
+        keep: Sequence[int],
+        on_progress: OnProgress | None = None,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields `(i, float32 (keep[i], n_vocab))`, once for each sequence, in any order.
+
+        Row `j` comes from position `len(sequences[i]) - keep[i] + j` and predicts the token after
+        it. The array is only valid until the next one is asked for: copy what is to be kept.
+        """
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int | Sequence[int],
+        stop_ids: Collection[int],
+        on_progress: OnProgress | None = None,
+    ) -> list[list[int]]:
+        """Continues each prompt greedily by at most `max_tokens` ids, a stop id included.
+
+        One number for all prompts, or one for each of them.
+        """
+        ...
+
+    def stream(
+        self, prompt: Sequence[int], max_tokens: int, stop_ids: Collection[int]
+    ) -> Iterator[int]:
+        """Yields the ids of `generate` one by one, as they come; the engine is busy until it ends."""
+        ...
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
+        """Text to ids; `add_special` adds BOS or EOS where the model's metadata says so."""
+        ...
+
+    def detokenize(self, ids: Sequence[int], *, special: bool = True) -> str:
+        """Ids to text; control tokens are spelt out unless `special` is False."""
+        ...
+
+    def chat_template(self) -> str | None:
+        """The model's own chat template, if it has one."""
+        ...
+
+    def close(self) -> None:
+        """Frees the model; harmless when called again."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+def checked_ids(
+    ids: Sequence[int], where: str, n_vocab: int, limit: int | None, extra: int
+) -> np.ndarray:
+    """Ids as an int64 array (n,).
+
+    Args:
+        ids: of a prompt or a text.
+        where: which one, for the message.
+        n_vocab: of the model.
+        limit: positions that the model was made for, or None.
+        extra: how many ids are to follow.
+
+    Raises:
+        EngineError: none, one that the model does not have, or more than it was made for.
+    """
+    row = np.asarray(ids, dtype=np.int64)
+    if row.ndim != 1 or not len(row):
+        raise EngineError(Problem(where, "ids", "at least one id", "none"))
+    wrong = row[(row < 0) | (row >= n_vocab)]
+    if len(wrong):
+        fix = "were they made by this model's tokenizer?"
+        raise EngineError(Problem(where, "ids", f"0 to {n_vocab - 1}", str(wrong[0]), fix))
+    if limit is not None and len(row) + extra > limit:
+        most = f"at most {limit} ids, what the model was made for"
+        raise EngineError(Problem(where, "length", most, str(len(row) + extra), "shorten it"))
+    return row
+
+
+def shared_length(rows: Sequence[np.ndarray], keep: Sequence[int]) -> int:
+    """How many first tokens all sequences share and none of them needs logits for."""
+    if len(rows) < 2:
+        return 0
+    limit = min(len(ids) - count for ids, count in zip(rows, keep, strict=True))
+    for ids in rows[1:]:
+        different = np.flatnonzero(ids[:limit] != rows[0][:limit])
+        if len(different):
+            limit = int(different[0])
+    return limit

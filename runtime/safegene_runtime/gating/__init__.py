@@ -1,0 +1,1 @@
+"""From counts to a verdict: statistics, profiles, bounds, and the gate."""

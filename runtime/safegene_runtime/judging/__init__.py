@@ -1,0 +1,1 @@
+"""From a reply to a label: refused, complied, degenerate, or uncertain."""

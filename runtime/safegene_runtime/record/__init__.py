@@ -1,0 +1,1 @@
+"""What was asked and answered once: prompts, jailbreaks, and the recorded reference."""

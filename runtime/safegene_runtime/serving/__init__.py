@@ -1,0 +1,1 @@
+"""A server that runs, held against a reference."""

@@ -1,0 +1,1 @@
+"""An artifact held against a reference, rung by rung, cheap ones first."""

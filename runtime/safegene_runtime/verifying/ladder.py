@@ -1,0 +1,166 @@
+"""Refusal parity, as a ladder: each rung is dearer than the one below, and the first to break is named.
+
+    1 integrity   the folder is what its manifest says; the adapter is the reference's
+    2 static      the recorded delta is in the stored weights, once (beta_W = 1), without inference
+    3 text        chat template byte for byte, token ids id for id, no double BOS
+    4 active      logits moved away from the base, by what the reference moved (beta = 1)
+    5 logits      KL(PyTorch || artifact) and top-1 agreement on the reference's continuations
+    6 refusals    greedy replies, judged, paired with the reference's, and gated
+
+Rungs 4 and 5 share one teacher-forced pass. It also proves most of rung 6 (`replies.py`). A rung that
+breaks is FAIL, whatever comes above; else the gate decides, and it is VACUOUS where the base would
+pass it too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safegene_runtime.artifact.integrity import check_integrity
+from safegene_runtime.artifact.manifest import Manifest, read_manifest
+from safegene_runtime.cpus import thread_count
+from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.errors import ManifestError
+from safegene_runtime.gating.gate import Profile
+from safegene_runtime.judging.judge import Judge, RulesAndNgram
+from safegene_runtime.judging.labels import check_labels
+from safegene_runtime.record.attacks import attack_names
+from safegene_runtime.record.reference import Reference, read_reference
+from safegene_runtime.verifying.climb import Climb, Mode, Tell
+from safegene_runtime.verifying.control import check_control, check_takes_control
+from safegene_runtime.verifying.report import Report, Rung
+
+__all__ = ["Mode", "verify"]
+
+
+def verify(
+    artifact: Path,
+    reference: Path | Reference,
+    *,
+    base: Path | None = None,
+    control: Path | None = None,
+    profile: str | Profile = "smoke",
+    sequential: bool = False,
+    attacks: Sequence[str] = (),
+    mode: Mode = "strict",
+    judge: Judge | None = None,
+    threads: int | None = None,
+    write: bool = True,
+    on_progress: Tell | None = None,
+) -> Report:
+    """Climbs the ladder for one artifact.
+
+    Args:
+        artifact: a folder made by `safegene convert`.
+        reference: a folder made by `safegene record`, or one that was read.
+        base: for a sidecar, the GGUF it belongs to; checked against the manifest.
+        control: for a merged GGUF, its plain base, quantised the same way: below 8 bits the KL is then
+            held against that base's own; shown to be that base, see `control`.
+        profile: how much must be shown: `smoke`, `ci`, `release`, or a profile of your own.
+        sequential: take the prompts in their recorded order and stop when it is decided.
+        attacks: names of attacks to gate under, too, as they were recorded; `all` for all of them.
+        mode: `strict` compares arithmetic (F32 KV cache), `as-shipped` runs llama.cpp as people do.
+        judge: what labels replies; the reference's own is needed. The built-in one by default.
+        threads: CPU threads of the engine; all by default.
+        write: put the verdict into the artifact's manifest.
+        on_progress: told (stage, done, total).
+
+    Raises:
+        RecordError: a reference that is malformed, edited, of another adapter, expression or judge, or
+            holds no attacks.
+        BaseModelError: a control that is not the artifact's base without the adapter.
+        SafeGeneError: it could not be checked, which is no verdict.
+        ValueError: an unknown profile.
+    """
+    began = time.monotonic()
+    threads = thread_count(threads)
+    judge = judge if judge is not None else RulesAndNgram()
+    record = reference if isinstance(reference, Reference) else read_reference(reference)
+    names = attack_names(attacks)
+    check_labels(record, judge)
+    chosen = record.under(names)
+    manifest = read_manifest(artifact)
+    if control is not None:
+        check_takes_control(manifest, control)
+    climb = Climb(
+        artifact, manifest, record, judge, profile, mode, chosen, on_progress or _silent, began
+    )
+    try:
+        climb.served = check_integrity(manifest, artifact, record, base, climb.tell)
+    except ManifestError as error:
+        climb.add(
+            Rung(
+                "integrity",
+                "broken",
+                str(error.problems[0]),
+                {"problems": [str(problem) for problem in error.problems]},
+            )
+        )
+        return climb.report()
+    detail, figures = f"{len(manifest.files)} file(s), every byte as listed", {}
+    if control is not None:
+        figures["control"] = check_control(
+            manifest, climb.served.model, control, record, climb.tell
+        )
+        detail += f"; {control.name} is its base without the adapter"
+    climb.add(Rung("integrity", "ok", detail, figures))
+    climb.static()
+    settings: dict[str, Any] = {"threads": threads}
+    if manifest.artifact["target"] == "onnx":
+        settings["digests"] = {entry.path: entry.sha256 for entry in manifest.files}
+    else:
+        settings["kv_type"] = "f32" if mode == "strict" else "f16"
+    climb.tell("loading the artifact", 0, 1)
+    opened = time.monotonic()
+    with open_engine(climb.served.model, climb.served.adapter, **settings) as engine:
+        climb.engine_seconds += time.monotonic() - opened
+        climb.tell("loading the artifact", 1, 1)
+        climb.about = {
+            "name": engine.name,
+            "version": engine.version,
+            "settings": dict(engine.settings),
+        }
+        climb.text(engine)
+        if sequential:
+            climb.sequentially(engine)
+        else:
+            climb.run(engine, climb.chosen)
+    plain = control if climb.served.adapter is None else climb.served.model
+    if plain is not None and climb.runs:
+        opened = time.monotonic()
+        with open_engine(plain, None, **settings) as engine:
+            climb.base(engine)
+        climb.engine_seconds += time.monotonic() - opened
+    climb.compare()
+    climb.gate(sequential)
+    report = climb.report()
+    if write:
+        _write_verdict(manifest, artifact, report)
+    return report
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    return None
+
+
+def _write_verdict(manifest: Manifest, artifact: Path, report: Report) -> None:
+    manifest.with_verification(
+        {
+            "verdict": str(report.verdict),
+            "reference_sha256": report.reference["sha256"],
+            "engine": {key: report.engine[key] for key in ("name", "version")}
+            if report.engine
+            else {},
+            "report": {
+                "broken_at": report.broken_at,
+                "profile": report.profile.name,
+                "mode": report.mode,
+                "precision": report.precision,
+                "sentence": report.sentence,
+                "figures": report.figures,
+            },
+        }
+    ).write(artifact)
