@@ -32,7 +32,7 @@ from safegene_runtime.formats.gguf import (
     read_tensor_bytes,
     type_traits,
 )
-from safegene_runtime.record.factors import ModuleFactors, inner
+from safegene_runtime.record.added_weights import ModuleFactors, inner
 
 __all__ = ["Carried", "Found", "GGUFWeights", "Served", "decoded", "project", "wrong_shape"]
 

@@ -27,7 +27,7 @@ from typing import Any
 from safegene_runtime.artifact.manifest import Manifest, ModuleEntry
 from safegene_runtime.artifact.served_gguf import Found, GGUFWeights, Served
 from safegene_runtime.errors import Problem, Problems, RecordError
-from safegene_runtime.record.factors import ModuleFactors, inner
+from safegene_runtime.record.added_weights import ModuleFactors, inner
 from safegene_runtime.record.reference import Reference
 
 __all__ = ["UNDECIDED", "ModuleProof", "StaticProof", "absence_proof", "static_proof"]
