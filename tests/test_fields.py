@@ -88,8 +88,7 @@ def test_all_that_is_wrong_with_an_object_is_said_at_once() -> None:
     found = {"b": 1, "c": "", "e": 1}
     fields = {"a": TEXT, "b": INTEGER}
     assert not check_fields(found, "x", fields, problems, optional={"c": NAME, "d": TEXT})
-    # a field that is missing decides; what is wrong inside comes once the object is whole
-    assert [(one.where, one.field) for one in problems] == [("x", "e"), ("x", "a")]
+    assert [(one.where, one.field) for one in problems] == [("x", "e"), ("x", "a"), ("x", "c")]
     problems = Problems()
     whole = {"a": 1, "b": "", "c": ""}
     assert not check_fields(whole, "x", fields, problems, optional={"c": NAME}, fix="look")

@@ -66,6 +66,7 @@ def batches(ids: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def prefill(model: Any, ids: Sequence[int]) -> Any:
+    """The cache behind the tokens that all prompts begin with; None where there are none."""
     if not ids:
         return None
     return model(torch.tensor([list(ids)]), use_cache=True, logits_to_keep=1).past_key_values

@@ -144,8 +144,8 @@ def check_fields(
     """
     before = len(problems)
     optional = optional or {}
-    if check_keys(found, where, problems, required=fields, optional=optional):
-        assert isinstance(found, dict)
+    check_keys(found, where, problems, required=fields, optional=optional)
+    if isinstance(found, dict):
         for name, kind in {**fields, **optional}.items():
             complaint = kind.complaint(found[name]) if name in found else None
             if complaint is not None:
