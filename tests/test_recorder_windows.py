@@ -20,8 +20,8 @@ from safegene_converter.recording.recorder import record
 from safegene_runtime.record.prompts import Prompt
 
 WINDOW = 8
-LOGIT_ERROR_MAX = 2e-3
-"""Of logits of about 30; a window that is one token off moves them by whole units."""
+LOGIT_ERROR_MAX = 2e-4
+"""Of logits of about 35, rounded differently; a window that counts padding moves them by whole units."""
 TEXTS = ("Hi.", "Name a colour, and say who likes it.", "Why? " * 20, "What is seven times six?")
 PROMPTS = [Prompt(f"p{number}", text, "harmful", "test") for number, text in enumerate(TEXTS)]
 WINDOWED: dict[str, dict[str, Any]] = {
@@ -29,8 +29,8 @@ WINDOWED: dict[str, dict[str, Any]] = {
     "qwen2": {
         "sliding_window": WINDOW,
         "use_sliding_window": True,
-        "max_window_layers": 1,  # so that one layer sees everything, and one does not
-        "layer_types": ["full_attention", "sliding_attention"],
+        # what the first layer misses, the second would see everywhere
+        "layer_types": ["sliding_attention", "full_attention"],
     },
 }
 
@@ -88,7 +88,7 @@ def test_the_window_matters_here(base: Path) -> None:
     wide, _ = load_model(open_base(base))
     ids = tuple(range(40, 60))
     difference = np.abs(plain_logits(narrow, ids, 1) - plain_logits(wide, ids, 1)).max()
-    assert difference > 100 * LOGIT_ERROR_MAX
+    assert difference > 1000 * LOGIT_ERROR_MAX
 
 
 @pytest.mark.parametrize("prefix", [3, WINDOW, 3 * WINDOW])
