@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 from measuring import ROOT
-from safegene_converter.cli.main.demo import find_adapter
 
 from safegene_converter.bases.gguf_to_hf import gguf_to_hf
 from safegene_converter.bases.onnx_build import build_onnx
+from safegene_converter.cli.demo import find_adapter
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.formula import delta
 from safegene_converter.gguf.convert import convert
@@ -149,7 +149,7 @@ def relative(
     names = (GENUINE, COARSE_FACTORS, UNPROMOTED, *MISTAKES, *COEFFICIENTS)
     adapters = {name: _adapter(name, root / "adapters") for name in names}
     print(f"| base | mistake | KL | times the base's own | groups of {PROMPTS} prompts | beta "
-          "| rung 4, rung 5 by class, by base |\n|---|---|---|---|---|---|---|")  # fmt: skip
+          "| active, logits by class, by base |\n|---|---|---|---|---|---|---|")  # fmt: skip
     bases = chain(
         _ggufs(given, source, types, adapters, root),
         _onnxs(source, onnx, adapters, root),
