@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import tiny
 
-from safegene_converter.cli.main import main
+from safegene_converter.cli import main
 from safegene_converter.cli.options import Stopped, stoppable
 from safegene_runtime import child, session
 from safegene_runtime.child import python_environment

@@ -17,7 +17,7 @@ import tiny
 from mutants import edit_factors, other_rows, scaled
 from workshop import PROMPTS, Workshop
 
-from safegene_converter.cli.main import main
+from safegene_converter.cli import main
 from safegene_converter.encoding import ggml
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.gguf.convert import convert

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from onnx_tools import quick
 
-from safegene_converter.cli.main import main
+from safegene_converter.cli import main
 from safegene_converter.gene import rebuild as rebuilding
 from safegene_converter.gene.deployed import recalibrate_deployed
 from safegene_converter.gene.extract import extract
