@@ -549,7 +549,7 @@ def test_without_llama_cpp_the_message_says_what_to_install(model: Path) -> None
         text=True,
         check=True,
     )
-    assert "pip install 'safegene[gguf]'" in done.stdout
+    assert 'pip install "safegene[gguf]"' in done.stdout
 
 
 def test_importing_the_protocol_imports_no_engine() -> None:
