@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safegene_runtime.formats.gguf import GGMLType, type_traits
+from safegene_runtime.formats.gguf.types import GGMLType, type_traits
 from safegene_runtime.gating.bounds import BOUNDS, beta_band, bounds_for, precision_of
 from safegene_runtime.verifying.climb import _active, _logits
 from safegene_runtime.verifying.forced import ForcedPass, pooled_beta

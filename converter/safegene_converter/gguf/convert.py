@@ -33,7 +33,7 @@ from safegene_runtime.formats.files import (
     sha256_file,
     sha256_of,
 )
-from safegene_runtime.formats.gguf import read_gguf
+from safegene_runtime.formats.gguf.header import read_gguf
 from safegene_runtime.progress import Progress
 
 __all__ = ["convert"]

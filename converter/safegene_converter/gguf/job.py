@@ -19,7 +19,8 @@ from safegene_runtime import __version__
 from safegene_runtime.artifact.manifest import FileEntry, ModuleEntry
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, adapter_digest
 from safegene_runtime.errors import BaseModelError, Problem
-from safegene_runtime.formats.gguf import GGMLType, GGUFModel, Value, ValueType
+from safegene_runtime.formats.gguf.model import GGUFModel
+from safegene_runtime.formats.gguf.types import GGMLType, Value, ValueType
 from safegene_runtime.gating.bounds import precision_of
 
 __all__ = [

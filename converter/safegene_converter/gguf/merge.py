@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from safegene_converter.encoding import ggml
+from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.fold.manifest_lines import module_entry
 from safegene_converter.fold.survival import Meter, Mode, Survival, candidates, passes
 from safegene_converter.gguf.job import (
@@ -40,17 +40,11 @@ from safegene_runtime.errors import (
     SurvivalError,
     UnsupportedError,
 )
-from safegene_runtime.formats.gguf import (
-    GGMLType,
-    GGUFModel,
-    TensorInfo,
-    Value,
-    ValueType,
-    map_tensor,
-    nbytes,
-    open_model,
-    type_traits,
-)
+from safegene_runtime.formats import ggml
+from safegene_runtime.formats.gguf.header import TensorInfo
+from safegene_runtime.formats.gguf.model import GGUFModel, open_model
+from safegene_runtime.formats.gguf.tensors import map_tensor
+from safegene_runtime.formats.gguf.types import GGMLType, Value, ValueType, nbytes, type_traits
 from safegene_runtime.progress import Progress
 
 __all__ = ["MODEL_FILE", "write_merged"]
@@ -193,7 +187,7 @@ def _encode_one(job: Job, module: Module, now: TensorInfo, target: Path) -> Stor
     once = now.path != original.path
     n_cols = now.shape[1]
     wanted = _wanted(job, now)
-    if not ggml.can_encode(wanted, n_cols):
+    if not ggml_quantizer.can_encode(wanted, n_cols):
         raise SurvivalError(
             Problem(
                 now.name,
@@ -206,7 +200,7 @@ def _encode_one(job: Job, module: Module, now: TensorInfo, target: Path) -> Stor
     trials = candidates(wanted, n_cols) if job.promote else (wanted,)
     tried: list[str] = []
     for kind in trials:
-        if ggml.requires_imatrix(kind) and now.name not in job.imatrix:
+        if ggml_quantizer.requires_imatrix(kind) and now.name not in job.imatrix:
             raise UnsupportedError(
                 Problem(
                     now.name, "imatrix", f"weights for {kind.name}", "none", "pass --imatrix FILE"
@@ -219,12 +213,12 @@ def _encode_one(job: Job, module: Module, now: TensorInfo, target: Path) -> Stor
             with target.open("wb") as file:
                 for base, delta, own in _row_blocks(job, module, original, kind, once):
                     weights = job.imatrix.get(now.name)
-                    encoded = ggml.quantize(base + delta, kind, weights, threads=1)
+                    encoded = ggml_quantizer.quantize(base + delta, kind, weights, threads=1)
                     back = ggml.dequantize(encoded, kind, base.shape, threads=1)
                     meter.add(base, delta, back, own)
                     digest.update(encoded)  # type: ignore[arg-type]
                     size += file.write(encoded)  # type: ignore[arg-type]
-        except ggml.OutOfRangeError:
+        except ggml_quantizer.OutOfRangeError:
             tried.append(f"{kind.name}: a number that it cannot represent")
             continue
         survival = meter.result()
@@ -285,7 +279,7 @@ def _row_blocks(
             )
         own = None
         if once:
-            encoded = ggml.quantize(base, kind, job.imatrix.get(original.name), threads=1)
+            encoded = ggml_quantizer.quantize(base, kind, job.imatrix.get(original.name), threads=1)
             own = ggml.dequantize(encoded, kind, base.shape, threads=1)
         yield base, b[start:stop] @ a, own
 

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from safegene_converter.encoding import ggml
+from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.fold.manifest_lines import module_entry
 from safegene_converter.fold.survival import Meter, Mode, Survival, passes
 from safegene_converter.gguf.job import BLOCK_ELEMENTS, Job, Made, Rows, figures, string, within
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_runtime.artifact.manifest import FileEntry, ModuleEntry
 from safegene_runtime.errors import Problems, SurvivalError
+from safegene_runtime.formats import ggml
 from safegene_runtime.formats.files import sha256_of
-from safegene_runtime.formats.gguf import GGMLType
+from safegene_runtime.formats.gguf.types import GGMLType
 from safegene_runtime.progress import Progress
 
 __all__ = ["ADAPTER_FILE", "SIDECAR_TYPES", "write_sidecar"]
@@ -39,8 +40,8 @@ def write_sidecar(job: Job, folder: Path, tell: Progress) -> Made:
         stored = []
         for suffix, factor in (("lora_a", a), ("lora_b", b)):
             # a factor whose rows are no multiple of the block stays in F32: it is tiny anyway
-            kind = wanted if ggml.can_encode(wanted, factor.shape[1]) else GGMLType.F32
-            encoded = ggml.quantize(factor, kind, threads=1)
+            kind = wanted if ggml_quantizer.can_encode(wanted, factor.shape[1]) else GGMLType.F32
+            encoded = ggml_quantizer.quantize(factor, kind, threads=1)
             tensors.append(OutTensor(f"{name}.{suffix}", factor.shape, kind, encoded))
             stored.append((encoded, ggml.dequantize(encoded, kind, factor.shape, threads=1)))
         survival = None

@@ -30,7 +30,8 @@ from safegene_converter.inputs.safetensors_reader import SafetensorsFile
 from safegene_runtime.errors import BaseModelError, Problem, Problems, UnsupportedError
 from safegene_runtime.formats import ggml, strictjson
 from safegene_runtime.formats.files import MANIFEST_NAME, sha256_file
-from safegene_runtime.formats.gguf import GGUFModel, open_model, read_tensor_bytes
+from safegene_runtime.formats.gguf.model import GGUFModel, open_model
+from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
 
 __all__ = ["Base", "open_base"]
 

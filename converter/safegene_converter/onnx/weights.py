@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safegene_converter.encoding import nbits
+from safegene_converter.encoding import nbits_quantizer
 from safegene_converter.inputs.onnx_graph import Linear
+from safegene_runtime.formats.onnx import nbits
 from safegene_runtime.formats.onnx.file import OnnxFile
 from safegene_runtime.formats.onnx.linear import (
     FLOAT_DATA,
@@ -105,7 +106,7 @@ def encode(weight: Rows, kind: Kind, linear: Linear) -> tuple[Encoded, Rows]:
     A float weight keeps the layout of the linear; one that was packed becomes (in, out).
     """
     if kind.blocks is not None:
-        packed = nbits.quantize(weight, kind.blocks)
+        packed = nbits_quantizer.quantize(weight, kind.blocks)
         parts: dict[str, npt.NDArray[Any]] = {"weight": packed.b, "scales": packed.scales}
         if packed.zero_points is not None:
             parts["zero_points"] = packed.zero_points

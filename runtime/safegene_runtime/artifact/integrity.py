@@ -10,7 +10,8 @@ from safegene_runtime.artifact.manifest import Manifest, check_files
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, check_provenance
 from safegene_runtime.errors import EngineError, ManifestError, Problem, Problems, RecordError
 from safegene_runtime.formats.files import sha256_file
-from safegene_runtime.formats.gguf import GGUFModel, open_model, read_gguf
+from safegene_runtime.formats.gguf.header import read_gguf
+from safegene_runtime.formats.gguf.model import GGUFModel, open_model
 from safegene_runtime.gating.bounds import precision_of
 from safegene_runtime.record.reference import Reference
 

@@ -25,13 +25,9 @@ from safegene_runtime.engines.llama_checks import (
 )
 from safegene_runtime.errors import EngineError, FormatError, ManifestError, Problem
 from safegene_runtime.formats import ggml
-from safegene_runtime.formats.gguf import (
-    GGMLType,
-    TensorInfo,
-    map_tensor,
-    read_tensor_bytes,
-    type_traits,
-)
+from safegene_runtime.formats.gguf.header import TensorInfo
+from safegene_runtime.formats.gguf.tensors import map_tensor, read_tensor_bytes
+from safegene_runtime.formats.gguf.types import GGMLType, type_traits
 from safegene_runtime.record.factors import ModuleFactors, inner
 
 __all__ = ["Carried", "Found", "GGUFWeights", "Served", "decoded", "project", "wrong_shape"]
