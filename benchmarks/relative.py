@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 from measuring import ROOT
-from safegene_converter.cli.main.demo import find_adapter
 
 from safegene_converter.bases.gguf_to_hf import gguf_to_hf
 from safegene_converter.bases.onnx_build import build_onnx
+from safegene_converter.cli.demo import find_adapter
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.formula import delta
 from safegene_converter.gguf.convert import convert

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import tiny
-from safegene_converter.cli.main.demo import JOBS, find_adapter, find_smollm2
 
+from safegene_converter.cli.demo import JOBS, find_adapter, find_smollm2
 from safegene_converter.gguf.convert import convert
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_runtime.artifact.manifest import FileEntry, read_manifest
