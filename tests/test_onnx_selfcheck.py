@@ -27,7 +27,7 @@ from safegene_converter.fold.survival import Bounds
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.onnx import convert, selfcheck
 from safegene_converter.onnx.convert import FORMS, convert_onnx
-from safegene_converter.onnx.job import Job, touched_weights
+from safegene_converter.onnx.fold import OnnxFold, touched_weights
 from safegene_converter.onnx.reader import OnnxReader, StoredWeight
 from safegene_runtime.errors import PostconditionError, Problems
 from safegene_runtime.formats.onnx import nbits
@@ -56,7 +56,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compare:
         found = Problems()
         check = convert._check
 
-        def as_meant(job: Job, folder: Path, work: Path) -> dict[str, Any]:
+        def as_meant(job: OnnxFold, folder: Path, work: Path) -> dict[str, Any]:
             if meant is not None:
                 other = read_adapter(meant)
                 touched = touched_weights(other, job.base)
@@ -572,7 +572,7 @@ def test_a_conversion_that_wrote_something_else_leaves_nothing(
     if damage == "half":
         damage = rows_damage(base, "down_proj", lambda delta: 0.5 * delta)
 
-    def check_damaged(job: Job, folder: Path, work: Path) -> dict[str, Any]:
+    def check_damaged(job: OnnxFold, folder: Path, work: Path) -> dict[str, Any]:
         damage(folder / "model.onnx")
         return check(job, folder, work)
 

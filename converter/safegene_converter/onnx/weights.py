@@ -1,9 +1,7 @@
 """The weights of an ONNX linear as (out, in) float32, and back into the bytes of its initializers.
 
 A weight is stored as one float initializer, or as the two or three of `MatMulNBits`; the runtime's
-`onnx_linear` reads it. Encoding gives
-the new content of those initializers by name, and, where a weight was promoted to another kind, what
-has to become of the node.
+`formats.onnx.linear` reads it. Encoding gives the new content of those initializers by role.
 """
 
 from __future__ import annotations
@@ -70,10 +68,10 @@ def kind_of(model: OnnxFile, linear: Linear) -> Kind:
         BaseModelError: a MatMulNBits with a group index or another layout we do not know.
     """
     if linear.layout != "nbits":
-        return Kind(FLOAT_DATA[linear.weight.dtype], linear.weight.dtype)
+        return Kind(linear.type, linear.weight.dtype)
     packed = read_packed(model, linear)
     scales = part_of(model, linear, 2)
-    return Kind(f"INT{packed.kind.bits}", scales.dtype, packed.kind)
+    return Kind(linear.type, scales.dtype, packed.kind)
 
 
 def from_float32(values: Rows, kind: DataType) -> npt.NDArray[Any]:
