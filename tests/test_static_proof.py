@@ -34,12 +34,19 @@ from safegene_converter.onnx.convert import convert_onnx
 from safegene_converter.recording.recorder import record
 from safegene_runtime.architecture.row_order import transform_for
 from safegene_runtime.artifact.manifest import Manifest, read_manifest
-from safegene_runtime.errors import FormatError, ManifestError, Problems, RecordError
+from safegene_runtime.artifact.served import Carried, Found
+from safegene_runtime.errors import (
+    FormatError,
+    ManifestError,
+    Problems,
+    RecordError,
+    UnsupportedError,
+)
 from safegene_runtime.formats.gguf.model import open_model
 from safegene_runtime.formats.gguf.types import GGMLType
 from safegene_runtime.record import factors
 from safegene_runtime.record.reference import Reference, read_reference
-from safegene_runtime.verifying.static_proof import StaticProof, static_proof
+from safegene_runtime.verifying.static_proof import StaticProof, _module, static_proof
 
 LOOSE = Bounds(0, 99, 99, 99)
 SLOW_TYPES = (
@@ -699,6 +706,20 @@ def test_weights_that_are_no_numbers_are_a_format_error(scratch: Path, tmp_path:
         file.write(np.float32(np.nan).tobytes())
     with pytest.raises(FormatError, match="finite"):
         prove(made, gguf_artifact(scratch, "llama", "merged"), model)
+
+
+@pytest.mark.parametrize("where", ["weight", "factors"])
+def test_a_type_that_is_not_known_has_no_band(where: str, scratch: Path) -> None:
+    """It is refused: the widest band would let anything pass."""
+    one = make(scratch, "llama").record.factors[0]  # type: ignore[index]
+    for kind in ("F32", "new type"):
+        carried = Carried(kind if where == "factors" else "F32", one.norm, one.norm)
+        found = Found(kind if where == "weight" else "F32", one.s0 * one.norm, 1.0, carried)
+        if kind == "F32":
+            assert _module("t", one, found, same=False).proof.beta == pytest.approx(1)
+        else:
+            with pytest.raises(UnsupportedError, match=r"t: precision.*new type"):
+                _module("t", one, found, same=False)
 
 
 def test_the_report_is_json(scratch: Path) -> None:
