@@ -11,11 +11,12 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safegene_converter.encoding import ggml
+from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.fold import survival
 from safegene_converter.fold.survival import Bounds, Meter, Mode, Survival, passes
 from safegene_runtime.errors import SurvivalError
-from safegene_runtime.formats.gguf import GGMLType
+from safegene_runtime.formats import ggml
+from safegene_runtime.formats.gguf.types import GGMLType
 
 SHAPE = (96, 512)
 BASE = tiny.real_weights(SHAPE)
@@ -32,7 +33,7 @@ def _delta(share: float) -> np.ndarray:
 
 
 def _stored(rows: np.ndarray, type: GGMLType) -> np.ndarray:
-    return ggml.dequantize(ggml.quantize(rows, type), type, rows.shape)
+    return ggml.dequantize(ggml_quantizer.quantize(rows, type), type, rows.shape)
 
 
 def measure(

@@ -16,7 +16,7 @@ from safegene_converter.inputs.base import open_base
 from safegene_runtime.child import python_environment, run_child
 from safegene_runtime.errors import BaseModelError, Problem
 from safegene_runtime.extras import need
-from safegene_runtime.formats.gguf import read_gguf
+from safegene_runtime.formats.gguf.header import read_gguf
 
 __all__ = ["OUT_TYPES", "convert_hf", "find_llama_cpp"]
 

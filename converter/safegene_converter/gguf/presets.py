@@ -25,7 +25,8 @@ from safegene_runtime.errors import (
     UnsupportedError,
 )
 from safegene_runtime.extras import need
-from safegene_runtime.formats.gguf import GGMLType, open_model
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.types import GGMLType
 
 __all__ = ["PRESETS", "Preset", "preset", "preset_types", "quantize_gguf"]
 

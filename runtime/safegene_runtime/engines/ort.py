@@ -30,6 +30,7 @@ from safegene_runtime.engines.ort_packages import ort_packages, read_tokenizer
 from safegene_runtime.errors import EngineError, FormatError, ManifestError, Problem, Problems
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import open_regular, read_small_file, sha256_of
+from safegene_runtime.formats.onnx.config import head_size
 from safegene_runtime.formats.onnx.file import OnnxFile, ValueInfo, read_onnx
 
 __all__ = ["OrtEngine", "read_text_files"]
@@ -626,10 +627,6 @@ def read_text_files(folder: Path, digests: Mapping[str, str] | None = None) -> T
     text = template.decode("utf-8") if template is not None else settings.get("chat_template")
     model = genai.get("model", {}) if isinstance(genai.get("model"), dict) else {}
     decoder = model.get("decoder", {}) if isinstance(model.get("decoder"), dict) else {}
-    head_size = decoder.get("head_size") or config.get("head_dim")
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    if not head_size and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-        head_size = hidden // heads
     ends: list[int] = []
     for source in (model, generation, config):
         value = source.get("eos_token_id")
@@ -641,7 +638,7 @@ def read_text_files(folder: Path, digests: Mapping[str, str] | None = None) -> T
         bos_token=_token(settings.get("bos_token")),
         eos_token=_token(settings.get("eos_token")),
         eos_ids=tuple(dict.fromkeys(ends)),
-        head_size=head_size if type(head_size) is int and head_size > 0 else None,
+        head_size=head_size(decoder, config),
         context_length=length if type(length) is int and length > 0 else None,
     )
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from safegene_runtime.cpus import usable_cpus
 from safegene_runtime.errors import EngineError, Problem, UnsupportedError
 from safegene_runtime.extras import install
-from safegene_runtime.formats.gguf import GGMLType, type_traits
+from safegene_runtime.formats.gguf.types import GGMLType, type_traits
 
 __all__ = ["dequantize", "for_row_chunks", "library"]
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from safegene_runtime.artifact.integrity import Served
+from safegene_runtime.artifact.integrity import ServedModel
 from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.gating.bounds import ParityBounds, beta_band, bounds_for
@@ -79,7 +79,7 @@ class Climb:
     chosen: Sequence[int]
     tell: Tell
     began: float
-    served: Served | None = None
+    served: ServedModel | None = None
     rungs: list[Rung] = field(default_factory=list)
     runs: dict[int, _Run] = field(default_factory=dict)
     proof: StaticProof | None = None
