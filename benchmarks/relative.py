@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 from measuring import ROOT
-from safegene_converter.cli.main.demo import find_adapter
 
 from safegene_converter.bases.gguf_to_hf import gguf_to_hf
 from safegene_converter.bases.onnx_build import build_onnx
+from safegene_converter.cli.demo import find_adapter
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.formula import delta
 from safegene_converter.gguf.convert import convert
@@ -32,7 +32,7 @@ from safegene_converter.inputs.base import open_base
 from safegene_converter.inputs.onnx_base import ADAPTER_FILE as ONNX_ADAPTER
 from safegene_converter.onnx.convert import convert_onnx
 from safegene_runtime.artifact.integrity import model_precision
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.formats.gguf import open_model
 from safegene_runtime.gating.bounds import beta_band, bounds_for
 from safegene_runtime.record.reference import Reference

@@ -28,7 +28,7 @@ from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_runtime.architecture.row_order import transform_for
 from safegene_runtime.artifact.manifest import FileEntry, Manifest, read_manifest
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.formats.files import sha256_file, sha256_of
 from safegene_runtime.formats.gguf import (
     GGMLType,

@@ -27,7 +27,7 @@ from safegene_converter.recording.recorder import record
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.artifact.provenance import ADAPTER_KEY
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import BaseModelError, EngineError, FormatError
 from safegene_runtime.formats.gguf import GGMLType, Value, ValueType, open_model, read_tensor_bytes
 from safegene_runtime.gating.bounds import BOUNDS

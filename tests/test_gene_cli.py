@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from safegene_converter.cli.main.gene import add_commands
 
+from safegene_converter.cli.gene import add_commands
 from safegene_converter.cli.main import main
 from safegene_converter.gene.extract import extract
 from safegene_converter.gene.objective import Objective

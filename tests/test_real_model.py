@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 import tiny
-from safegene_converter.cli.main.demo import JOBS, find_adapter, find_smollm2
 
+from safegene_converter.cli.demo import JOBS, find_adapter, find_smollm2
 from safegene_converter.gguf.convert import convert
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_runtime.artifact.manifest import FileEntry, read_manifest
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, adapter_digest
 from safegene_runtime.child import python_environment
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import EngineError, SurvivalError
 from safegene_runtime.formats.files import sha256_file
 from safegene_runtime.formats.gguf import Value, ValueType, open_model

@@ -18,7 +18,7 @@ from safegene_runtime.artifact.manifest import Manifest, read_manifest
 from safegene_runtime.cpus import thread_count
 from safegene_runtime.engines.chat import render
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import EngineError, Problem, UnverifiedError
 from safegene_runtime.formats.files import sha256_of
 from safegene_runtime.gating.verdict import Verdict

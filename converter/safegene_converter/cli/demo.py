@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from safegene_converter.bases.gguf_to_hf import gguf_to_hf
-from safegene_converter.cli.main.compare_table import compare, show_comparison
-from safegene_converter.cli.main.inspecting import summarise_reference, survival_summary
-from safegene_converter.cli.main.options import Bars
+from safegene_converter.cli.compare_table import compare, show_comparison
+from safegene_converter.cli.inspecting import summarise_reference, survival_summary
+from safegene_converter.cli.options import Bars
 from safegene_converter.encoding import ggml
 from safegene_converter.gguf.convert import convert
 from safegene_converter.gguf.writer import OutTensor, write_gguf

@@ -17,8 +17,8 @@ from typing import Any
 
 from rich.markup import escape
 
-from safegene_converter.cli.main.gene import add_commands as add_gene_commands
-from safegene_converter.cli.main.options import (
+from safegene_converter.cli.gene import add_commands as add_gene_commands
+from safegene_converter.cli.options import (
     Bars,
     Parser,
     Stopped,
@@ -29,9 +29,9 @@ from safegene_converter.cli.main.options import (
     put_json,
     stoppable,
 )
-from safegene_converter.cli.main.report_options import add_report_options, report_targets
-from safegene_converter.cli.main.run import add_commands as add_run_commands
-from safegene_converter.cli.main.server import add_server_options, verify_server
+from safegene_converter.cli.report_options import add_report_options, report_targets
+from safegene_converter.cli.run import add_commands as add_run_commands
+from safegene_converter.cli.server import add_server_options, verify_server
 from safegene_runtime import __version__
 from safegene_runtime.cpus import spin_briefly
 from safegene_runtime.errors import Problem, RecordError, SafeGeneError
@@ -146,7 +146,7 @@ def _add_inspect(commands: Any) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from safegene_converter.cli.main import inspecting
+    from safegene_converter.cli import inspecting
 
     found = inspecting.inspect(arguments.path, arguments.expression, arguments.base)
     if not put_json(arguments.json, found):
@@ -307,7 +307,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _show_converted(arguments: argparse.Namespace, manifest: Any) -> int:
-    from safegene_converter.cli.main import inspecting
+    from safegene_converter.cli import inspecting
 
     if not put_json(arguments.json, json.loads(manifest.to_json())):
         found = inspecting.describe_manifest(manifest, arguments.output)
@@ -404,7 +404,7 @@ def _add_record(commands: Any) -> None:
 
 
 def _record(arguments: argparse.Namespace) -> int:
-    from safegene_converter.cli.main import inspecting
+    from safegene_converter.cli import inspecting
     from safegene_converter.recording.recorder import record
     from safegene_runtime.judging.plugins import load_judge
     from safegene_runtime.record.prompts import builtin_suite, load_prompts
@@ -496,7 +496,7 @@ def _add_verify(commands: Any) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from safegene_converter.cli.main import compare_table, inspecting
+    from safegene_converter.cli import compare_table, inspecting
     from safegene_runtime import reporting
     from safegene_runtime.artifact.manifest import read_manifest
     from safegene_runtime.gating.verdict import gravest
@@ -599,7 +599,7 @@ def _add_demo(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from safegene_converter.cli.main import demo
+    from safegene_converter.cli import demo
 
     with Bars() as bars:
         found = demo.run(arguments.output, arguments.adapter, bars)

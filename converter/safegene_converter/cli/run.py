@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safegene_converter.cli.main.options import Bars, add_command
+from safegene_converter.cli.options import Bars, add_command
 from safegene_runtime.errors import EngineError, Problem
 
 if TYPE_CHECKING:  # what other commands need not import
