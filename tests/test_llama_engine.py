@@ -598,7 +598,7 @@ def numpy_llama(weights: Weights, ids: list[int]) -> np.ndarray:
 LOADERS = {
     "llama.cpp": "from safegene_runtime.engines.llama_native import library; library()",
     "PyTorch, by a command": (
-        "from safegene_converter import cli; cli.main(['inspect', 'nothing']); import torch"
+        "from safegene_converter.cli.main import main; main(['inspect', 'nothing']); import torch"
     ),
 }
 

@@ -158,7 +158,7 @@ sys.meta_path.insert(0, Wall())
 before = {name.split(".")[0] for name in sys.modules}
 from pathlib import Path
 from safegene_runtime.engines.chat import render
-from safegene_runtime.engines.engine import open_engine
+from safegene_runtime.engines.registry import open_engine
 with open_engine(Path(sys.argv[1]), None, threads=1) as engine:
     engine.generate([engine.tokenize("hello", add_special=True)], 2, engine.eog_ids)
     print(engine.detokenize([5]) != "", file=sys.stderr)

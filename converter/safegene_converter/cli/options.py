@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # what is imported when there is a terminal
     from rich.progress import Progress
 
 __all__ = [
-    "PIPE_COLUMNS", "Bars", "Parser", "Stopped", "add_command", "add_json", "check_json", "console",
+    "PIPE_COLUMNS", "Bars", "Parser", "Stopped", "add_command", "add_engine",
+    "add_json", "check_json", "console",
     "put_json", "stoppable",
 ]  # fmt: skip
 
@@ -134,6 +135,15 @@ def add_command(
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Adds `--engine NAME`."""
+    parser.add_argument(
+        "--engine",
+        metavar="NAME",
+        help="what runs the artifact, by name (default: its suffix decides)",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
