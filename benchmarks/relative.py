@@ -32,7 +32,7 @@ from safegene_converter.inputs.base import open_base
 from safegene_converter.inputs.onnx_base import ADAPTER_FILE as ONNX_ADAPTER
 from safegene_converter.onnx.convert import convert_onnx
 from safegene_runtime.artifact.integrity import model_precision
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.formats.gguf.model import open_model
 from safegene_runtime.gating.bounds import beta_band, bounds_for
 from safegene_runtime.record.reference import Reference

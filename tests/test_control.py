@@ -27,7 +27,7 @@ from safegene_converter.recording.recorder import record
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.artifact.provenance import ADAPTER_KEY
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import BaseModelError, EngineError, FormatError
 from safegene_runtime.formats import ggml
 from safegene_runtime.formats.gguf.model import open_model

@@ -21,6 +21,7 @@ from safegene_converter.cli.options import (
     Bars,
     Parser,
     add_command,
+    add_engine,
     add_json,
     check_json,
     console,
@@ -450,6 +451,7 @@ def _add_verify(commands: Any) -> None:
         help="rules+ngram (default), gguf:PATH, onnx:PATH, or the name of a plug-in",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    add_engine(parser)
     parser.add_argument(
         "--show-text", action="store_true", help="put replies into tables and reports"
     )
@@ -495,6 +497,7 @@ def _verify(arguments: argparse.Namespace) -> int:
                 mode=arguments.mode,
                 judge=judge,
                 threads=arguments.threads,
+                engine=arguments.engine,
                 write=not arguments.no_write,
                 on_progress=bars if len(labels) == 1 else bars.named(label),
             )

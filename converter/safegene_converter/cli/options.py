@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # what is imported when there is a terminal
     from rich.progress import Progress
 
 __all__ = [
-    "PIPE_COLUMNS", "Bars", "Parser", "add_command", "add_json", "check_json", "console", "put_json",
+    "PIPE_COLUMNS", "Bars", "Parser", "add_command", "add_engine", "add_json", "check_json",
+    "console", "put_json",
 ]  # fmt: skip
 
 PIPE_COLUMNS = 120
@@ -99,6 +100,15 @@ def add_command(
     parser.set_defaults(run=run)
     parser.add_argument(DEBUG, action="store_true", help="show the traceback of an error")
     return parser
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Adds `--engine NAME`."""
+    parser.add_argument(
+        "--engine",
+        metavar="NAME",
+        help="what runs the artifact, by name (default: its suffix decides)",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
