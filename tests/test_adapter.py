@@ -200,8 +200,6 @@ HOSTILE: dict[str, tuple[Change, type[SafeGeneError], str]] = {
     "not targeted": (config(target_modules=["k_proj"]), AdapterError, "PEFT would ignore"),
     "excluded": (config(exclude_modules=["q_proj"]), AdapterError, "PEFT would ignore"),
     "layer not to transform": (config(layers_to_transform=[0]), AdapterError, "would ignore"),
-    "target without tensors": (
-        config(target_modules=["q_proj", "k_proj", "v_proj"]), AdapterError, "v_proj"),
     "pattern without tensors": (config(alpha_pattern={"v_proj": 2}), AdapterError, "v_proj"),
     "layer without tensors": (config(layers_to_transform=[0, 1, 7]), AdapterError, "7"),
     "no prefix": (renamed(lambda key: key.removeprefix(PREFIX)), AdapterError, "another name"),

@@ -118,6 +118,8 @@ def convert(
             settings["promote"] = job.promote
             settings["promoted"] = made.promoted
         settings["bounds"] = vars(job.bounds) if form == "merged" else None
+        if adapter.cautions:
+            settings["caution"] = "; ".join(adapter.cautions)
         if check:
             tell("checking what was written", 0, 1)
             settings["self_check"] = _check(job, folder, work, made)

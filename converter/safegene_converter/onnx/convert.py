@@ -124,7 +124,7 @@ def convert_onnx(
         job = Job(adapter, opened, hf, chosen, touched, bounds or Bounds(), promote)
         if chosen == "merged":
             settings["bounds"], settings["promote"] = vars(job.bounds), promote
-        if cautions := _cautions(chosen, opened):
+        if cautions := [*adapter.cautions, *_cautions(chosen, opened)]:
             settings["caution"] = "; ".join(cautions)
         files, modules, precision_class = write_job(job, folder, tell)
         if check:
