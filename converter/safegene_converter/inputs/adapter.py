@@ -32,7 +32,7 @@ from safegene_converter.inputs.adapter_files import (
     read_adapter_files,
 )
 from safegene_converter.inputs.adapter_keys import STEM, Pairs, layer_of, pair_factors
-from safegene_converter.inputs.peft_config import LoraSettings, parse_config
+from safegene_converter.inputs.peft_config import MODULE_PATTERNS, LoraSettings, parse_config
 from safegene_converter.inputs.safegene_json import (
     PLAIN_EXPRESSION,
     SAFEGENE_NAME,
@@ -89,8 +89,8 @@ class Adapter:
         digests: what was read, by SHA-256: the files as PEFT writes them by name, and under
             `safegene.json#<expression>` what the chosen expression says. One more expression in
             safegene.json changes none of them, so that what was recorded with this one still fits.
-        is_as_peft_reads: whether PEFT finds every tensor, if it is given the folder and the text
-            model; not so for shards, for names of a compiled model, and of a model with more parts.
+        is_as_peft_reads: whether PEFT loads the folder onto the text model; not so for shards, null
+            in place of an empty pattern, and names of a compiled model, or of one with more parts.
         cautions: what is allowed, and yet seldom meant; a sentence each.
     """
 
@@ -157,7 +157,10 @@ def read_adapter(path: Path, expression: str | None = None) -> Adapter:
         base_model=safegene.base_model if safegene else None,
         digests=digests,
         is_as_peft_reads=(
-            weights.path.name == WEIGHTS_NAME and pairs.stem == STEM and not pairs.is_compiled
+            weights.path.name == WEIGHTS_NAME
+            and pairs.stem == STEM
+            and not pairs.is_compiled
+            and None not in (files.config.get(name, {}) for name in MODULE_PATTERNS)
         ),
         cautions=(*idle, *_implausible(modules)),
     )

@@ -107,11 +107,11 @@ def pair_factors(
         elif not found:
             problems.add(where, repr(key)[:200], f"{_PREFIX}<module>.lora_A|B.weight",
                          "another name", "save with PeftModel.save_pretrained")  # fmt: skip
-        elif (module := _in_text_model(found["module"])) is None:
+        elif (place := _in_text_model(found["module"])) is None:
             refused.add(where, key, f"a linear module of a block ({', '.join(names.BLOCK_MODULES)})",
                         found["module"], "train on these modules only")  # fmt: skip
         else:
-            stem, module = module
+            stem, module = place
             stems[stem] += 1
             factors = pairs.setdefault(module, {})
             if other := factors.get(found["factor"]):

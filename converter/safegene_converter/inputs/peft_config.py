@@ -20,7 +20,9 @@ from safegene_converter.inputs.adapter_keys import STEM
 from safegene_converter.inputs.patterns import why_refused
 from safegene_runtime.errors import AdapterError, Problems, UnsupportedError
 
-__all__ = ["DEAD", "DEFAULTS", "HONOURED", "INERT", "REFUSED", "LoraSettings", "parse_config"]
+__all__ = [
+    "DEAD", "DEFAULTS", "HONOURED", "INERT", "MODULE_PATTERNS", "REFUSED", "LoraSettings", "parse_config",
+]  # fmt: skip
 
 HONOURED = frozenset(
     {
@@ -81,6 +83,9 @@ DEFAULTS: Mapping[str, Any] = {
     "init_lora_weights": True,
 }  # fmt: skip
 """PEFT's own values of what a configuration leaves out. It does not load null in place of a number."""
+
+MODULE_PATTERNS = ("rank_pattern", "alpha_pattern")
+"""PEFT 0.21 loads no null here; other readers do, and there is one thing it can mean."""
 
 _HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _MAX_RANK = 1 << 20
@@ -192,7 +197,7 @@ def parse_config(config: Any, where: str) -> LoraSettings:
     if config.get("peft_type") != "LORA":
         refused.add(where, "peft_type", "LORA", repr(config.get("peft_type")),
                     "only LoRA-shaped adapters can be folded")  # fmt: skip
-    for name, (allowed, fix) in (REFUSED | DEAD).items():
+    for name, (allowed, fix) in (*REFUSED.items(), *DEAD.items()):
         value = config.get(name, allowed[0])
         if not any(value is a or (value == a and type(value) is type(a)) for a in allowed):
             refused.add(where, name, f"{allowed[0]!r}", repr(value)[:100], fix)
@@ -255,7 +260,7 @@ def _parse_honoured(config: Mapping[str, Any], where: str, problems: Problems) -
     layers, patterns = _parse_layers(config, where, problems)
     return LoraSettings(
         rank=rank,
-        alpha=alpha,  # type: ignore[arg-type]
+        alpha=alpha,
         use_rslora=config.get("use_rslora") is True,
         rank_pattern=ranks,
         alpha_pattern=alphas,
