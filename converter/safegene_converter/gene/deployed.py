@@ -30,7 +30,8 @@ from safegene_converter.gene.held_out import (
 )
 from safegene_converter.gene.optimise import Settings, search
 from safegene_converter.gene.rebuild import Rebuild
-from safegene_converter.inputs.adapter import WEIGHTS_NAME, Adapter, read_adapter
+from safegene_converter.inputs.adapter import Adapter, read_adapter
+from safegene_converter.inputs.adapter_files import WEIGHTS_NAME
 from safegene_runtime.errors import GeneError, Problems
 from safegene_runtime.judging.judge import Judge, RulesAndNgram
 from safegene_runtime.progress import Progress

@@ -134,7 +134,7 @@ def convert_onnx(
         fold = OnnxFold(adapter, opened, hf, chosen, touched, bounds or Bounds(), promote)
         if chosen == "merged":
             settings["bounds"], settings["promote"] = vars(fold.bounds), promote
-        if cautions := _cautions(chosen, opened):
+        if cautions := [*adapter.cautions, *_cautions(chosen, opened)]:
             settings["caution"] = "; ".join(cautions)
         files, modules, served_class = write_fold(fold, folder, tell)
         if check:
