@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import records
 import tiny
+from safegene_runtime.engines.opening import open_engine
 
 import safegene
 from safegene_converter.bases.gguf_to_hf import gguf_to_hf
@@ -23,7 +24,6 @@ from safegene_converter.onnx.convert import convert_onnx
 from safegene_converter.recording.chat_text import render
 from safegene_converter.recording.loading import load_model, stop_ids_of
 from safegene_converter.recording.recorder import record
-from safegene_runtime.engines.opening import open_engine
 from safegene_runtime.errors import BaseModelError, EngineError, RecordError, UnsupportedError
 from safegene_runtime.formats.files import sha256_of
 from safegene_runtime.formats.gguf import Value, ValueType, open_model
@@ -300,7 +300,9 @@ def test_the_same_ids_end_replies_in_pytorch_when_verified_and_when_served(
     assert text.status == "ok"
     assert f"[{end}]" in text.detail, "who serves it by other means has to be told"
     assert not any(rung.status == "broken" for rung in report.rungs), report.rungs
-    with pytest.warns(UnverifiedWarning), safegene.open(folder, allow_unverified=True) as session:
+    with pytest.warns(UnverifiedWarning):
+        session = safegene.open(folder, allow_unverified=True, threads=1)
+    with session:
         assert end not in session.engine.eog_ids
         prompt = session.engine.tokenize(reference.prompts[0].rendered, add_special=False)
         (reply,) = session.engine.generate([prompt], 4, reference.meta["decoding"]["stop_ids"])
@@ -336,6 +338,6 @@ def test_weights_of_another_shape_than_the_configuration_says_are_named_at_once(
     shutil.copytree(tiny.hf_model("llama"), tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "head_dim": 24}))
-    with pytest.raises(BaseModelError, match="q_proj: expected .96, 64.*got .64, 64") as caught:
+    with pytest.raises(BaseModelError, match=r"q_proj: expected .96, 64.*got .64, 64") as caught:
         load_model(open_base(tmp_path / "hf"))
     assert "report" not in str(caught.value)

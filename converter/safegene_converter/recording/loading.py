@@ -23,6 +23,7 @@ from peft.tuners.lora import LoraLayer
 
 from safegene_converter.inputs.adapter import Adapter
 from safegene_converter.inputs.base import Base
+from safegene_converter.recording.plain_copy import as_peft_reads
 from safegene_runtime.engines.chat import default_template
 from safegene_runtime.errors import AdapterError, BaseModelError, Problem, Problems
 from safegene_runtime.record.added_weights import ModuleFactors
@@ -145,7 +146,8 @@ def load_with_adapter(adapter: Adapter, base: Base) -> tuple[Any, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            tuned = peft.PeftModel.from_pretrained(model, str(adapter.path), torch_device="cpu")
+            with as_peft_reads(adapter) as folder:
+                tuned = peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             fix = "what PEFT does not load cannot be recorded: save the adapter with peft 0.21"
             problem = Problem(
@@ -155,7 +157,8 @@ def load_with_adapter(adapter: Adapter, base: Base) -> tuple[Any, Any]:
     tuned.eval()
     for warning in caught:
         said = str(warning.message).lower()
-        if "key" in said and "runtime_config" not in said:  # which PEFT ignores, and so do we
+        ignored = ("runtime_config", "unexpected keyword arguments")  # by PEFT, and by us
+        if "key" in said and not any(one in said for one in ignored):
             problems.add(
                 str(adapter.path), "PEFT", "no warning about keys", str(warning.message)[:300]
             )
