@@ -25,7 +25,7 @@ from safegene_converter.inputs.adapter import Adapter
 from safegene_converter.inputs.base import Base
 from safegene_converter.recording.plain_copy import as_peft_reads
 from safegene_runtime.engines.chat import default_template
-from safegene_runtime.errors import AdapterError, BaseModelError, Problem, Problems
+from safegene_runtime.errors import AdapterError, BaseModelError, Problem, Problems, SafeGeneError
 from safegene_runtime.record.added_weights import ModuleFactors
 
 __all__ = ["load_model", "load_with_adapter", "read_factors", "save_as_folder", "stop_ids_of"]
@@ -66,6 +66,8 @@ def load_model(base: Base) -> tuple[Any, Any]:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=torch.float32, attn_implementation="sdpa", **where
             )
+    except SafeGeneError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BaseModelError(
             Problem(str(base.path), "base", "a model that transformers loads", str(error)[:500])
