@@ -257,7 +257,12 @@ def _text(
     for prompt, reply in zip(prompts, replies, strict=True):
         ids = server.prompt_ids(prompt.text)
         if ids is not None and ids != tuple(prompt.prompt_ids):
-            return Rung("text", "broken", f"prompt {prompt.id} has other token ids")
+            detail = f"prompt {prompt.id} has other token ids"
+            if "rendered_at" in record.meta["tokenizer"]:
+                detail += (
+                    "; its template prints the time, and a server prints its own: record again"
+                )
+            return Rung("text", "broken", detail)
         count = reply.prompt_tokens
         if count is not None and count != len(prompt.prompt_ids):
             what = f"{count} tokens instead of {len(prompt.prompt_ids)}"
