@@ -28,7 +28,7 @@ from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_runtime.architecture.row_order import transform_for
 from safegene_runtime.artifact.manifest import FileEntry, Manifest, read_manifest
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.formats import ggml
 from safegene_runtime.formats.files import sha256_file, sha256_of
 from safegene_runtime.formats.gguf.model import GGUFModel, open_model
@@ -232,7 +232,7 @@ def cache_filled_by(model: Path | None, shop: Workshop, target: str, out: Path) 
     """The genuine artifact, with what another model left in the cache; None: what itself leaves."""
     kind = LlamaEngineWithStaleCache if target.startswith("gguf") else OrtEngineWithStaleCache
 
-    def reusing(served: Path, beside: Path | None, **settings: Any) -> Engine:
+    def reusing(served: Path, beside: Path | None, *, engine: str, **settings: Any) -> Engine:
         before = (served, beside) if model is None else (model, None)
         return kind(before, served, beside, **settings)
 

@@ -17,7 +17,7 @@ import tiny
 from mutants import edit_factors, other_rows, scaled
 from workshop import PROMPTS, Workshop
 
-from safegene_converter.cli.main import main
+from safegene_converter.cli import main
 from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.gguf.convert import convert
@@ -27,7 +27,7 @@ from safegene_converter.recording.recorder import record
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.artifact.provenance import ADAPTER_KEY
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import BaseModelError, EngineError, FormatError
 from safegene_runtime.formats import ggml
 from safegene_runtime.formats.gguf.model import open_model
@@ -169,8 +169,8 @@ def test_stopping_early_compares_the_prompts_that_ran(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     "mistake",
-    [None, scaled(0.5), scaled(2), other_rows(tiny.N_HEAD, tiny.N_HEAD_KV, inverse=True)],
-    ids=["none", "scale 0.5", "scale 2", "q/k rows in the other order"],
+    [None, scaled(0.5), scaled(1.8), other_rows(tiny.N_HEAD, tiny.N_HEAD_KV, inverse=True)],
+    ids=["none", "scale 0.5", "scale 1.8", "q/k rows in the other order"],
 )
 def test_a_wrong_merge_that_its_class_would_let_pass_breaks_against_its_control(
     mistake: Any, made: Merged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

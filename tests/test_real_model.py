@@ -21,7 +21,7 @@ from safegene_runtime.artifact.manifest import FileEntry, read_manifest
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, adapter_digest
 from safegene_runtime.child import python_environment
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import EngineError, SurvivalError
 from safegene_runtime.formats.files import sha256_file
 from safegene_runtime.formats.gguf.model import open_model

@@ -44,7 +44,7 @@ from safegene_runtime.errors import (
 )
 from safegene_runtime.formats.gguf.model import open_model
 from safegene_runtime.formats.gguf.types import GGMLType
-from safegene_runtime.record import factors
+from safegene_runtime.record import added_weights
 from safegene_runtime.record.reference import Reference, read_reference
 from safegene_runtime.verifying.static_proof import StaticProof, _module, static_proof
 
@@ -227,7 +227,7 @@ def test_factors_are_what_the_adapter_file_says(architecture: str, scratch: Path
 def test_factors_survive_being_written_and_read(scratch: Path) -> None:
     made = make(scratch, "llama").record.factors or ()
     problems = Problems()
-    again = factors.decode(factors.encode(made), "here", problems)
+    again = added_weights.decode(added_weights.encode(made), "here", problems)
     assert not len(problems)
     for one, other in zip(made, again, strict=True):
         assert (one.module, one.norm, one.s0) == (other.module, other.norm, other.s0)
@@ -259,9 +259,9 @@ def first_line_twice(names: np.ndarray) -> np.ndarray:
 def test_factors_that_contradict_themselves_are_refused(
     name: str, change: Any, field: str, scratch: Path
 ) -> None:
-    arrays = factors.encode(make(scratch, "llama").record.factors or ())
+    arrays = added_weights.encode(make(scratch, "llama").record.factors or ())
     problems = Problems()
-    factors.decode({**arrays, name: change(arrays[name])}, "here", problems)
+    added_weights.decode({**arrays, name: change(arrays[name])}, "here", problems)
     found = [problem.field for problem in problems]
     assert any(one.startswith(field) for one in found)
 

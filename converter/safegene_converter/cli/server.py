@@ -13,7 +13,7 @@ from safegene_runtime.errors import EngineError, Problems
 
 __all__ = ["add_server_options", "verify_server"]
 
-OTHERS = ("artifact", "base", "control", "threads")
+OTHERS = ("artifact", "base", "control", "engine", "threads")
 """What `verify` takes for artifacts and a server has no use for."""
 
 

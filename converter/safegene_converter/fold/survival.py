@@ -32,7 +32,7 @@ from safegene_converter.encoding import ggml_quantizer
 from safegene_runtime.errors import Problem, SurvivalError
 from safegene_runtime.formats.gguf.types import GGMLType, type_traits
 
-__all__ = ["Bounds", "Meter", "Mode", "Survival", "candidates", "measure", "passes"]
+__all__ = ["Bounds", "Meter", "Mode", "Survival", "candidates", "passes"]
 
 FloatRows = npt.NDArray[np.float32]
 
@@ -183,18 +183,6 @@ class Meter:
             base_error_ratio=ratio,
             mode=self._mode,
         )
-
-
-def measure(
-    base: FloatRows,
-    delta: FloatRows,
-    stored: FloatRows,
-    base_stored: FloatRows | None = None,
-) -> Survival:
-    """The survival of a whole tensor, (out, in); `Mode.ONCE` if `base_stored` is given."""
-    meter = Meter(Mode.GRID if base_stored is None else Mode.ONCE)
-    meter.add(base, delta, stored, base_stored)
-    return meter.result()
 
 
 # Types worth promoting to, by bytes per element; the better one first where sizes are equal.

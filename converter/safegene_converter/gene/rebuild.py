@@ -26,7 +26,7 @@ from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.onnx.convert import default_form, write_fold
 from safegene_converter.onnx.fold import OnnxFold, prove_weights, touched_weights
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import Problem, UnsupportedError
 from safegene_runtime.progress import Progress
 

@@ -119,6 +119,8 @@ def convert(
             settings["promote"] = fold.promote
             settings["promoted"] = made.promoted
         settings["bounds"] = vars(fold.bounds) if form == "merged" else None
+        if adapter.cautions:
+            settings["caution"] = "; ".join(adapter.cautions)
         if check:
             tell("checking what was written", 0, 1)
             settings["self_check"] = _check(fold, folder, work, made)

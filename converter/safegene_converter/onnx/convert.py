@@ -44,7 +44,7 @@ from safegene_runtime import __version__
 from safegene_runtime.artifact.manifest import FileEntry, Manifest, ModuleEntry
 from safegene_runtime.artifact.onnx_checks import precision_class
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, adapter_digest
-from safegene_runtime.engines.ort import read_text_files
+from safegene_runtime.engines.ort_text import read_text_files
 from safegene_runtime.errors import Problem, UnsupportedError
 from safegene_runtime.formats.files import (
     MANIFEST_NAME,
@@ -134,7 +134,7 @@ def convert_onnx(
         fold = OnnxFold(adapter, opened, hf, chosen, touched, bounds or Bounds(), promote)
         if chosen == "merged":
             settings["bounds"], settings["promote"] = vars(fold.bounds), promote
-        if cautions := _cautions(chosen, opened):
+        if cautions := [*adapter.cautions, *_cautions(chosen, opened)]:
             settings["caution"] = "; ".join(cautions)
         files, modules, served_class = write_fold(fold, folder, tell)
         if check:

@@ -1,4 +1,4 @@
-"""The first rung: the folder is what its manifest says, and belongs to this reference."""
+"""The rung `integrity`: the folder is what its manifest says, and belongs to this reference."""
 
 from __future__ import annotations
 

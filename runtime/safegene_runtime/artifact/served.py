@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from safegene_runtime.artifact.manifest import ModuleEntry
 from safegene_runtime.errors import ManifestError, Problem
-from safegene_runtime.record.factors import ModuleFactors
+from safegene_runtime.record.added_weights import ModuleFactors
 
 __all__ = ["BLOCK_ELEMENTS", "Carried", "Found", "ServedWeights", "project", "wrong_shape"]
 

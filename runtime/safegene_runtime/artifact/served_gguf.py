@@ -28,7 +28,7 @@ from safegene_runtime.formats.gguf.header import TensorInfo
 from safegene_runtime.formats.gguf.tensors import map_tensor, read_tensor_bytes
 from safegene_runtime.formats.gguf.types import GGMLType, type_traits
 from safegene_runtime.formats.gguf.weights import head_counts
-from safegene_runtime.record.factors import ModuleFactors, inner
+from safegene_runtime.record.added_weights import ModuleFactors, inner
 
 __all__ = ["GGUFWeights", "decoded"]
 

@@ -31,7 +31,7 @@ from safegene_runtime.formats.onnx.linear import (
     to_float32,
 )
 from safegene_runtime.formats.onnx.tensor import DataType, read_initializer
-from safegene_runtime.record.factors import ModuleFactors, inner
+from safegene_runtime.record.added_weights import ModuleFactors, inner
 
 __all__ = ["OnnxWeights", "adapter_slots"]
 

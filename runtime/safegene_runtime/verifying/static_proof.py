@@ -29,7 +29,7 @@ from safegene_runtime.artifact.served import Found, ServedWeights
 from safegene_runtime.artifact.served_gguf import GGUFWeights
 from safegene_runtime.errors import Problem, Problems, RecordError
 from safegene_runtime.gating.bounds import class_of
-from safegene_runtime.record.factors import ModuleFactors, inner
+from safegene_runtime.record.added_weights import ModuleFactors, inner
 from safegene_runtime.record.reference import Reference
 
 __all__ = ["UNDECIDED", "ModuleProof", "StaticProof", "absence_proof", "static_proof"]
