@@ -261,7 +261,7 @@ HOSTILE: dict[str, tuple[Change, type[SafeGeneError], str]] = {
     "empty name": (extra(""), AdapterError, "another name"),
     "default of a list": (notes("default_expression", value=[]), AdapterError, "default, other"),
     "layers below zero": (notes("base_model", "n_layers", value=-1), AdapterError, "n_layers"),
-    "scale too large": (config(lora_alpha=1e39), AdapterError, "float32"),
+    "scale too large": (config(lora_alpha=1e42), AdapterError, "float32"),
     "scale too small": (config(lora_alpha=1e-60), AdapterError, "float32"),
     "selected without tensors": (
         notes("selected_layers", value=[0, 1, 5]), AdapterError, "layer 5"),
