@@ -10,9 +10,15 @@ from pathlib import Path
 import peft
 import pytest
 import tiny
+import torch
 from peft.tuners.tuners_utils import check_target_module_exists
+from transformers import AutoModelForCausalLM
 
+from safegene_converter import formula
 from safegene_converter.inputs import names
+from safegene_converter.inputs.adapter import check_base_fits, read_adapter
+from safegene_converter.inputs.adapter_files import CONFIG_NAME
+from safegene_converter.inputs.base import open_base
 from safegene_converter.inputs.peft_config import parse_config
 from safegene_runtime.errors import UnsupportedError
 from safegene_runtime.formats import strictjson
@@ -53,6 +59,50 @@ def test_a_real_configuration_is_read_as_peft_reads_it_or_refused_for_what_it_as
         )
     assert not theirs.rank_pattern
     assert not theirs.alpha_pattern
+
+
+FITTING = [
+    path for path in PATHS if path.stem.partition("-")[2] in ("llama", "mistral", "qwen2", "qwen3")
+]
+UNFIT = {
+    "010-llama.json": "lm_head",
+    "080-llama.json": None,  # its targets are in layers that the tiny model lacks
+}
+"""What else the tensors of these adapters hold."""
+
+
+@pytest.mark.parametrize("path", FITTING, ids=lambda path: path.stem)
+def test_an_adapter_that_peft_makes_with_a_real_configuration_fits_its_base(
+    path: Path, tmp_path: Path
+) -> None:
+    if path.name in REFUSED or UNFIT.get(path.name, "") is None:
+        return
+    architecture = path.stem.partition("-")[2].replace("mistral", "llama")
+    config = strictjson.load(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(tiny.hf_model(architecture))
+        tuned = peft.get_peft_model(model, peft.LoraConfig.from_peft_type(**config))
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        tuned.save_pretrained(tmp_path)
+    (tmp_path / CONFIG_NAME).write_bytes(path.read_bytes())
+    if path.name in UNFIT:
+        with pytest.raises(UnsupportedError, match=str(UNFIT[path.name])):
+            read_adapter(tmp_path)
+        return
+    adapter, base = read_adapter(tmp_path), open_base(tiny.gguf_model(architecture))
+    check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
+    theirs = {
+        name.removeprefix("base_model.model."): layer.get_delta_weight("default")
+        for name, layer in tuned.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    assert {module.name for module in adapter.modules} == theirs.keys()
+    for module in adapter.modules:
+        ours = formula.delta(module)
+        assert abs(ours - theirs[module.name].detach().numpy()).max() <= 1e-6 * abs(ours).max()
 
 
 def test_the_table_counts_them() -> None:
