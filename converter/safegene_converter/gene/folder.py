@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from safegene_converter.gene.factors import Factors
+from safegene_converter.gene.low_rank import Factors
 from safegene_converter.inputs.adapter import Adapter, read_adapter
 from safegene_converter.inputs.adapter_files import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
 from safegene_converter.inputs.base import Base
