@@ -20,6 +20,7 @@ from safegene_runtime.engines.chat import render
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.registry import engine_for, open_engine
 from safegene_runtime.errors import EngineError, Problem, UnverifiedError
+from safegene_runtime.formats.fields import integer, list_of
 from safegene_runtime.formats.files import sha256_of
 from safegene_runtime.gating.verdict import Verdict
 
@@ -27,6 +28,7 @@ __all__ = ["Session", "UnverifiedWarning", "open"]
 
 MAX_NEW_TOKENS = 256
 REPLACEMENT = "\ufffd"
+_STOP_IDS = list_of(integer(0))
 
 Message = Mapping[str, str]
 
@@ -127,7 +129,10 @@ class Session:
                 Problem(manifest.artifact["name"], "chat template", listed, digest, "convert again")
             )
         self._template = template
-        self._stops = engine.eog_ids
+        # replies end where they were verified to end, whatever the file says besides
+        found = (manifest.verification or {}).get("report", {}).get("stop_ids")
+        verified = _STOP_IDS.complaint(found) is None
+        self._stops = frozenset(found) if verified else engine.eog_ids
 
     @property
     def verdict(self) -> str | None:

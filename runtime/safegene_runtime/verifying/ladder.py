@@ -139,7 +139,7 @@ def verify(
     climb.gate(sequential)
     report = climb.report()
     if write:
-        _write_verdict(manifest, artifact, report)
+        _write_verdict(manifest, artifact, report, record.meta["decoding"]["stop_ids"])
     return report
 
 
@@ -147,7 +147,9 @@ def _silent(stage: str, done: int, total: int) -> None:
     return None
 
 
-def _write_verdict(manifest: Manifest, artifact: Path, report: Report) -> None:
+def _write_verdict(
+    manifest: Manifest, artifact: Path, report: Report, stop_ids: Sequence[int]
+) -> None:
     manifest.with_verification(
         {
             "verdict": str(report.verdict),
@@ -160,6 +162,7 @@ def _write_verdict(manifest: Manifest, artifact: Path, report: Report) -> None:
                 "profile": report.profile.name,
                 "mode": report.mode,
                 "precision": report.precision,
+                "stop_ids": list(stop_ids),
                 "sentence": report.sentence,
                 "figures": report.figures,
             },
