@@ -40,6 +40,7 @@ from typing import Any
 from safegene_runtime.errors import FormatError, ManifestError, Problems
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import MANIFEST_NAME, publish_file, read_small_file, sha256_file
+from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.verdict import Verdict
 
 __all__ = [
@@ -183,9 +184,18 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(
-    manifest: Manifest, folder: Path, progress: Callable[[int], None] | None = None
+    manifest: Manifest,
+    folder: Path,
+    progress: Callable[[int], None] | None = None,
+    sealed: SealedFiles | None = None,
 ) -> None:
     """Checks that the folder holds exactly the listed files, with the listed bytes.
+
+    Args:
+        manifest: of the folder.
+        folder: the artifact.
+        progress: told the number of bytes after each chunk.
+        sealed: keeps what was read, for whoever reads it next.
 
     Raises:
         ManifestError: missing, extra, linked, resized or altered files, all of them.
@@ -217,7 +227,11 @@ def check_files(
                     "convert again",
                 )
                 continue
-            digest = sha256_file(path, progress)
+            digest = (
+                sha256_file(path, progress, alone=True)
+                if sealed is None
+                else sealed.add(path, progress)
+            )
         except FormatError as error:
             problems.extend(error.problems)
             continue
@@ -233,6 +247,8 @@ def check_files(
                 "the file was changed after it was made: convert again",
             )
     problems.raise_if_any(ManifestError)
+    if sealed is not None:
+        sealed.close_folder(folder)
 
 
 _SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {

@@ -14,6 +14,7 @@ from typing import Any
 
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.errors import EngineError, Problem
+from safegene_runtime.formats.sealed import recheck
 
 __all__ = ["EngineKind", "engine_for", "engine_names", "open_engine", "register"]
 
@@ -121,4 +122,9 @@ def open_engine(
         TypeError: an unknown setting.
     """
     opened: Engine = engine_for(model, engine).load()(model, adapter, **settings)
+    try:
+        recheck()
+    except BaseException:
+        opened.close()
+        raise
     return opened
