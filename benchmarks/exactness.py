@@ -33,7 +33,7 @@ from safegene_converter.cli.demo import find_adapter, find_smollm2, write_float_
 from safegene_converter.gguf.convert import convert
 from safegene_converter.inputs.adapter import CONFIG_NAME, SAFEGENE_NAME, WEIGHTS_NAME, read_adapter
 from safegene_converter.inputs.base import open_base
-from safegene_converter.recording.recorder import load_with_adapter, save_as_folder
+from safegene_converter.recording.loading import load_with_adapter, save_as_folder
 from safegene_runtime.record.prompts import builtin_suite
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -33,7 +33,7 @@ from safegene_converter.inputs.onnx_base import ADAPTER_FILE as ONNX_ADAPTER
 from safegene_converter.onnx.convert import convert_onnx
 from safegene_runtime.artifact.integrity import model_precision
 from safegene_runtime.engines.registry import open_engine
-from safegene_runtime.formats.gguf import open_model
+from safegene_runtime.formats.gguf.model import open_model
 from safegene_runtime.gating.bounds import beta_band, bounds_for
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying.base_noise import PROMPTS, BaseNoise, base_kl
@@ -149,7 +149,7 @@ def relative(
     names = (GENUINE, COARSE_FACTORS, UNPROMOTED, *MISTAKES, *COEFFICIENTS)
     adapters = {name: _adapter(name, root / "adapters") for name in names}
     print(f"| base | mistake | KL | times the base's own | groups of {PROMPTS} prompts | beta "
-          "| rung 4, rung 5 by class, by base |\n|---|---|---|---|---|---|---|")  # fmt: skip
+          "| active, logits by class, by base |\n|---|---|---|---|---|---|---|")  # fmt: skip
     bases = chain(
         _ggufs(given, source, types, adapters, root),
         _onnxs(source, onnx, adapters, root),

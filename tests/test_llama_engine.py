@@ -17,7 +17,9 @@ from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.llama import LlamaEngine
 from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import EngineError, FormatError
-from safegene_runtime.formats.gguf import ValueType, open_model, read_gguf
+from safegene_runtime.formats.gguf.header import read_gguf
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.types import ValueType
 
 LAYERS, EMBED, HEADS, KV_HEADS, FEED = 2, 64, 4, 2, 128
 HEAD = EMBED // HEADS
@@ -549,7 +551,7 @@ def test_without_llama_cpp_the_message_says_what_to_install(model: Path) -> None
         text=True,
         check=True,
     )
-    assert "pip install 'safegene[gguf]'" in done.stdout
+    assert 'pip install "safegene[gguf]"' in done.stdout
 
 
 def test_importing_the_protocol_imports_no_engine() -> None:

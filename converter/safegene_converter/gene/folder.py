@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from safegene_converter.gene.factors import Factors
+from safegene_converter.gene.low_rank import Factors
 from safegene_converter.inputs.adapter import (
     CONFIG_NAME,
     FORMAT_VERSION,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safegene_converter import formula
-from safegene_converter.gene.factors import Factors
+from safegene_converter.gene.low_rank import Factors
 from safegene_converter.inputs.adapter import (
     CONFIG_NAME,
     Adapter,

@@ -34,7 +34,7 @@ from safegene_converter.inputs.base import open_base
 from safegene_runtime.child import answer_job, deadline_for, run_job
 from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import PostconditionError, Problems
-from safegene_runtime.formats.gguf import map_tensor
+from safegene_runtime.formats.gguf.tensors import map_tensor
 from safegene_runtime.gating.bounds import beta_band
 
 __all__ = ["check_artifact"]

@@ -11,6 +11,7 @@ from safegene_runtime.engines.ort_packages import read_tokenizer
 from safegene_runtime.errors import FormatError, Problem
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import is_there, read_small_file
+from safegene_runtime.formats.onnx.config import head_size
 
 __all__ = ["OrtText", "TextFiles", "read_text_files"]
 
@@ -130,10 +131,6 @@ def read_text_files(folder: Path) -> TextFiles:
     text = template.decode("utf-8") if template is not None else settings.get("chat_template")
     model = genai.get("model", {}) if isinstance(genai.get("model"), dict) else {}
     decoder = model.get("decoder", {}) if isinstance(model.get("decoder"), dict) else {}
-    head_size = decoder.get("head_size") or config.get("head_dim")
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    if not head_size and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-        head_size = hidden // heads
     ends: list[int] = []
     for source in (model, generation, config):
         value = source.get("eos_token_id")
@@ -145,7 +142,7 @@ def read_text_files(folder: Path) -> TextFiles:
         bos_token=_token(settings.get("bos_token")),
         eos_token=_token(settings.get("eos_token")),
         eos_ids=tuple(dict.fromkeys(ends)),
-        head_size=head_size if type(head_size) is int and head_size > 0 else None,
+        head_size=head_size(decoder, config),
         context_length=length if type(length) is int and length > 0 else None,
     )
 

@@ -1,15 +1,15 @@
 """Refusal parity, as a ladder: each rung is dearer than the one below, and the first to break is named.
 
-    1 integrity   the folder is what its manifest says; the adapter is the reference's
-    2 static      the recorded delta is in the stored weights, once (beta_W = 1), without inference
-    3 text        chat template byte for byte, token ids id for id, no double BOS
-    4 active      logits moved away from the base, by what the reference moved (beta = 1)
-    5 logits      KL(PyTorch || artifact) and top-1 agreement on the reference's continuations
-    6 refusals    greedy replies, judged, paired with the reference's, and gated
+    integrity   the folder is what its manifest says; the adapter is the reference's
+    static      the recorded delta is in the stored weights, once (beta_W = 1), without inference
+    text        chat template byte for byte, token ids id for id, no double BOS
+    active      logits moved away from the base, by what the reference moved (beta = 1)
+    logits      KL(PyTorch || artifact) and top-1 agreement on the reference's continuations
+    refusals    greedy replies, judged, paired with the reference's, and gated
 
-Rungs 4 and 5 share one teacher-forced pass. It also proves most of rung 6 (`replies.py`). A rung that
-breaks is FAIL, whatever comes above; else the gate decides, and it is VACUOUS where the base would
-pass it too.
+`active` and `logits` share one teacher-forced pass. It also proves most of `refusals` (`replies.py`).
+A rung that breaks is FAIL, whatever comes above; else the gate decides, and it is VACUOUS where the
+base would pass it too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safegene_runtime.artifact.manifest import Manifest, read_manifest
 from safegene_runtime.cpus import thread_count
 from safegene_runtime.engines.registry import engine_for, open_engine
 from safegene_runtime.errors import ManifestError
-from safegene_runtime.formats.gguf import open_model
+from safegene_runtime.formats.gguf.model import open_model
 from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.gate import Profile
 from safegene_runtime.judging.judge import Judge, RulesAndNgram
