@@ -25,7 +25,7 @@ from safegene_runtime.errors import Problem, SafeGeneError
 from safegene_runtime.extras import missing_package
 
 __all__ = [
-    "answer_job", "deadline_for", "describe_end", "import_path", "last_lines", "python_command",
+    "Held", "answer_job", "deadline_for", "describe_end", "import_path", "last_lines", "python_command",
     "python_environment", "run_child", "run_job",
 ]  # fmt: skip
 
@@ -73,7 +73,7 @@ def run_child(
         given.write(stdin)
         given.seek(0)
         # while it starts nobody could end it: a signal waits until there is a child to kill
-        held = _Held()
+        held = Held()
         try:
             child = _start(command, given, out, log, environment)
         except OSError as cause:
@@ -205,7 +205,7 @@ def python_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]
     }
 
 
-class _Held:
+class Held:
     """Signals that Python handles, kept from their handlers until `release`.
 
     Masking them would not do: it holds for one thread, and the kernel gives a signal to any that has

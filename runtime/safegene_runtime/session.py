@@ -85,6 +85,7 @@ def open(
             served.model,
             served.adapter,
             engine=kind.name,
+            apart=True,
             threads=threads,
             **kind.modes.get(mode, {}),  # as it was verified
         )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from safegene_runtime.engines.ort_packages import ort_packages
+from safegene_runtime.engines.pulse import pulse
 from safegene_runtime.errors import EngineError, FormatError, Problem, Problems
 from safegene_runtime.formats.files import open_regular
 from safegene_runtime.formats.onnx.file import OnnxFile, ValueInfo, read_onnx
@@ -230,6 +231,7 @@ class OrtDecoder:
             raise EngineError(
                 Problem(str(self._path), "run", "logits", str(error)[:400])
             ) from error
+        pulse()
         expected = (*ids.shape, self.n_vocab)
         if names[0] == "logits" and found[0].shape != expected:
             raise EngineError(

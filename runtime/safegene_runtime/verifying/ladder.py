@@ -135,6 +135,7 @@ def _climb(
     kind = engine_for(climb.served.model, engine)
     settings: dict[str, Any] = {
         "engine": kind.name,
+        "apart": True,
         "threads": threads,
         **kind.modes.get(climb.mode, {}),
     }
