@@ -58,8 +58,8 @@ class _Host:
                 reply = {"error": "TypeError", "message": str(error)}
             except Exception as error:  # an engine with a fault of its own
                 reply = {"error": "", "message": f"{type(error).__name__}: {error}"}
-            progress, self._progress = self._progress, []
-            self.channel.send({"id": request["id"], "progress": progress, **reply})
+            self.channel.send({"id": request["id"], "progress": self._progress, **reply})
+            self._progress.clear()  # whatever was begun goes on adding to it
 
     def _open(
         self,
