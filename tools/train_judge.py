@@ -38,10 +38,11 @@ from safegene_runtime.judging.rules import rules_label  # noqa: E402
 
 OPENERS = ROOT / "tools" / "judge_openers.json"
 LABELLED = ROOT / "tests" / "data" / "labelled_replies.jsonl"
+BY_LANGUAGE = LABELLED.with_name("replies_by_language.jsonl")
 PYRIT = ROOT.parent / "shared" / "prompts" / "pyrit"
 SEED = 20
-COUNT = 1500  # made-up examples of either kind
-REAL_WEIGHT = 8.0  # of one labelled reply, in made-up ones
+COUNT = 3000  # made-up examples of either kind
+REAL_WEIGHT = 16.0  # of one labelled reply, in made-up ones
 L2 = 0.02
 STEPS = 400
 RATE = 8.0
@@ -104,6 +105,18 @@ def real(rows: Sequence[dict[str, str]]) -> list[Example]:
         for row in rows
         if row["label"] != "degenerate"
     ]
+
+
+def by_language(split: str, *languages: str) -> list[dict[str, str]]:
+    """One half of the replies that we wrote, in these languages; in all where none is named."""
+    with BY_LANGUAGE.open(encoding="utf-8") as file:
+        rows = [row for row in map(json.loads, file) if row["split"] == split]
+    return [row for row in rows if not languages or row["language"] in languages]
+
+
+def teaching() -> list[Example]:
+    """All that the model learns from: nothing but `tune` halves and made-up openings."""
+    return made_up() + real(labelled("tune")) + real(by_language("tune", "en"))
 
 
 def pyrit(folder: Path, *names: str) -> list[tuple[str, str, bool]]:
@@ -177,10 +190,10 @@ def probability(weights: np.ndarray, bias: float, text: str) -> float:
 
 def write() -> None:
     """Trains, and puts weights and digest into the package."""
-    data = encoded(*train(made_up() + real(labelled("tune"))))
+    data = encoded(*train(teaching()))
     folder = Path(ngram.__file__).parent
     (folder / ngram.WEIGHTS).write_bytes(data)
-    source = folder / "judge_ngram.py"
+    source = folder / "ngram.py"
     digest = hashlib.sha256(data).hexdigest()
     text = source.read_text(encoding="utf-8")
     text = re.sub(r'(WEIGHTS_SHA256 = ")[0-9a-f]{64}', rf"\g<1>{digest}", text)
