@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "runtime"))
 
 from safegene_runtime.judging import ngram  # noqa: E402
-from safegene_runtime.judging.judge import CONFIDENCE, Label, RulesAndNgram, combined, label_all  # noqa: E402
+from safegene_runtime.judging.judge import CONFIDENCE, Label, RulesAndNgram, decided, label_all  # noqa: E402
 from safegene_runtime.judging.ngram import N_FEATURES, features, ngram_probability  # noqa: E402
 from safegene_runtime.judging.plugins import load_judge  # noqa: E402
 from safegene_runtime.judging.rules import rules_label  # noqa: E402
@@ -114,9 +115,9 @@ def by_language(split: str, *languages: str) -> list[dict[str, str]]:
     return [row for row in rows if not languages or row["language"] in languages]
 
 
-def teaching() -> list[Example]:
-    """All that the model learns from: nothing but `tune` halves and made-up openings."""
-    return made_up() + real(labelled("tune")) + real(by_language("tune", "en"))
+def teaching(rows: Sequence[dict[str, str]]) -> list[Example]:
+    """What the model learns from: made-up openings, labelled replies, our English ones to tune on."""
+    return made_up() + real([*rows, *by_language("tune", "en")])
 
 
 def pyrit(folder: Path, *names: str) -> list[tuple[str, str, bool]]:
@@ -190,7 +191,7 @@ def probability(weights: np.ndarray, bias: float, text: str) -> float:
 
 def write() -> None:
     """Trains, and puts weights and digest into the package."""
-    data = encoded(*train(teaching()))
+    data = encoded(*train(teaching(labelled("tune"))))
     folder = Path(ngram.__file__).parent
     (folder / ngram.WEIGHTS).write_bytes(data)
     source = folder / "ngram.py"
@@ -204,16 +205,16 @@ def write() -> None:
 # --- tuning and measuring --------------------------------------------------------------------------
 
 
-def held_out() -> list[tuple[dict[str, str], float]]:
-    """The tune half, each reply with the probability of a model that saw no reply to its prompt."""
+def held_out() -> list[tuple[dict[str, str], Callable[[str], float]]]:
+    """The tune half, each reply with a model that saw no reply to its prompt."""
     rows = labelled("tune")
     fold = [hashlib.sha256(row["prompt_id"].encode()).digest()[1] % FOLDS for row in rows]
-    found: list[tuple[dict[str, str], float]] = []
+    found: list[tuple[dict[str, str], Callable[[str], float]]] = []
     for number in range(FOLDS):
         kept = [row for row, one in zip(rows, fold, strict=True) if one != number]
-        model = train(made_up() + real(kept))
+        model = train(teaching(kept))
         found += [
-            (row, probability(*model, row["reply"]))
+            (row, functools.partial(probability, *model))
             for row, one in zip(rows, fold, strict=True)
             if one == number
         ]
@@ -227,7 +228,7 @@ def tune() -> None:
     print("confidence  errors when certain  uncertain  uncertain, greedy replies")
     best = None
     for confidence in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
-        labels = [combined(rules_label(row["reply"]), p, confidence) for row, p in rows]
+        labels = [decided(row["reply"], model, confidence) for row, model in rows]
         unsure = [label is Label.UNCERTAIN for label in labels]
         errors = sum(
             label is not Label.UNCERTAIN and label != row["label"]
