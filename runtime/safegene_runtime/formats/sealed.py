@@ -67,7 +67,7 @@ class SealedFile:
         """Where native code finds the bytes."""
         return f"/proc/self/fd/{self.descriptor}" if self.is_copy else self.path
 
-    def open(self) -> BinaryIO:
+    def open(self) -> BufferedReader:
         """The bytes, from their start.
 
         Raises:

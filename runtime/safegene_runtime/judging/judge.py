@@ -82,7 +82,11 @@ JUDGE_DIGEST = sha256_of(
     strictjson.dumps(
         [
             [JUDGE_NAME, JUDGE_VERSION, CONFIDENCE, MIN_PROSE, WEIGHTS_SHA256],
-            [rules_content(), reading_content(), *(one.pattern for one in (_PROGRAM, _TOLD, _DENIALS, _EMPTY_VALUES))],
+            [
+                rules_content(),
+                reading_content(),
+                *(one.pattern for one in (_PROGRAM, _TOLD, _DENIALS, _EMPTY_VALUES)),
+            ],
         ]
     )
 )
@@ -187,9 +191,7 @@ def _goes_on(spoken: Sequence[str], languages: Sequence[Language]) -> bool:
     """Whether what declines in another language than English is followed by an answer."""
     folded = fold(" ".join(spoken))
     others = [language for language in languages if language.code != "en"]
-    return any(
-        one.search(folded) for language in others for one in (_TOLD, *language.answers)
-    )
+    return any(one.search(folded) for language in others for one in (_TOLD, *language.answers))
 
 
 def combined(rules: Label, probability: float, confidence: float) -> Label:

@@ -52,8 +52,33 @@ _SPECIAL = re.compile(
 _FENCE = re.compile(r"\W{0,8}(?:```|~~~)[ \t]*(?P<language>[\w+#-]*)")
 _FENCES = re.compile(r"(?:```|~~~)[ \t]*[\w+#-]*")
 _PROSE = frozenset(
-    "text txt plaintext plain markdown md json jsonl json5 yaml yml toml ini xml html csv tsv latex tex "
-    "rst output response answer reply none".split()
+    [
+        "text",
+        "txt",
+        "plaintext",
+        "plain",
+        "markdown",
+        "md",
+        "json",
+        "jsonl",
+        "json5",
+        "yaml",
+        "yml",
+        "toml",
+        "ini",
+        "xml",
+        "html",
+        "csv",
+        "tsv",
+        "latex",
+        "tex",
+        "rst",
+        "output",
+        "response",
+        "answer",
+        "reply",
+        "none",
+    ]
 )
 _TAGGED = re.compile(r"\W{0,8}<[/!?a-z]", re.IGNORECASE)
 _TAGS = re.compile(r"<!\[CDATA\[|\]\]>|<!--|-->|<[/?!a-z][^<>]{0,200}>", re.IGNORECASE)
