@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import os
 import sys
 import tempfile
@@ -67,7 +68,7 @@ class SealedFile:
         """Where native code finds the bytes."""
         return f"/proc/self/fd/{self.descriptor}" if self.is_copy else self.path
 
-    def open(self) -> BufferedReader:
+    def open(self) -> io.BufferedReader:
         """The bytes, from their start.
 
         Raises:
