@@ -20,7 +20,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from safegene_runtime.errors import AdapterError, Problems
-from safegene_runtime.formats import strictjson
+from safegene_runtime.formats.fields import (
+    INTEGER,
+    NAME,
+    OBJECT,
+    TEXT,
+    check_fields,
+    check_version,
+    integer,
+    list_of,
+    object_of,
+)
 from safegene_runtime.formats.files import sha256_of
 
 __all__ = ["FORMAT_VERSION", "PLAIN_EXPRESSION", "SAFEGENE_NAME", "SafegeneJson", "parse_safegene"]
@@ -31,6 +41,14 @@ PLAIN_EXPRESSION = "default"
 """The one expression of a plain LoRA, under which every coefficient is 1."""
 
 _RESTORE = "restore the file that was made with this adapter, or correct it"
+_FIELDS = {
+    "format_version": INTEGER,
+    "base_model": OBJECT,
+    "selected_layers": list_of(integer(0), filled=True, unique=True),
+    "default_expression": TEXT,
+    "expressions": object_of(filled=True),
+}
+_BASE = {"name": NAME, "architecture": NAME, "n_layers": integer(1)}
 _EXPRESSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -82,39 +100,13 @@ def parse_safegene(raw: Any, where: str) -> SafegeneJson:
         AdapterError: unknown or missing keys, or values that mean nothing.
     """
     problems = Problems()
-    top = ("format_version", "base_model", "selected_layers", "default_expression", "expressions")
-    if not strictjson.check_keys(raw, where, problems, required=top):
-        problems.raise_if_any(AdapterError)
-    if type(raw["format_version"]) is not int or raw["format_version"] != FORMAT_VERSION:
-        problems.add(where, "format_version", FORMAT_VERSION, repr(raw["format_version"]),
-                     "use the version of safegene that made this adapter")  # fmt: skip
-        problems.raise_if_any(AdapterError)
-    base = raw["base_model"]
-    fields = ("name", "architecture", "n_layers")
-    if strictjson.check_keys(base, f"{where}: base_model", problems, required=fields):
-        for name, kind in zip(fields, (str, str, int), strict=True):
-            if type(base[name]) is not kind or not base[name]:
-                problems.add(where, f"base_model.{name}", kind.__name__, repr(base[name]), _RESTORE)
-            elif kind is int and base[name] < 0:
-                problems.add(
-                    where, f"base_model.{name}", "a number of layers", base[name], _RESTORE
-                )
-    layers = raw["selected_layers"]
-    if (
-        not isinstance(layers, list)
-        or not layers
-        or not all(type(n) is int and n >= 0 for n in layers)
-        or len(set(layers)) != len(layers)
-    ):
-        problems.add(
-            where, "selected_layers", "layer numbers, each once", repr(layers)[:100], _RESTORE
-        )
-    expressions = raw["expressions"]
-    if not isinstance(expressions, dict) or not expressions:
-        problems.add(
-            where, "expressions", "at least one expression", repr(expressions)[:100], _RESTORE
-        )
+    fix = "use the version of safegene that made this adapter"
+    if check_version(raw, where, FORMAT_VERSION, problems, fix):
+        check_fields(raw, where, _FIELDS, problems, fix=_RESTORE)
+        if isinstance(raw, dict) and isinstance(raw.get("base_model"), dict):
+            check_fields(raw["base_model"], f"{where}: base_model", _BASE, problems, fix=_RESTORE)
     problems.raise_if_any(AdapterError)
+    expressions, default = raw["expressions"], raw["default_expression"]
     coefficients, targets = {}, {}
     for name, entry in expressions.items():
         if not _EXPRESSION.fullmatch(name):
@@ -122,30 +114,18 @@ def parse_safegene(raw: Any, where: str) -> SafegeneJson:
                          "rename it")  # fmt: skip
         coefficients[name] = _parse_expression(f"{where}: expressions.{name}", entry, problems)
         targets[name] = entry.get("target") if isinstance(entry, dict) else None
-    default = raw["default_expression"]
-    if not isinstance(default, str) or default not in expressions:
+    if default not in expressions:
         known = ", ".join(expressions)
         problems.add(where, "default_expression", f"one of {known}", repr(default)[:100],
                      "name one of them")  # fmt: skip
     problems.raise_if_any(AdapterError)
-    return SafegeneJson(base, frozenset(layers), default, coefficients, targets)
+    layers = frozenset(raw["selected_layers"])
+    return SafegeneJson(raw["base_model"], layers, default, coefficients, targets)
 
 
 def _parse_expression(where: str, entry: Any, problems: Problems) -> dict[int, float]:
-    optional = ("target", "n_shots")
-    if not strictjson.check_keys(
-        entry, where, problems, required=("coefficients",), optional=optional
-    ):
-        return {}
-    if not isinstance(entry.get("target", ""), str):
-        problems.add(where, "target", "a text", repr(entry["target"])[:100], _RESTORE)
-    n_shots = entry.get("n_shots", 0)
-    if type(n_shots) is not int or n_shots < 0:
-        problems.add(where, "n_shots", "how many prompts it was calibrated on", repr(n_shots)[:100],
-                     _RESTORE)  # fmt: skip
-    if not isinstance(entry["coefficients"], dict):
-        problems.add(where, "coefficients", "an object", type(entry["coefficients"]).__name__,
-                     _RESTORE)  # fmt: skip
+    fields, optional = {"coefficients": OBJECT}, {"target": TEXT, "n_shots": integer(0)}
+    if not check_fields(entry, where, fields, problems, optional=optional, fix=_RESTORE):
         return {}
     coefficients = {}
     for layer, value in entry["coefficients"].items():
