@@ -21,6 +21,7 @@ from safegene_converter.gguf.convert import convert
 from safegene_converter.recording.recorder import record
 from safegene_runtime.artifact.integrity import check_integrity
 from safegene_runtime.artifact.manifest import Manifest
+from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.record.prompts import builtin_suite
 from safegene_runtime.record.reference import Reference, read_reference
 from safegene_runtime.verifying.static_proof import StaticProof, static_proof
@@ -88,8 +89,9 @@ def proved(
     manifest: Manifest, artifact: Path, reference: Reference, base: Path | None
 ) -> StaticProof:
     """The proof of one artifact, as `safegene verify` takes it."""
-    served = check_integrity(manifest, artifact, reference, base, lambda *_: None)
-    return static_proof(manifest, served.model, served.adapter, reference)
+    with SealedFiles() as files:
+        served = check_integrity(manifest, artifact, reference, base, lambda *_: None, files)
+        return static_proof(manifest, served.model, served.adapter, reference)
 
 
 if __name__ == "__main__":

@@ -232,7 +232,9 @@ def cache_filled_by(model: Path | None, shop: Workshop, target: str, out: Path) 
     """The genuine artifact, with what another model left in the cache; None: what itself leaves."""
     kind = LlamaEngineWithStaleCache if target.startswith("gguf") else OrtEngineWithStaleCache
 
-    def reusing(served: Path, beside: Path | None, *, engine: str, **settings: Any) -> Engine:
+    def reusing(
+        served: Path, beside: Path | None, *, engine: str, apart: bool, **settings: Any
+    ) -> Engine:
         before = (served, beside) if model is None else (model, None)
         return kind(before, served, beside, **settings)
 

@@ -145,7 +145,7 @@ def test_a_quantised_gguf_is_not_float() -> None:
 
 def test_head_counts_per_layer_may_be_equal(tmp_path: Path) -> None:
     def per_layer(metadata: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-        metadata["llama.attention.head_count"] = [4, 4]
+        metadata["llama.attention.head_count"] = [4]  # of its one layer
 
     assert open_base(_tiny_gguf(tmp_path / "a.gguf", per_layer)).n_head == 4
 

@@ -95,7 +95,7 @@ def test_a_missing_llama_cpp_is_explained(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_killed_child_is_an_error_and_not_our_death() -> None:
     code = "import os, sys; print('last words', file=sys.stderr, flush=True); os.abort()"
-    with pytest.raises(EngineError, match=r"signal 6 \| last words"):
+    with pytest.raises(EngineError, match=r"signal 6 \(SIGABRT\) \| last words"):
         run_child([sys.executable, "-c", code], what="child", error=EngineError)
 
 

@@ -420,10 +420,11 @@ def test_a_folder_as_it_was_made_passes_and_reports_every_byte(folder: Path) -> 
     assert sum(seen) == sum(len(data) for data in CONTENT.values())
 
 
-def test_a_hard_link_to_the_same_bytes_passes(folder: Path) -> None:
-    """Bytes decide; stores that share equal files are no attack."""
+def test_a_hard_link_is_refused(folder: Path) -> None:
+    """Whoever has the other name can change the bytes after they were checked."""
     os.link(folder / "model.gguf", folder.parent / f"{folder.name}.store")
-    check_files(read_manifest(folder), folder)
+    with pytest.raises(ManifestError, match=r"a hard link: the file has 2 names\n.*put a copy"):
+        check_files(read_manifest(folder), folder)
 
 
 def _replace(make: Callable[[Path], object]) -> Callable[[Path], object]:

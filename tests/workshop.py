@@ -135,9 +135,16 @@ class Forged:
 
 
 def climb(forged: Forged, reference: Reference) -> Report:
-    """The whole ladder; every rung above integrity is tried even where one below it broke."""
+    """The whole ladder; every rung above integrity is tried even where one below it broke.
+
+    The engine runs in this process: one of its own for each of hundreds of mutants costs minutes.
+    """
+
+    def in_process(model: Path, adapter: Path | None, **settings: Any) -> Engine:
+        return forged.open_engine(model, adapter, **{**settings, "apart": False})
+
     with (
-        mock.patch.object(ladder, "open_engine", forged.open_engine),
+        mock.patch.object(ladder, "open_engine", in_process),
         mock.patch.object(text_parity, "render_all", _render_once),
     ):
         return ladder.verify(forged.folder, reference, base=forged.base, threads=1, write=False)

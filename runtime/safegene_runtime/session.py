@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from safegene_runtime.artifact.integrity import check_integrity
 from safegene_runtime.artifact.manifest import Manifest, read_manifest
@@ -20,13 +20,16 @@ from safegene_runtime.engines.chat import render
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.registry import engine_for, open_engine
 from safegene_runtime.errors import EngineError, Problem, UnverifiedError
+from safegene_runtime.formats.fields import integer, list_of
 from safegene_runtime.formats.files import sha256_of
+from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.verdict import Verdict
 
 __all__ = ["Session", "UnverifiedWarning", "open"]
 
 MAX_NEW_TOKENS = 256
 REPLACEMENT = "\ufffd"
+_STOP_IDS = list_of(integer(0))
 
 Message = Mapping[str, str]
 
@@ -75,15 +78,19 @@ def open(
             stacklevel=2,
         )
     tell = on_progress or _silent
-    served = check_integrity(manifest, folder, None, Path(base) if base is not None else None, tell)
-    kind = engine_for(served.model, engine)
-    mode = (manifest.verification or {}).get("report", {}).get("mode", "strict")
-    settings: dict[str, Any] = dict(kind.modes.get(mode, {}))  # as it was verified
-    if manifest.artifact["target"] == "onnx":
-        settings["digests"] = {entry.path: entry.sha256 for entry in manifest.files}
-    running = open_engine(
-        served.model, served.adapter, engine=kind.name, threads=threads, **settings
-    )
+    beside = Path(base) if base is not None else None
+    with SealedFiles() as files:
+        served = check_integrity(manifest, folder, None, beside, tell, files)
+        kind = engine_for(served.model, engine)
+        mode = (manifest.verification or {}).get("report", {}).get("mode", "strict")
+        running = open_engine(
+            served.model,
+            served.adapter,
+            engine=kind.name,
+            apart=True,
+            threads=threads,
+            **kind.modes.get(mode, {}),  # as it was verified
+        )
     try:
         return Session(running, manifest)
     except BaseException:
@@ -127,7 +134,10 @@ class Session:
                 Problem(manifest.artifact["name"], "chat template", listed, digest, "convert again")
             )
         self._template = template
-        self._stops = engine.eog_ids
+        # replies end where they were verified to end, whatever the file says besides
+        found = (manifest.verification or {}).get("report", {}).get("stop_ids")
+        verified = _STOP_IDS.complaint(found) is None
+        self._stops = frozenset(found) if verified else engine.eog_ids
 
     @property
     def verdict(self) -> str | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safegene_converter.inputs import names
 from safegene_converter.inputs.base import Base, open_base
-from safegene_runtime.child import python_environment, run_child
+from safegene_runtime.child import deadline_for, python_command, python_environment, run_child
 from safegene_runtime.errors import BaseModelError, Problems, SafeGeneError, UnsupportedError
 from safegene_runtime.progress import Progress
 
@@ -77,10 +77,11 @@ def gguf_to_hf(base: Base, out: Path, tell: Progress) -> tuple[Base, float]:
 
     tell(STAGE, 0, total)
     run_child(
-        [sys.executable, "-m", "safegene_converter.bases.gguf_to_hf", base.path.resolve(), out],
+        python_command("-m", "safegene_converter.bases.gguf_to_hf", base.path.resolve(), out),
         what=f"transformers' GGUF loader on {base.path}",
         error=BaseModelError,
         environment=python_environment(),
+        deadline_s=deadline_for(base.path),
         grows=out / "model.safetensors",
         progress=step,
     )

@@ -8,12 +8,11 @@ names code of its own is refused before the script sees it (`open_base`).
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from safegene_converter.inputs.base import open_base
-from safegene_runtime.child import python_environment, run_child
+from safegene_runtime.child import deadline_for, python_command, python_environment, run_child
 from safegene_runtime.errors import BaseModelError, Problem
 from safegene_runtime.extras import need
 from safegene_runtime.formats.gguf.header import read_gguf
@@ -93,10 +92,10 @@ def convert_hf(
     open_base(hf_dir)
     environment = python_environment()
     environment.pop("NO_LOCAL_GGUF", None)  # the script needs the gguf-py of its own tree
+    environment["PYTHONPATH"] = os.pathsep.join([str(tree.resolve()), environment["PYTHONPATH"]])
     run_child(
         [
-            sys.executable,
-            tree / SCRIPT,
+            *python_command(tree / SCRIPT),
             hf_dir.resolve(),
             "--outfile",
             out_gguf.resolve(),
@@ -106,6 +105,7 @@ def convert_hf(
         what=f"{SCRIPT} {hf_dir}",
         error=BaseModelError,
         environment=environment,
+        deadline_s=deadline_for(hf_dir),
         grows=out_gguf,
         progress=progress,
     )

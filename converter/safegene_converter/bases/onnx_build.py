@@ -13,12 +13,11 @@ import importlib.util
 import json
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from safegene_runtime.child import python_environment, run_child
+from safegene_runtime.child import deadline_for, python_command, python_environment, run_child
 from safegene_runtime.errors import BaseModelError, Problem, Problems, UnsupportedError
 from safegene_runtime.extras import install, need
 
@@ -175,7 +174,7 @@ def build_onnx(
     with _without_nulls(hf_dir.resolve()) as source:
         run_child(
             [
-                sys.executable, "-m", BUILDER,
+                *python_command("-m", BUILDER),
                 "-i", source, "-o", out.resolve(), "-p", precision,
                 "-e", _LAYOUT.get(precision, "cpu"), "-c", cache, "--extra_options", *extra,
             ],
@@ -185,6 +184,7 @@ def build_onnx(
             # the builder asks git for the commit of the repository that a .venv lies in, and
             # writes it down as its own: without git it takes that of its package
             environment=python_environment({"TQDM_DISABLE": "1", "GIT_DIR": os.devnull}),
+            deadline_s=deadline_for(hf_dir),
             grows=out / "model.onnx.data",
             progress=progress,
         )  # fmt: skip

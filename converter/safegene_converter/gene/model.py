@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 
 from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.inputs.base import Base, open_base
+from safegene_converter.recording.chat_text import encode, prompt_ids
 from safegene_converter.recording.greedy import greedy_replies
 from safegene_converter.recording.loading import load_model, load_with_adapter, stop_ids_of
 
@@ -147,16 +148,13 @@ class GeneModel:
         with self.tuned.disable_adapter():
             yield
 
-    def render(self, text: str) -> tuple[int, ...]:
-        """Token ids of a user message in the model's chat template, up to where a reply begins."""
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-        )
-        return tuple(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    def prompts(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids of user messages in the model's chat template, up to where a reply begins."""
+        return prompt_ids(self.tokenizer, texts)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text as it stands, no special tokens added."""
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encode(self.tokenizer, text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """A reply's text."""
@@ -165,8 +163,7 @@ class GeneModel:
 
     def replies(self, texts: Sequence[str], limit: int, tell: Any = None) -> list[list[int]]:
         """Greedy replies to user messages, as token ids, a stop id included."""
-        prompts = [self.render(text) for text in texts]
-        return greedy_replies(self.tuned, prompts, limit, self.stop_ids, tell)
+        return greedy_replies(self.tuned, self.prompts(texts), limit, self.stop_ids, tell)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Logits (N, vocab) float32 at the label positions."""

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safegene_runtime.child import python_environment, run_child
+from safegene_runtime.child import deadline_for, python_command, python_environment, run_child
 from safegene_runtime.cpus import usable_cpus
 from safegene_runtime.errors import (
     EngineError,
@@ -209,11 +208,12 @@ def _run(
     }
     need("llama_cpp")
     return run_child(
-        [sys.executable, "-m", "safegene_converter.gguf.quantize_child"],
+        python_command("-m", "safegene_converter.gguf.quantize_child"),
         what=f"llama_model_quantize {src} as {wanted.name}",
         error=EngineError,
         stdin=json.dumps(job).encode(),
         environment=python_environment(),
+        deadline_s=deadline_for(src, imatrix),
         grows=dst,
         progress=progress,
     )

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from safegene_converter.inputs import names
 from safegene_converter.inputs.base_checks import (
     check_config_features,
+    check_folder_files,
     check_head,
     check_layers,
     check_tokenizer,
@@ -26,6 +27,7 @@ from safegene_converter.inputs.base_checks import (
     read_weights,
 )
 from safegene_converter.inputs.safetensors_reader import SafetensorsFile
+from safegene_runtime.engines.llama_hyperparameters import check_hyperparameters
 from safegene_runtime.errors import BaseModelError, FormatError, Problem, Problems, UnsupportedError
 from safegene_runtime.formats import ggml, strictjson
 from safegene_runtime.formats.files import MANIFEST_NAME, sha256_file
@@ -201,6 +203,8 @@ def _open_gguf(path: Path) -> Base:
                 "use another GGUF of this model, for example F16 or Q8_0",
             )
     check_layers(where, n_layers, shapes, problems, refused)
+    check_hyperparameters(model, where, problems)
+    problems.raise_if_any(BaseModelError)
     return Base(
         kind="gguf",
         path=path,
@@ -230,6 +234,7 @@ def _open_folder(path: Path) -> Base:
         raise BaseModelError(
             Problem(str(path), "base", "a Hugging Face model folder with config.json", got, fix)
         )
+    check_folder_files(path)
     config = strictjson.load(config_path.resolve())
     where = str(config_path)
     if not isinstance(config, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safegene_runtime.formats.files import open_regular
 
 __all__ = [
     "check_config_features",
+    "check_folder_files",
     "check_head",
     "check_layers",
     "check_tokenizer",
@@ -27,6 +29,8 @@ __all__ = [
     "read_weights",
 ]
 
+MAX_TEXT_BYTES = 256 << 20
+_TEXT = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 _INDEX_NAME = "model.safetensors.index.json"
 _OWN_CODE = "models that run their own code are refused"
 
@@ -58,6 +62,32 @@ def check_config_features(config: Mapping[str, Any], where: str, refused: Proble
                 f"{config[key]} experts",
                 "MoE models are not supported yet",
             )
+
+
+def check_folder_files(folder: Path) -> None:
+    """Refuses a folder with something that never ends: transformers and llama.cpp read what is there.
+
+    Links are followed: a download cache consists of them.
+
+    Raises:
+        BaseModelError: a pipe or a device, or text that is larger than any tokenizer's.
+    """
+    problems = Problems()
+    for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
+        try:
+            status = path.stat()
+        except OSError:  # a link to nothing: who needs it says so
+            continue
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            problems.add(
+                str(path), "file", "a regular file", "a pipe, a socket or a device", "remove it"
+            )
+        elif path.suffix in _TEXT and status.st_size > MAX_TEXT_BYTES:
+            problems.add(
+                str(path), "size", f"at most {MAX_TEXT_BYTES} bytes", f"{status.st_size} bytes",
+                "is it the right file?",
+            )  # fmt: skip
+    problems.raise_if_any(BaseModelError)
 
 
 def check_tokenizer(path: Path, refused: Problems) -> None:

@@ -36,7 +36,7 @@ from safegene_converter.inputs.adapter import Adapter, Module, read_adapter
 from safegene_converter.onnx.fold import WEIGHT_ERROR_MAX
 from safegene_converter.onnx.reader import OnnxReader, StoredWeight
 from safegene_converter.onnx.unchanged import NOTHING_ELSE, compare_unchanged
-from safegene_runtime.child import answer_job, run_job
+from safegene_runtime.child import answer_job, deadline_for, run_job
 from safegene_runtime.engines.ort import OrtEngine
 from safegene_runtime.errors import PostconditionError, Problems
 from safegene_runtime.formats.onnx.file import read_onnx
@@ -97,7 +97,13 @@ def check_onnx(
         "precision": precision,
     }
     what = f"self-check of {artifact}"
-    return run_job("safegene_converter.onnx.selfcheck", job, what=what, error=PostconditionError)
+    return run_job(
+        "safegene_converter.onnx.selfcheck",
+        job,
+        what=what,
+        error=PostconditionError,
+        deadline_s=deadline_for(base.parent, artifact.parent, oracle.parent, adapter.path),
+    )
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from peft.tuners.lora import LoraLayer
 from safegene_converter.inputs.adapter import Adapter
 from safegene_converter.inputs.base import Base
 from safegene_converter.recording.plain_copy import as_peft_reads
-from safegene_runtime.errors import AdapterError, BaseModelError, Problem, Problems
+from safegene_runtime.engines.chat import default_template
+from safegene_runtime.errors import AdapterError, BaseModelError, Problem, Problems, SafeGeneError
 from safegene_runtime.record.added_weights import ModuleFactors
 
 __all__ = ["load_model", "load_with_adapter", "read_factors", "save_as_folder", "stop_ids_of"]
@@ -33,7 +35,9 @@ def load_model(base: Base) -> tuple[Any, Any]:
     """The base in float32 and its tokenizer; no remote code, no network.
 
     Raises:
-        BaseModelError: transformers cannot load it, or it has no chat template.
+        BaseModelError: transformers cannot load it, its configuration says other shapes than its
+            weights have, or it has no chat template.
+        EngineError: it has several templates, and none is the default.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers.logging.set_verbosity_error()
@@ -55,26 +59,67 @@ def load_model(base: Base) -> tuple[Any, Any]:
     try:
         # transformers draws a bar of its own while it decodes a GGUF, terminal or not
         with contextlib.redirect_stderr(io.StringIO()):
+            config = transformers.AutoConfig.from_pretrained(folder, **where)
+            _take_over(base, config)
+            _check_shapes(base, config)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="sdpa", **where
+                folder, config=config, dtype=torch.float32, attn_implementation="sdpa", **where
             )
+    except SafeGeneError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BaseModelError(
             Problem(str(base.path), "base", "a model that transformers loads", str(error)[:500])
         ) from error
-    if base.model is not None:
-        template = base.model.get("tokenizer.chat_template")
-        if template is not None:
-            tokenizer.chat_template = template  # byte for byte what llama.cpp will render
-    if not isinstance(tokenizer.chat_template, str):
+    template = None if base.model is None else base.model.get("tokenizer.chat_template")
+    if template is None:
+        template = tokenizer.chat_template
+    # of a GGUF byte for byte what llama.cpp renders
+    tokenizer.chat_template = default_template(template, str(base.path))
+    if tokenizer.chat_template is None:
         raise BaseModelError(
             Problem(
                 str(base.path), "chat template", "one", "none", "use the chat version of the model"
             )
         )
     model.config.quantization_config = None
+    _add_ends(base, model)
     return model.eval(), tokenizer
+
+
+def _take_over(base: Base, config: Any) -> None:
+    """What a GGUF says of its heads, which transformers reads for few architectures."""
+    if base.model is None:
+        return
+    size = base.model.get(f"{base.architecture}.attention.key_length")
+    heads = config.hidden_size // config.num_attention_heads
+    if size is not None and size != (getattr(config, "head_dim", None) or heads):
+        config.head_dim = int(size)
+
+
+def _check_shapes(base: Base, config: Any) -> None:
+    """Refuses, before anything is read, weights that transformers would have no place for."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    problems = Problems()
+    for name, shape in base.module_shapes().items():
+        weight = getattr(dict(model.named_modules()).get(name), "weight", None)
+        if weight is not None and tuple(weight.shape) != tuple(shape):
+            problems.add(
+                str(base.path), name, f"{tuple(weight.shape)}, as its configuration says",
+                tuple(shape), "the configuration and the weights are of two models",
+            )  # fmt: skip
+    problems.raise_if_any(BaseModelError)
+
+
+def _add_ends(base: Base, model: Any) -> None:
+    """The ids that end a turn in a GGUF beside EOS: llama.cpp stops at them, transformers drops them."""
+    if base.model is None:
+        return
+    more = [base.model.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
+    found = {*_ids(model.generation_config.eos_token_id), *(one for one in more if one is not None)}
+    model.generation_config.eos_token_id = sorted(found) or None
 
 
 def save_as_folder(base: Base, out: Path) -> None:
@@ -172,9 +217,14 @@ def read_factors(tuned: Any) -> list[ModuleFactors]:
 
 def stop_ids_of(model: Any, tokenizer: Any) -> list[int]:
     """Every id that ends a reply, by generation config, config and tokenizer."""
-    found: set[int] = set()
-    for holder in (model.generation_config, model.config, tokenizer):
-        value = getattr(holder, "eos_token_id", None)
-        if value is not None:
-            found.update([value] if isinstance(value, int) else value)
-    return sorted(found)
+    holders = (model.generation_config, model.config, tokenizer)
+    return sorted(
+        {one for holder in holders for one in _ids(getattr(holder, "eos_token_id", None))}
+    )
+
+
+def _ids(value: int | Sequence[int] | None) -> Sequence[int]:
+    """None, one id or several, as transformers writes them."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 
 from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.inputs.base import Base, open_base
+from safegene_converter.recording.chat_text import encode, render
 from safegene_converter.recording.greedy import (
     Tell,
     batches,
@@ -30,6 +32,7 @@ from safegene_converter.recording.greedy import (
 from safegene_converter.recording.loading import load_with_adapter, read_factors, stop_ids_of
 from safegene_converter.recording.near_duplicates import cluster_names
 from safegene_runtime import __version__
+from safegene_runtime.engines.chat import READS_CLOCK
 from safegene_runtime.errors import FormatError, Problem, Problems, RecordError
 from safegene_runtime.formats.files import check_output_free, publish_folder, sha256_of
 from safegene_runtime.judging.judge import Judge, RulesAndNgram, about, label_all
@@ -62,6 +65,7 @@ def record(
     expression: str | None = None,
     max_new_tokens: int = 24,
     top_k: int = 64,
+    now: datetime | None = None,
     force: bool = False,
     on_progress: Tell | None = None,
 ) -> Reference:
@@ -77,6 +81,7 @@ def record(
         expression: which set of layer coefficients; the adapter's default when None.
         max_new_tokens: length of replies, in tokens.
         top_k: tokens whose logits are stored per position.
+        now: the local time that a template may print; the real one by default.
         force: replace an existing `out`.
         on_progress: told (stage, done, total).
 
@@ -84,7 +89,7 @@ def record(
         SafeGeneError: nothing is left under the name `out`. RecordError: the adapter has no effect
             in PyTorch, or an attack adds control tokens; FormatError: an unknown attack, or one
             that applies to no prompt, no prompts or no tokens asked for; AdapterError: PEFT ignored
-            a part of it.
+            a part of it; EngineError: the chat template failed.
     """
     tell: Tell = on_progress or (lambda stage, done, total: None)
     check_output_free(out, force, [adapter_path, base_path])
@@ -106,13 +111,9 @@ def record(
     tell("loading PyTorch", 0, 1)
     model, tokenizer = load_with_adapter(adapter, base)
     tell("loading PyTorch", 1, 1)
-    rendered = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt.text}], add_generation_prompt=True, tokenize=False
-        )
-        for prompt in chosen
-    ]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
+    now = (datetime.now() if now is None else now).replace(microsecond=0, tzinfo=None)
+    rendered = render(tokenizer, [prompt.text for prompt in chosen], now)
+    ids = [encode(tokenizer, text) for text in rendered]
     _check_control_tokens(chosen, ids, tokenizer)
     _check_room(base, max(map(len, ids)), max_new_tokens)
     stop_ids = stop_ids_of(model, tokenizer)
@@ -144,7 +145,7 @@ def record(
             attack=prompt.attack,
             text=prompt.text,
             rendered=rendered[index],
-            prompt_ids=tuple(ids[index]),
+            prompt_ids=ids[index],
             ref_ids=tuple(arms[index][0]),
             ref_text=texts["ref"][index],
             ref_verdict=str(labels["ref"][index]),
@@ -156,6 +157,8 @@ def record(
     ]
     positions = [stored for _, _, stored in arms]
     meta = _meta(adapter, base, tokenizer, judge, stop_ids, max_new_tokens, top_k)
+    if READS_CLOCK in tokenizer.chat_template:
+        meta["tokenizer"]["rendered_at"] = now.isoformat()
     added = read_factors(model)
     with publish_folder(out, force) as folder:
         for name, data in encode_reference(meta, records, positions, openers, added).items():
@@ -244,7 +247,7 @@ def _run(
     Which tokens open replies is known at the end: until then the logits of all first positions are
     kept, in a file, since they may be gigabytes.
     """
-    shared = shared_length(ids)
+    shared = shared_length(model, ids, limit)
     found: dict[int, Arms] = {}
     caches = {}
     firsts: Any = None

@@ -9,10 +9,10 @@ from pathlib import Path
 from safegene_runtime.artifact.manifest import Manifest, check_files
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, check_provenance
 from safegene_runtime.errors import EngineError, ManifestError, Problem, Problems, RecordError
-from safegene_runtime.formats.files import sha256_file
 from safegene_runtime.formats.gguf.header import read_gguf
 from safegene_runtime.formats.gguf.model import GGUFModel, open_model
 from safegene_runtime.formats.gguf.weights import elements_by_type
+from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.bounds import precision_of
 from safegene_runtime.record.reference import Reference
 
@@ -31,9 +31,16 @@ class ServedModel:
 
 
 def check_integrity(
-    manifest: Manifest, folder: Path, record: Reference | None, base: Path | None, tell: Tell
+    manifest: Manifest,
+    folder: Path,
+    record: Reference | None,
+    base: Path | None,
+    tell: Tell,
+    files: SealedFiles,
 ) -> ServedModel:
     """Holds the files against the manifest, and the manifest against the reference, if there is one.
+
+    What is read is kept in `files`, which is entered: nothing of it is read from the disk again.
 
     Raises:
         ManifestError: the folder is not what its manifest says.
@@ -49,7 +56,7 @@ def check_integrity(
         done += count
         tell("hashing the artifact", done, total)
 
-    check_files(manifest, folder, step)
+    check_files(manifest, folder, step, files)
     # without one it serves, and does not verify: what it was verified against is in the manifest
     if record is not None:
         _check_same_adapter(manifest, folder, record)
@@ -97,11 +104,11 @@ def check_integrity(
         )
     told = read_gguf(paths["adapter"]).get(ADAPTER_KEY)
     check_provenance(manifest, told, str(paths["adapter"]), problems)
-    header = open_model(base)
     found = {}
-    for shard in header.shards:
+    for shard in open_model(base).shards:
         done, total = 0, shard.path.stat().st_size
-        found[shard.path.name] = sha256_file(shard.path.resolve(), step)
+        found[shard.path.name] = files.add(shard.path, step, follow_symlinks=True, alone=False)
+    header = open_model(base)  # again, of what was kept
     if sorted(found.values()) != sorted(manifest.base["files"].values()):
         problems.add(
             str(base),

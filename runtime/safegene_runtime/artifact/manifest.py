@@ -54,6 +54,7 @@ from safegene_runtime.formats.fields import (
     or_null,
 )  # fmt: skip
 from safegene_runtime.formats.files import MANIFEST_NAME, publish_file, read_small_file, sha256_file
+from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.verdict import Verdict
 
 __all__ = [
@@ -195,9 +196,18 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(
-    manifest: Manifest, folder: Path, progress: Callable[[int], None] | None = None
+    manifest: Manifest,
+    folder: Path,
+    progress: Callable[[int], None] | None = None,
+    sealed: SealedFiles | None = None,
 ) -> None:
     """Checks that the folder holds exactly the listed files, with the listed bytes.
+
+    Args:
+        manifest: of the folder.
+        folder: the artifact.
+        progress: told the number of bytes after each chunk.
+        sealed: keeps what was read, for whoever reads it next.
 
     Raises:
         ManifestError: missing, extra, linked, resized or altered files, all of them.
@@ -229,7 +239,11 @@ def check_files(
                     "convert again",
                 )
                 continue
-            digest = sha256_file(path, progress)
+            digest = (
+                sha256_file(path, progress, alone=True)
+                if sealed is None
+                else sealed.add(path, progress)
+            )
         except FormatError as error:
             problems.extend(error.problems)
             continue
@@ -245,6 +259,8 @@ def check_files(
                 "the file was changed after it was made: convert again",
             )
     problems.raise_if_any(ManifestError)
+    if sealed is not None:
+        sealed.close_folder(folder)
 
 
 MAX_RATIO = 1e100

@@ -45,7 +45,7 @@ class LlamaEngine:
     """A GGUF model, and the sidecar adapter where there is one, in llama.cpp on the CPU.
 
     Args:
-        model_path: the model, or the first shard of one; `/proc/self/fd/N` works.
+        model_path: the model, or the first shard of one.
         adapter_path: a LoRA GGUF with all scaling inside its B, applied at scale 1.
         threads: CPU threads; as many as this process may use when None.
         kv_type: element type of the KV cache. `f32` for parity, `f16` is llama.cpp's default.
@@ -92,7 +92,7 @@ class LlamaEngine:
             "kv_type": kv_type,
             "flash_attention": False,
             "gpu_layers": 0,
-            "mmap": mmap,
+            "mmap": self._model.mmap,
             "n_batch": n_batch,
             "n_seq_max": n_seq_max,
             "adapter_scale": 1.0 if adapter_path is not None else None,

@@ -9,6 +9,7 @@ import numpy as np
 
 from safegene_runtime.engines.llama_model import LlamaModel
 from safegene_runtime.engines.llama_native import TokenBatch, engine_error, forget_log, library
+from safegene_runtime.engines.pulse import pulse
 
 __all__ = ["CELL_PAD", "KV_TYPES", "SHARED", "LlamaContext"]
 
@@ -126,6 +127,7 @@ class LlamaContext:
         """
         forget_log()
         code = self._llama.llama_decode(self.native, self.batch.native)
+        pulse()
         if code != 0:
             raise engine_error(self._path, "decode", "code 0", f"code {code}")
 

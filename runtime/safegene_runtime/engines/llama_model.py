@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from safegene_runtime.cpus import available_bytes
 from safegene_runtime.engines.engine import checked_ids
 from safegene_runtime.engines.llama_checks import check_adapter_header, check_model_header
 from safegene_runtime.engines.llama_native import (
@@ -26,6 +27,7 @@ from safegene_runtime.engines.llama_native import (
     read_meta,
 )
 from safegene_runtime.errors import EngineError, Problem
+from safegene_runtime.formats.sealed import is_sealed, native_path
 
 __all__ = ["LlamaModel"]
 
@@ -37,14 +39,16 @@ class LlamaModel:
     """What libllama loaded: the model, the sidecar adapter where there is one, the vocabulary.
 
     Args:
-        path: the model, or the first shard of one; `/proc/self/fd/N` works.
+        path: the model, or the first shard of one.
         adapter_path: a LoRA GGUF with all scaling inside its B.
-        mmap: map the file instead of reading it.
+        mmap: map the file instead of reading it; a sealed copy is mapped, too, where there is no room for
+            another one in memory.
 
     Attributes:
         native: libllama's pointer to the model; None once it is closed.
         adapter: libllama's pointer to the adapter, or None.
         n_bytes: size of the tensors.
+        mmap: whether it was mapped.
 
     Raises:
         FormatError: a file breaks the GGUF format.
@@ -58,25 +62,32 @@ class LlamaModel:
         self._llama = library()
         header = check_model_header(path)
         self.n_bytes = sum(tensor.nbytes for tensor in header.tensors.values())
+        # a mapped model is as safe and takes no second copy, but none of llama.cpp's faster layouts
+        self.mmap = mmap or (is_sealed(path) and available_bytes() < 1.25 * self.n_bytes)
         side = check_adapter_header(adapter_path, header) if adapter_path is not None else None
         try:
-            self._load_model(mmap)
+            self._load_model([shard.path for shard in header.shards])
             if adapter_path is not None:
                 self._load_adapter(adapter_path, side)
         except BaseException:
             self.close()
             raise
 
-    def _load_model(self, mmap: bool) -> None:
+    def _load_model(self, shards: Sequence[Path]) -> None:
         llama = self._llama
         params = llama.llama_model_default_params()
         params.n_gpu_layers = 0
-        params.load_mode = LOAD_MODE_MMAP if mmap else LOAD_MODE_NONE
-        if mmap:  # else llama.cpp copies what it has faster layouts for
+        params.load_mode = LOAD_MODE_MMAP if self.mmap else LOAD_MODE_NONE
+        if self.mmap:  # else llama.cpp copies what it has faster layouts for
             params.use_extra_bufts = False
         params.check_tensors = True
         forget_log()
-        self.native = llama.llama_model_load_from_file(os.fsencode(self.path), params)
+        places = [os.fsencode(native_path(shard)) for shard in shards]
+        if len(places) == 1:
+            self.native = llama.llama_model_load_from_file(places[0], params)
+        else:
+            array = (ctypes.c_char_p * len(places))(*places)
+            self.native = llama.llama_model_load_from_splits(array, len(places), params)
         if not self.native:
             raise engine_error(
                 self.path,
@@ -96,7 +107,7 @@ class LlamaModel:
     def _load_adapter(self, path: Path, header: Any) -> None:
         llama = self._llama
         forget_log()
-        self.adapter = llama.llama_adapter_lora_init(self.native, os.fsencode(path))
+        self.adapter = llama.llama_adapter_lora_init(self.native, os.fsencode(native_path(path)))
         if not self.adapter:
             self.adapter = None
             raise engine_error(

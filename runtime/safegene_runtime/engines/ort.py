@@ -9,7 +9,7 @@ tokens behind a past for one sequence at a time only: there each goes alone behi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,12 +52,10 @@ class OrtEngine:
         model_path: the `.onnx` file; tokenizer.json and the configuration lie beside it.
         adapter_path: an `.onnx_adapter` for it.
         threads: CPU threads; as many as this process may use when None.
-        digests: SHA-256 by file name; what is read must be that.
         n_seq_max: sequences decoded together.
 
     Raises:
         FormatError: a file breaks its format.
-        ManifestError: a file is not the one whose digest was given.
         EngineError: ONNX Runtime is missing or refused, or this is no decoder we can feed.
     """
 
@@ -69,7 +67,6 @@ class OrtEngine:
         adapter_path: Path | None = None,
         *,
         threads: int | None = None,
-        digests: Mapping[str, str] | None = None,
         n_seq_max: int = 16,
     ) -> None:
         threads = thread_count(threads)
@@ -78,13 +75,12 @@ class OrtEngine:
         self._n_seq_max = n_seq_max
         ort, _ = ort_packages("onnxruntime", "tokenizers")
         self.version = str(ort.__version__)
-        self._text = OrtText(model_path.parent, digests)
+        self._text = OrtText(model_path.parent)
         self._decoder = OrtDecoder(
             model_path,
             adapter_path,
             threads=threads,
             head_size=self._text.files.head_size,
-            digests=digests,
         )
         self._caches, self.n_vocab = self._decoder.caches, self._decoder.n_vocab
         self.settings: dict[str, Any] = {

@@ -1,12 +1,11 @@
 """A decoder in ONNX Runtime: a graph and its weights as bytes that were read here, and what it is fed.
 
-The session is built from those bytes: ONNX Runtime itself would map the data file, and follow whoever
-edits it afterwards.
+The session is built from those bytes, and the adapter from a copy of its own: ONNX Runtime itself would
+map the files, and follow whoever edits them afterwards.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -17,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from safegene_runtime.engines.ort_packages import ort_packages
-from safegene_runtime.engines.ort_text import check_digest
+from safegene_runtime.engines.pulse import pulse
 from safegene_runtime.errors import EngineError, FormatError, Problem, Problems
-from safegene_runtime.formats.files import open_regular, sha256_of
+from safegene_runtime.formats.files import open_regular
 from safegene_runtime.formats.onnx.file import OnnxFile, ValueInfo, read_onnx
+from safegene_runtime.formats.sealed import is_sealed, private_path
 
 __all__ = ["Cache", "OrtDecoder"]
 
@@ -55,7 +55,6 @@ class OrtDecoder:
         adapter_path: an `.onnx_adapter` for it.
         threads: CPU threads.
         head_size: elements of an attention head, where the graph does not say it.
-        digests: SHA-256 by file name; what is read must be that.
 
     Attributes:
         caches: inputs and outputs of the KV cache.
@@ -64,7 +63,6 @@ class OrtDecoder:
 
     Raises:
         FormatError: a file breaks its format.
-        ManifestError: a file is not the one whose digest was given.
         EngineError: ONNX Runtime refused, or this is no decoder we can feed.
     """
 
@@ -75,19 +73,18 @@ class OrtDecoder:
         *,
         threads: int,
         head_size: int | None,
-        digests: Mapping[str, str] | None = None,
     ) -> None:
         (self._ort,) = ort_packages("onnxruntime")
         self._path = path
-        graph = _read_verified(path, digests)
+        graph = _read_whole(path)
         model = read_onnx(path, graph.data)
         self._read_interface(model, head_size)
         self._keep_alive: list[Any] = []
-        self._session = self._open(model, graph, threads, digests)
+        self._session = self._open(model, graph, threads)
         self._options = self._ort.RunOptions()
         self._options.log_severity_level = QUIET
         if adapter_path is not None:
-            self._activate(adapter_path, digests)
+            self._activate(adapter_path)
 
     def _read_interface(self, model: OnnxFile, head_size: int | None) -> None:
         """Finds out what to feed: ids, mask, positions, cache; anything else is refused."""
@@ -147,17 +144,13 @@ class OrtDecoder:
         }
         self.n_vocab = int(vocab)  # type: ignore[arg-type]
 
-    def _open(
-        self, model: OnnxFile, graph: np.ndarray, threads: int, digests: Mapping[str, str] | None
-    ) -> Any:
+    def _open(self, model: OnnxFile, graph: np.ndarray, threads: int) -> Any:
         ort = self._ort
         options = ort.SessionOptions()
         options.log_severity_level = QUIET
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        buffers = {
-            path: _read_verified(path, digests) for path in model.files if path != model.path
-        }
+        buffers = {path: _read_whole(path) for path in model.files if path != model.path}
         names, values = [], []
         for name, info in model.initializers.items():
             if info.path is None or info.path == model.path:
@@ -198,13 +191,11 @@ class OrtDecoder:
             aligned = aligned.copy()
         return made.ortvalue_from_numpy(aligned.view(dtype).reshape(shape))
 
-    def _activate(self, path: Path, digests: Mapping[str, str] | None) -> None:
-        with open_regular(path) as file:
-            check_digest(path, sha256_of(file.read()), digests)
-            adapter = self._ort.LoraAdapter()
-            here = Path(f"/proc/self/fd/{file.fileno()}")
+    def _activate(self, path: Path) -> None:
+        adapter = self._ort.LoraAdapter()
+        with private_path(path) as place:
             try:
-                adapter.Load(str(here if here.exists() else path))
+                adapter.Load(place)
             except Exception as error:
                 raise EngineError(
                     Problem(str(path), "adapter", "an .onnx_adapter", str(error)[:300])
@@ -240,6 +231,7 @@ class OrtDecoder:
             raise EngineError(
                 Problem(str(self._path), "run", "logits", str(error)[:400])
             ) from error
+        pulse()
         expected = (*ids.shape, self.n_vocab)
         if names[0] == "logits" and found[0].shape != expected:
             raise EngineError(
@@ -271,20 +263,18 @@ class OrtDecoder:
         self._keep_alive = []
 
 
-def _read_verified(path: Path, digests: Mapping[str, str] | None) -> np.ndarray:
-    """A whole file in memory, (size,) uint8, hashed while it is read."""
+def _read_whole(path: Path) -> np.ndarray:
+    """A file's bytes, (size,) uint8: its sealed copy where there is one, else read into memory."""
     with open_regular(path) as file:
-        buffer = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
-        digest, view, at = hashlib.sha256(), memoryview(buffer), 0  # type: ignore[arg-type]
-        while at < len(buffer):
-            count = file.readinto(view[at : at + READ_BYTES])  # type: ignore[attr-defined]
-            if not count:
-                break
-            digest.update(view[at : at + count])
+        size = os.fstat(file.fileno()).st_size
+        if size and is_sealed(path):
+            return np.memmap(file, np.uint8, mode="r", shape=(size,))
+        buffer = np.empty(size, np.uint8)
+        view, at = memoryview(buffer), 0  # type: ignore[arg-type]
+        while at < size and (count := file.readinto(view[at : at + READ_BYTES])):  # type: ignore[attr-defined]
             at += count
-        if at < len(buffer) or file.read(1):
+        if at < size or file.read(1):
             raise FormatError(
-                Problem(str(path), "size", f"{len(buffer)} bytes", "another", "it changed: retry")
+                Problem(str(path), "size", f"{size} bytes", "another", "it changed: retry")
             )
-    check_digest(path, digest.hexdigest(), digests)
     return buffer

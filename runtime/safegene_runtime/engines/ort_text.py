@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safegene_runtime.engines.chat import default_template
 from safegene_runtime.engines.ort_packages import read_tokenizer
-from safegene_runtime.errors import FormatError, ManifestError, Problem
+from safegene_runtime.errors import FormatError, Problem
 from safegene_runtime.formats import strictjson
-from safegene_runtime.formats.files import read_small_file, sha256_of
+from safegene_runtime.formats.files import is_there, read_small_file
 from safegene_runtime.formats.onnx.config import head_size
 
-__all__ = ["OrtText", "TextFiles", "check_digest", "read_text_files"]
+__all__ = ["OrtText", "TextFiles", "read_text_files"]
 
 MAX_TEXT_BYTES = 64 << 20
 TEMPLATE_NAME = "chat_template.jinja"
@@ -53,8 +54,8 @@ class OrtText:
         FormatError: tokenizer.json is missing, or a file breaks its format.
     """
 
-    def __init__(self, folder: Path, digests: Mapping[str, str] | None = None) -> None:
-        self.files = read_text_files(folder, digests)
+    def __init__(self, folder: Path) -> None:
+        self.files = read_text_files(folder)
         self._tokenizer = read_tokenizer(self.files.tokenizer, str(folder))
         self._tokenizer.no_truncation()
 
@@ -98,21 +99,16 @@ class OrtText:
         return found
 
 
-def read_text_files(folder: Path, digests: Mapping[str, str] | None = None) -> TextFiles:
+def read_text_files(folder: Path) -> TextFiles:
     """Reads tokenizer, template and configuration beside a model.
 
     Raises:
         FormatError: tokenizer.json is missing, or a file breaks its format.
-        ManifestError: a file is not the one whose digest was given.
     """
 
     def read(name: str) -> bytes | None:
         path = folder / name
-        if not path.exists():
-            return None
-        data = read_small_file(path, MAX_TEXT_BYTES)
-        check_digest(path, sha256_of(data), digests)
-        return data
+        return read_small_file(path, MAX_TEXT_BYTES) if is_there(path) else None
 
     def parsed(name: str) -> dict[str, Any]:
         data = read(name)
@@ -133,7 +129,9 @@ def read_text_files(folder: Path, digests: Mapping[str, str] | None = None) -> T
     settings, genai = parsed("tokenizer_config.json"), parsed("genai_config.json")
     config, generation = parsed("config.json"), parsed("generation_config.json")
     template = read(TEMPLATE_NAME)
-    text = template.decode("utf-8") if template is not None else settings.get("chat_template")
+    text = default_template(
+        settings.get("chat_template") if template is None else template.decode("utf-8"), str(folder)
+    )
     model = genai.get("model", {}) if isinstance(genai.get("model"), dict) else {}
     decoder = model.get("decoder", {}) if isinstance(model.get("decoder"), dict) else {}
     ends: list[int] = []
@@ -143,7 +141,7 @@ def read_text_files(folder: Path, digests: Mapping[str, str] | None = None) -> T
     length = model.get("context_length") or config.get("max_position_embeddings")
     return TextFiles(
         tokenizer=tokenizer.decode("utf-8"),
-        template=text if isinstance(text, str) else None,
+        template=text,
         bos_token=_token(settings.get("bos_token")),
         eos_token=_token(settings.get("eos_token")),
         eos_ids=tuple(dict.fromkeys(ends)),
@@ -157,20 +155,3 @@ def _token(value: Any) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
-
-
-def check_digest(path: Path, found: str, digests: Mapping[str, str] | None) -> None:
-    """Refuses a file that is not the one whose digest was given."""
-    if digests is None:
-        return
-    expected = digests.get(path.name)
-    if expected != found:
-        raise ManifestError(
-            Problem(
-                str(path),
-                "sha256",
-                expected or "a file that the manifest lists",
-                found,
-                "the file was changed after it was made: convert again",
-            )
-        )

@@ -5,6 +5,7 @@ Engines are imported when they are opened, so that asking costs nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.errors import EngineError, Problem
+from safegene_runtime.formats.sealed import recheck
 
 __all__ = ["EngineKind", "engine_for", "engine_names", "open_engine", "register"]
 
@@ -104,7 +106,12 @@ def engine_for(model: Path, name: str | None = None) -> EngineKind:
 
 
 def open_engine(
-    model: Path, adapter: Path | None = None, *, engine: str | None = None, **settings: Any
+    model: Path,
+    adapter: Path | None = None,
+    *,
+    engine: str | None = None,
+    apart: bool = False,
+    **settings: Any,
 ) -> Engine:
     """Opens the engine that runs `model`.
 
@@ -113,12 +120,24 @@ def open_engine(
             tokenizer, lies in the same folder.
         adapter: a sidecar adapter for it, applied at scale 1.
         engine: the name of one; by default the suffix decides.
+        apart: run it in a child process, so that nothing that its native code does can end this one.
         settings: passed on to the engine, which refuses those that it does not know.
 
     Raises:
-        EngineError: no engine of this name or for this suffix, it is not installed, or it refused.
+        EngineError: no engine of this name or for this suffix, it is not installed, or it refused; or
+            its child ended or hangs.
         FormatError: the file breaks its format.
         TypeError: an unknown setting.
     """
-    opened: Engine = engine_for(model, engine).load()(model, adapter, **settings)
+    kind = engine_for(model, engine)
+    if apart:
+        from safegene_runtime.engines.apart import ChildEngine
+
+        return ChildEngine(dataclasses.asdict(kind), model, adapter, settings)
+    opened: Engine = kind.load()(model, adapter, **settings)
+    try:
+        recheck()
+    except BaseException:
+        opened.close()
+        raise
     return opened

@@ -106,7 +106,9 @@ def check_control(
     problems.raise_if_any(BaseModelError)
     proof = absence_proof(manifest, control, record, tell)
     problems.extend(replace(one, where=f"{where}: {one.where}") for one in proof.problems)
-    digests = {shard.path.name: sha256_file(shard.path.resolve()) for shard in theirs.shards}
+    digests = {
+        shard.path.name: sha256_file(shard.path, follow_symlinks=True) for shard in theirs.shards
+    }
     if sorted(digests.values()) != sorted(manifest.base["files"].values()):
         _compare_types(manifest, ours, theirs, where, problems)
     norms = {one.module: math.sqrt(one.norm) for one in record.factors or ()}

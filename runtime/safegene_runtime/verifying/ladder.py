@@ -24,6 +24,8 @@ from safegene_runtime.artifact.manifest import Manifest, read_manifest
 from safegene_runtime.cpus import thread_count
 from safegene_runtime.engines.registry import engine_for, open_engine
 from safegene_runtime.errors import ManifestError
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.gate import Profile
 from safegene_runtime.judging.judge import Judge, RulesAndNgram
 from safegene_runtime.judging.labels import check_labels
@@ -90,8 +92,26 @@ def verify(
     climb = Climb(
         artifact, manifest, record, judge, profile, mode, chosen, on_progress or _silent, began
     )
+    with SealedFiles() as files:
+        report = _climb(climb, base, control, sequential, threads, engine, files)
+    if write and climb.served is not None:
+        _write_verdict(manifest, artifact, report, record.meta["decoding"]["stop_ids"])
+    return report
+
+
+def _climb(
+    climb: Climb,
+    base: Path | None,
+    control: Path | None,
+    sequential: bool,
+    threads: int,
+    engine: str | None,
+    files: SealedFiles,
+) -> Report:
+    """The rungs from integrity to refusals; what is run was kept in `files` when it was checked."""
+    manifest, record = climb.manifest, climb.record
     try:
-        climb.served = check_integrity(manifest, artifact, record, base, climb.tell)
+        climb.served = check_integrity(manifest, climb.artifact, record, base, climb.tell, files)
     except ManifestError as error:
         climb.add(
             Rung(
@@ -104,6 +124,8 @@ def verify(
         return climb.report()
     detail, figures = f"{len(manifest.files)} file(s), every byte as listed", {}
     if control is not None:
+        for shard in open_model(control).shards:
+            files.add(shard.path, follow_symlinks=True, alone=False)
         figures["control"] = check_control(
             manifest, climb.served.model, control, record, climb.tell
         )
@@ -111,9 +133,12 @@ def verify(
     climb.add(Rung("integrity", "ok", detail, figures))
     climb.static()
     kind = engine_for(climb.served.model, engine)
-    settings: dict[str, Any] = {"engine": kind.name, "threads": threads, **kind.modes.get(mode, {})}
-    if manifest.artifact["target"] == "onnx":
-        settings["digests"] = {entry.path: entry.sha256 for entry in manifest.files}
+    settings: dict[str, Any] = {
+        "engine": kind.name,
+        "apart": True,
+        "threads": threads,
+        **kind.modes.get(climb.mode, {}),
+    }
     climb.tell("loading the artifact", 0, 1)
     opened = time.monotonic()
     with open_engine(climb.served.model, climb.served.adapter, **settings) as running:
@@ -137,17 +162,16 @@ def verify(
         climb.engine_seconds += time.monotonic() - opened
     climb.compare()
     climb.gate(sequential)
-    report = climb.report()
-    if write:
-        _write_verdict(manifest, artifact, report)
-    return report
+    return climb.report()
 
 
 def _silent(stage: str, done: int, total: int) -> None:
     return None
 
 
-def _write_verdict(manifest: Manifest, artifact: Path, report: Report) -> None:
+def _write_verdict(
+    manifest: Manifest, artifact: Path, report: Report, stop_ids: Sequence[int]
+) -> None:
     manifest.with_verification(
         {
             "verdict": str(report.verdict),
@@ -160,6 +184,7 @@ def _write_verdict(manifest: Manifest, artifact: Path, report: Report) -> None:
                 "profile": report.profile.name,
                 "mode": report.mode,
                 "precision": report.precision,
+                "stop_ids": list(stop_ids),
                 "sentence": report.sentence,
                 "figures": report.figures,
             },
