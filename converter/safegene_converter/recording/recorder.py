@@ -34,6 +34,7 @@ from peft.tuners.lora import LoraLayer
 
 from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.inputs.base import Base, open_base
+from safegene_converter.recording.base_logits import check_loaded, config_of_gguf, prove_gguf
 from safegene_converter.recording.near_duplicates import cluster_names
 from safegene_runtime import __version__
 from safegene_runtime.errors import (
@@ -125,6 +126,9 @@ def record(
     tell("loading PyTorch", 0, 1)
     model, tokenizer = load_with_adapter(adapter, base)
     tell("loading PyTorch", 1, 1)
+    if base.model is not None:
+        with _arm(model, "base"):
+            prove_gguf(base, model, tokenizer, tell)
     rendered = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt.text}], add_generation_prompt=True, tokenize=False
@@ -208,17 +212,20 @@ def load_model(base: Base) -> tuple[Any, Any]:
                 )
             )
         folder, where["gguf_file"] = base.path.resolve().parent, base.path.resolve().name
+        where["config"] = config_of_gguf(base)
     try:
         # transformers draws a bar of its own while it decodes a GGUF, terminal or not
         with contextlib.redirect_stderr(io.StringIO()):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="sdpa", **where
-            )
+            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True,
+                **where,
+            )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BaseModelError(
             Problem(str(base.path), "base", "a model that transformers loads", str(error)[:500])
         ) from error
+    check_loaded(model, loaded, str(base.path))
     if base.model is not None:
         template = base.model.get("tokenizer.chat_template")
         if template is not None:

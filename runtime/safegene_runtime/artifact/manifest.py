@@ -10,7 +10,9 @@ manifest does not list is refused as well: something a loader might pick up.
     artifact         {"target": "gguf", "form": "merged" | "sidecar", or "target": "onnx",
                       "form": "merged" | "branch" | "adapter", "architecture", "name",
                       "precision": bounds class, see `bounds.py`}
-    base             {"kind": "gguf" | "hf" | "onnx", "name", "files": {file name: sha256}}
+    base             {"kind": "gguf" | "hf" | "onnx", "name", "files": {file name: sha256},
+                      "proof": how the plain base was proved, see `base_proof.py`; null or absent says
+                      that it was not}
     adapter          {"name", "files": {file name, or "safegene.json#<expression>": sha256},
                       "expression", "n_parameters"}
     tokenizer        {"chat_template_sha256": sha256 or null}
@@ -32,11 +34,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safegene_runtime.artifact.base_proof import check_base_proof
 from safegene_runtime.errors import FormatError, ManifestError, Problems
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import MANIFEST_NAME, publish_file, read_small_file, sha256_file
@@ -304,7 +307,8 @@ def _parse(raw: Any, where: str) -> Manifest:
         )
         problems.raise_if_any(ManifestError)
     for name, fields in _SCHEMA.items():
-        _check_fields(raw[name], f"{where}: {name}", fields, problems)
+        optional = ("proof",) if name == "base" else ()
+        _check_fields(raw[name], f"{where}: {name}", fields, problems, optional)
     for name in ("files", "modules", *(["slots"] if "slots" in raw else [])):
         if not isinstance(raw[name], list) or not raw[name]:
             problems.add(where, name, "a list that is not empty", _kind_of(raw[name]))
@@ -340,9 +344,13 @@ def _parse(raw: Any, where: str) -> Manifest:
 
 
 def _check_fields(
-    entry: Any, where: str, fields: dict[str, type | tuple[type, ...]], problems: Problems
+    entry: Any,
+    where: str,
+    fields: dict[str, type | tuple[type, ...]],
+    problems: Problems,
+    optional: Collection[str] = (),
 ) -> None:
-    if not strictjson.check_keys(entry, where, problems, required=fields):
+    if not strictjson.check_keys(entry, where, problems, required=fields, optional=optional):
         return
     for name, kind in fields.items():
         value: Any = entry[name]
@@ -379,6 +387,8 @@ def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
             f"a form of {sorted(_FORMS)}",
             f"{artifact['target']} {artifact['form']}",
         )
+    unchanged = raw["base"]["kind"] == artifact["target"]
+    check_base_proof(raw["base"].get("proof"), unchanged, f"{where}: base.proof", problems)
     for section in ("base", "adapter"):
         for name, digest in raw[section]["files"].items():
             if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
