@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 from measuring import ROOT
-from safegene_converter.cli.main.demo import find_adapter
 
 from safegene_converter.bases.gguf_to_hf import gguf_to_hf
 from safegene_converter.bases.onnx_build import build_onnx
+from safegene_converter.cli.demo import find_adapter
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.formula import delta
 from safegene_converter.gguf.convert import convert
@@ -32,8 +32,8 @@ from safegene_converter.inputs.base import open_base
 from safegene_converter.inputs.onnx_base import ADAPTER_FILE as ONNX_ADAPTER
 from safegene_converter.onnx.convert import convert_onnx
 from safegene_runtime.artifact.integrity import model_precision
-from safegene_runtime.engines.opening import open_engine
-from safegene_runtime.formats.gguf import open_model
+from safegene_runtime.engines.registry import open_engine
+from safegene_runtime.formats.gguf.model import open_model
 from safegene_runtime.gating.bounds import beta_band, bounds_for
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying.base_noise import PROMPTS, BaseNoise, base_kl
@@ -149,7 +149,7 @@ def relative(
     names = (GENUINE, COARSE_FACTORS, UNPROMOTED, *MISTAKES, *COEFFICIENTS)
     adapters = {name: _adapter(name, root / "adapters") for name in names}
     print(f"| base | mistake | KL | times the base's own | groups of {PROMPTS} prompts | beta "
-          "| rung 4, rung 5 by class, by base |\n|---|---|---|---|---|---|---|")  # fmt: skip
+          "| active, logits by class, by base |\n|---|---|---|---|---|---|---|")  # fmt: skip
     bases = chain(
         _ggufs(given, source, types, adapters, root),
         _onnxs(source, onnx, adapters, root),

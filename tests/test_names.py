@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safegene_converter.inputs import names
 from safegene_converter.inputs.names import Transform
 from safegene_runtime.errors import BaseModelError, UnsupportedError
-from safegene_runtime.formats.gguf import open_model, read_tensor_bytes
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
 
 
 def _hf_weights(architecture: str) -> dict[str, np.ndarray]:

@@ -28,7 +28,8 @@ from safetensors.numpy import load_file, save_file
 from safegene_converter.bases import onnx_build
 from safegene_converter.bases.hf_to_gguf import convert_hf, find_llama_cpp
 from safegene_converter.gguf.writer import OutTensor, write_gguf
-from safegene_runtime.formats.gguf import read_gguf, read_tensor_bytes
+from safegene_runtime.formats.gguf.header import read_gguf
+from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 N_LAYERS, N_HEAD, N_HEAD_KV = 2, 4, 2

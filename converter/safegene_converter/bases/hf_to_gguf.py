@@ -18,7 +18,8 @@ from safegene_converter.inputs.consumed import window_of
 from safegene_runtime.artifact.base_proof import BaseProof
 from safegene_runtime.child import python_environment, run_child
 from safegene_runtime.errors import BaseModelError, Problem
-from safegene_runtime.formats.gguf import read_gguf
+from safegene_runtime.extras import need
+from safegene_runtime.formats.gguf.header import read_gguf
 from safegene_runtime.progress import Progress
 
 __all__ = [
@@ -93,6 +94,7 @@ def convert_hf(
         raise BaseModelError(
             Problem(SCRIPT, "outtype", f"one of {', '.join(OUT_TYPES)}", outtype, "choose one")
         )
+    need("torch", "transformers", "sentencepiece", "google.protobuf")
     tree = find_llama_cpp(llama_cpp)
     open_base(hf_dir)
     environment = python_environment()

@@ -32,9 +32,10 @@ from safegene_runtime.artifact.base_proof import BaseProof
 from safegene_runtime.artifact.integrity import model_precision
 from safegene_runtime.child import answer_job, run_job
 from safegene_runtime.engines.llama_native import library
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import BaseModelError, EngineError, Problem
-from safegene_runtime.formats.gguf import GGMLType, GGUFModel
+from safegene_runtime.formats.gguf.model import GGUFModel
+from safegene_runtime.formats.gguf.types import GGMLType
 from safegene_runtime.gating.bounds import bounds_for
 from safegene_runtime.progress import Progress
 from safegene_runtime.verifying.compare import logsumexp
@@ -243,7 +244,7 @@ def _kl(ours: F32, theirs: F32) -> npt.NDArray[np.float64]:
 
 def torch_side(folder: Path) -> Asked:
     """A Hugging Face folder in PyTorch, in a child process."""
-    return _child("safegene_converter.recording.base_logits", folder, "PyTorch")
+    return _child("safegene_converter.recording.base_child", folder, "PyTorch")
 
 
 def onnx_side(model: Path) -> Asked:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.table import Table
 
-from safegene_converter.cli.main.options import Bars
+from safegene_converter.cli.options import Bars
 
 if TYPE_CHECKING:
     from safegene_converter.gene.deployed import Recalibrated

@@ -11,7 +11,7 @@ from typing import Any
 
 from safegene_converter.inputs.consumed import CLASSES
 from safegene_runtime.errors import BaseModelError, Problems
-from safegene_runtime.formats.gguf import GGUFModel
+from safegene_runtime.formats.gguf.model import GGUFModel
 
 __all__ = ["check_gguf_for_torch", "gguf_config"]
 

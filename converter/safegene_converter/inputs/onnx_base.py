@@ -12,16 +12,16 @@ from safegene_converter.inputs.base import Base, open_base
 from safegene_converter.inputs.onnx_graph import Place, find_linears, module_shapes
 from safegene_converter.inputs.onnx_proto import NEW_DATA, load_proto
 from safegene_runtime.artifact.manifest import is_file_name
-from safegene_runtime.artifact.provenance import ADAPTER_KEY
+from safegene_runtime.artifact.provenance import ADAPTER_KEY, FACTOR_MARK
 from safegene_runtime.errors import BaseModelError, Problem, Problems
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import MANIFEST_NAME, sha256_file
+from safegene_runtime.formats.onnx.config import first_count, head_size
 from safegene_runtime.formats.onnx.file import OnnxFile, read_onnx
 
 __all__ = ["ADAPTER_FILE", "OnnxBase", "open_onnx_base"]
 
 ADAPTER_FILE = "adapter.onnx_adapter"
-SLOT_MARK = ".safegene.lora_"
 COMPANIONS = (".json", ".jinja", ".model", ".txt")
 """Suffixes of the small files beside a model that runtimes read: configuration, tokenizer, template."""
 
@@ -190,7 +190,7 @@ def _model_file(folder: Path) -> Path:
 def _check_constants(model: OnnxFile) -> None:
     """Refuses a graph whose weights a caller can replace, or that has an adapter already."""
     marks = [name for name in (*model.metadata, *model.initializers)
-             if name == ADAPTER_KEY or SLOT_MARK in name]  # fmt: skip
+             if name == ADAPTER_KEY or FACTOR_MARK in name]  # fmt: skip
     if marks:
         raise BaseModelError(
             Problem(
@@ -218,14 +218,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _part_sizes(decoder: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, int]:
     """Rows of each part of a packed projection, as the configuration has them."""
-
-    def first(*values: Any) -> int:
-        return next((value for value in values if type(value) is int and value > 0), 0)
-
-    heads = first(decoder.get("num_attention_heads"), config.get("num_attention_heads"))
-    kv = first(decoder.get("num_key_value_heads"), config.get("num_key_value_heads"), heads)
-    hidden = first(decoder.get("hidden_size"), config.get("hidden_size"))
-    size = first(decoder.get("head_size"), config.get("head_dim"), hidden // heads if heads else 0)
+    heads = first_count("num_attention_heads", decoder, config) or 0
+    kv = first_count("num_key_value_heads", decoder, config) or heads
+    size = head_size(decoder, config) or 0
     return {"q_proj": heads * size, "k_proj": kv * size, "v_proj": kv * size}
 
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +17,13 @@ import transformers
 from safegene_converter.bases.proof import (
     Answer,
     Asked,
-    answer_proof,
     gguf_side,
     prove_base,
     reach_of,
 )
-from safegene_converter.inputs.base import Base, open_base
+from safegene_converter.inputs.base import Base
 from safegene_converter.inputs.consumed_gguf import check_gguf_for_torch, gguf_config
 from safegene_runtime.artifact.base_proof import BaseProof
-from safegene_runtime.child import answer_job
 from safegene_runtime.errors import BaseModelError, Problems
 from safegene_runtime.progress import Progress
 
@@ -104,13 +100,3 @@ def check_loaded(model: Any, told: Mapping[str, Any], where: str) -> None:
         if not torch.isfinite(weight).all():
             problems.add(where, name, "finite numbers", "NaN or Inf", "download the model again")
     problems.raise_if_any(BaseModelError)
-
-
-def _run(job: dict[str, Any]) -> dict[str, Any]:
-    from safegene_converter.recording.recorder import load_model
-
-    return answer_proof(job, asked_in_torch(*load_model(open_base(Path(job["model"])))))
-
-
-if __name__ == "__main__":
-    sys.exit(answer_job(_run))

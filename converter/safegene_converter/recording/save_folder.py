@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from safegene_converter.inputs.base import open_base
-from safegene_converter.recording.recorder import save_as_folder
+from safegene_converter.recording.loading import save_as_folder
 from safegene_runtime.errors import SafeGeneError
 
 __all__ = ["main"]

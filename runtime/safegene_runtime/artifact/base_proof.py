@@ -7,12 +7,11 @@ of its source and in that of its target, along the same tokens, before the adapt
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from safegene_runtime.errors import Problems
-from safegene_runtime.formats import strictjson
+from safegene_runtime.formats.fields import NAME, Kind, check_fields, integer
 from safegene_runtime.gating.bounds import BOUNDS
 
 __all__ = ["NOT_PROVED", "UNCHANGED", "BaseProof", "check_base_proof", "proof_words"]
@@ -55,9 +54,15 @@ class BaseProof:
         return {"how": "logits", **asdict(self)}
 
 
-_TEXTS = ("source", "target", "why")
-_COUNTS = ("prompts", "positions", "longest")
+_COUNT = integer(1)
+_KL = Kind((int, float), "a number", "a KL, 0 or more", lambda one: one >= 0)
+_BOUND_VALUES = frozenset(one.kl_ceiling for one in BOUNDS.values())
 _FIGURES = ("kl_mean", "kl_worst", "kl_max", "bound")
+_LOGITS: dict[str, Kind] = {
+    **dict.fromkeys(("how", "source", "target", "why"), NAME),
+    **dict.fromkeys(("prompts", "positions", "longest"), _COUNT),
+    **dict.fromkeys(_FIGURES, _KL),
+}
 
 
 def check_base_proof(proof: Any, unchanged: bool, where: str, problems: Problems) -> None:
@@ -71,34 +76,18 @@ def check_base_proof(proof: Any, unchanged: bool, where: str, problems: Problems
     """
     if proof is None:
         return
-    how = proof.get("how") if isinstance(proof, dict) else None
     wanted = "unchanged" if unchanged else "logits"
-    if how != wanted:
-        problems.add(where, "how", f"{wanted}, or no proof", repr(how)[:80])
+    if proof.get("how") != wanted:
+        problems.add(where, "how", f"{wanted}, or no proof", repr(proof.get("how"))[:80])
         return
-    required = ("how", *(_TEXTS + _COUNTS + _FIGURES if how == "logits" else ()))
-    if not strictjson.check_keys(proof, where, problems, required=required) or how != "logits":
+    fields = {"how": NAME} if unchanged else _LOGITS
+    if not check_fields(proof, where, fields, problems) or unchanged:
         return
-    for names, kinds, expected in (
-        (_TEXTS, (str,), "text"),
-        (_COUNTS, (int,), "a positive integer"),
-        (_FIGURES, (int, float), "a number that is not negative"),
-    ):
-        for name in names:
-            value = proof[name]
-            good = type(value) in kinds and (
-                bool(value)
-                if kinds == (str,)
-                else math.isfinite(value) and value >= (kinds == (int,))
-            )
-            if not good:
-                problems.add(where, name, expected, repr(value)[:80])
-                return
     mean, worst, highest, bound = (proof[name] for name in _FIGURES)
     if not mean <= worst * (1 + 1e-9) or not worst <= highest * (1 + 1e-9) or not worst <= bound:
         got = f"{mean:g}, {worst:g}, {highest:g}, {bound:g}"
         problems.add(where, "kl", "kl_mean <= kl_worst <= kl_max, and kl_worst <= bound", got)
-    if bound not in {one.kl_ceiling for one in BOUNDS.values()}:
+    if bound not in _BOUND_VALUES:
         problems.add(where, "bound", "that of a class of precision", f"{bound:g}")
     if not proof["prompts"] <= proof["positions"]:
         problems.add(where, "positions", "at least one per prompt", proof["positions"])

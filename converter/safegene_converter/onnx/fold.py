@@ -1,4 +1,4 @@
-"""A checked request for an ONNX conversion: which weights change, and by which modules."""
+"""A checked fold into an ONNX graph: which weights change, and by which modules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safegene_converter.inputs.onnx_graph import Linear, Place, place_modules
 from safegene_converter.onnx import weights
 from safegene_runtime.errors import BaseModelError, Problems
 
-__all__ = ["FORMS", "Form", "Job", "Touched", "prove_weights", "touched_weights"]
+__all__ = ["FORMS", "Form", "OnnxFold", "Touched", "prove_weights", "touched_weights"]
 
 Form = Literal["merged", "branch", "adapter"]
 FORMS: tuple[Form, ...] = ("merged", "branch", "adapter")
@@ -40,8 +40,7 @@ class Touched:
         """DW of the whole weight, (out, in) float32; zero in rows of other modules."""
         delta = np.zeros(self.linear.shape, np.float32)
         for module, place in self.parts:
-            start, stop = place.rows
-            delta[start:stop] = formula.scaled_b(module) @ module.a
+            delta[slice(*place.rows)] = formula.delta(module)
         return delta
 
     def factors(self) -> tuple[Rows, Rows]:
@@ -61,8 +60,8 @@ class Touched:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A checked request."""
+class OnnxFold:
+    """An adapter, a base and how the one goes into the other; checked."""
 
     adapter: Adapter
     base: OnnxBase
