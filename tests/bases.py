@@ -15,6 +15,7 @@ from typing import Any
 import tiny
 
 from safegene_converter.bases.hf_to_gguf import convert_hf
+from safegene_converter.bases.onnx_build import build_onnx
 
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
@@ -38,6 +39,12 @@ def gguf(kind: str = "llama", **config: Any) -> Path:
         convert_hf(source, out / "model.gguf")
 
     return tiny._cached(_key(kind, config) + "-gguf", make) / "model.gguf"
+
+
+def onnx(kind: str = "llama", **config: Any) -> Path:
+    """The same as an fp32 ONNX folder, by the onnxruntime-genai builder."""
+    source = folder(kind, **config)
+    return tiny._cached(_key(kind, config) + "-onnx", lambda out: build_onnx(source, out, "fp32"))
 
 
 def adapter(out: Path, base: Path, seed: int = 1) -> Path:

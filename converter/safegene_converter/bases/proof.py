@@ -31,6 +31,7 @@ from safegene_converter.inputs.consumed import rope_of, window_of
 from safegene_runtime.artifact.base_proof import BaseProof
 from safegene_runtime.artifact.integrity import model_precision
 from safegene_runtime.child import answer_job, run_job
+from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.llama_native import library
 from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import BaseModelError, EngineError, Problem
@@ -41,8 +42,8 @@ from safegene_runtime.progress import Progress
 from safegene_runtime.verifying.compare import logsumexp
 
 __all__ = [
-    "Answer", "Asked", "Reach", "answer_proof", "gguf_side", "kept", "onnx_side", "prove_base", "reach_of",
-    "torch_side",
+    "Answer", "Asked", "Reach", "answer_proof", "ask_engine", "gguf_side", "kept", "onnx_side",
+    "prove_base", "reach_of", "torch_side",
 ]  # fmt: skip
 
 STAGE = "proving the base"
@@ -294,16 +295,21 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     if job["copied"]:
         path = _in_f32(path, Path(job["out"]).with_name("f32.gguf"))
     with open_engine(path) as engine:
+        return answer_proof(job, ask_engine(engine))
 
-        def tokenize(text: str) -> list[int]:
-            return engine.tokenize(text, add_special=False)
 
-        def logits(ids: Sequence[int], keep: int) -> F32:
-            _, rows = next(iter(engine.logits([ids], [keep])))
-            return np.array(rows, np.float32)
+def ask_engine(engine: Engine) -> Asked:
+    """An open engine as one side of a proof."""
 
-        name = f"{engine.name} {engine.version}"
-        return answer_proof(job, lambda ids, length: Answer.of(name, tokenize, logits, ids, length))
+    def tokenize(text: str) -> list[int]:
+        return engine.tokenize(text, add_special=False)
+
+    def logits(ids: Sequence[int], keep: int) -> F32:
+        _, rows = next(iter(engine.logits([ids], [keep])))
+        return np.array(rows, np.float32)
+
+    name = f"{engine.name} {engine.version}"
+    return lambda ids, length: Answer.of(name, tokenize, logits, ids, length)
 
 
 def _in_f32(path: Path, out: Path) -> Path:
