@@ -15,6 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safegene_converter.bases.hf_to_gguf import (
+    convert_hf,
+    limited_to_window,
+    prove_gguf_of_folder,
+)
 from safegene_converter.encoding.imatrix import read_imatrix
 from safegene_converter.fold.hashing import digesting
 from safegene_converter.fold.survival import Bounds
@@ -22,8 +27,10 @@ from safegene_converter.gguf.fold import FORMS, Form, GGUFFold, Made, starts_fro
 from safegene_converter.gguf.sidecar import ADAPTER_FILE, SIDECAR_TYPES, write_sidecar
 from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.inputs.base import Base, open_base
+from safegene_converter.inputs.consumed import check_rope_carried
 from safegene_converter.inputs.names import prove_transform
 from safegene_runtime import __version__
+from safegene_runtime.artifact.base_proof import UNCHANGED
 from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.errors import BaseModelError, Problems, UnsupportedError
 from safegene_runtime.formats.files import (
@@ -85,10 +92,13 @@ def convert(
     adapter = read_adapter(adapter_path, expression)
     base = given = open_base(base_path)
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
+    if base.config is not None:
+        check_rope_carried(base.config, "gguf", str(base.path))
     type_name = type_name.lower()
     _check_request(form, type_name, base)
     _refuse_ignored(form, base, promote, imatrix, llama_cpp)
     weights = read_imatrix(imatrix) if imatrix else {}
+    proof: dict[str, Any] | None = UNCHANGED if base.kind == "gguf" else None
     with publish_folder(out, force) as folder, digesting(base) as digests:
         work = folder / ".work"
         work.mkdir()
@@ -100,6 +110,8 @@ def convert(
             hf_base = base
             base = _from_hugging_face(base, work, llama_cpp, tell)
             settings["transform_error"] = _prove_transforms(adapter, hf_base, base)
+            if check:
+                proof = prove_gguf_of_folder(hf_base, base, tell).to_dict()
         mixes = type_name not in ("keep", "auto") and starts_from_float(base, type_name)
         fold = GGUFFold(
             adapter=adapter,
@@ -139,6 +151,7 @@ def convert(
                 "kind": given.kind,
                 "name": Path(base_path).resolve().name,
                 "files": digests.result(),
+                "proof": proof,
             },
             adapter={
                 "name": Path(adapter_path).resolve().name,
@@ -230,8 +243,6 @@ def _refuse_ignored(
 
 def _from_hugging_face(base: Base, work: Path, llama_cpp: Path | None, tell: Progress) -> Base:
     """The same model as a GGUF in its own float type, by llama.cpp's converter."""
-    from safegene_converter.bases.hf_to_gguf import convert_hf
-
     kinds = {info.dtype for file in base.weights for info in file.tensors.values()}
     outtype = {frozenset({"F16"}): "f16", frozenset({"BF16"}): "bf16"}.get(frozenset(kinds), "f32")
     target = work / "base.gguf"
@@ -244,7 +255,7 @@ def _from_hugging_face(base: Base, work: Path, llama_cpp: Path | None, tell: Pro
         tell("converting the base to GGUF", min(done, total), total)
 
     convert_hf(base.path, target, outtype, llama_cpp, progress=step)
-    return open_base(target)
+    return limited_to_window(base, open_base(target))
 
 
 def _prove_transforms(adapter: Adapter, hf_base: Base, base: Base) -> float:

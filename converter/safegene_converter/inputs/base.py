@@ -26,6 +26,7 @@ from safegene_converter.inputs.base_checks import (
     count,
     read_weights,
 )
+from safegene_converter.inputs.consumed import check_config, check_folder_tensors
 from safegene_converter.inputs.safetensors_reader import SafetensorsFile
 from safegene_runtime.engines.llama_hyperparameters import check_hyperparameters
 from safegene_runtime.errors import BaseModelError, FormatError, Problem, Problems, UnsupportedError
@@ -247,6 +248,8 @@ def _open_folder(path: Path) -> Base:
         architecture = names.architecture_of_config(config, where)
     except UnsupportedError as error:
         refused.extend(error.problems)
+    else:
+        check_config(config, where, refused)
     refused.raise_if_any(UnsupportedError)
     n_layers = count(config.get("num_hidden_layers"), where, "num_hidden_layers", problems)
     n_head = count(config.get("num_attention_heads"), where, "num_attention_heads", problems)
@@ -270,6 +273,7 @@ def _open_folder(path: Path) -> Base:
                 else:
                     problems.add(str(file.path), name, "two dimensions", info.shape)
     check_layers(str(path), n_layers, shapes, problems, refused)
+    check_folder_tensors(config, weights, str(path))
     given_name = config.get("_name_or_path")
     return Base(
         kind="hf",

@@ -20,7 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safegene_converter.bases.onnx_source import Export, check_source_fits, export_base, open_source
+from safegene_converter.bases.onnx_source import (
+    Export,
+    check_source_fits,
+    export_base,
+    open_source,
+    prove_export,
+)
 from safegene_converter.fold.hashing import digesting
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.inputs.adapter import read_adapter
@@ -41,6 +47,7 @@ from safegene_converter.onnx.selfcheck import check_onnx
 from safegene_converter.onnx.unchanged import METADATA_PREFIX
 from safegene_converter.onnx.writer import Change, write_onnx
 from safegene_runtime import __version__
+from safegene_runtime.artifact.base_proof import UNCHANGED
 from safegene_runtime.artifact.manifest import FileEntry, Manifest, ModuleEntry
 from safegene_runtime.artifact.onnx_checks import precision_class
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, adapter_digest
@@ -125,6 +132,9 @@ def convert_onnx(
         hf, opened, about = export_base(source, work, export, tell)
         settings: dict[str, Any] = {"form": form or "auto", **about}
         check_source_fits(adapter, opened)
+        proof: dict[str, Any] | None = UNCHANGED if isinstance(source, OnnxBase) else None
+        if check and isinstance(source, Base):
+            proof = prove_export(source, opened, tell).to_dict()
         precision_class(opened.model)  # one that is not known is refused before the work
         text = read_text_files(opened.folder)
         touched = touched_weights(adapter, opened)
@@ -154,6 +164,7 @@ def convert_onnx(
                 "kind": "onnx" if isinstance(source, OnnxBase) else source.kind,
                 "name": base_path.resolve().name,
                 "files": digests.result(),
+                "proof": proof,
             },
             adapter={
                 "name": adapter_path.resolve().name,

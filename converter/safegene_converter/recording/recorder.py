@@ -19,6 +19,7 @@ import torch
 
 from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.inputs.base import Base, open_base
+from safegene_converter.recording.base_logits import prove_gguf
 from safegene_converter.recording.chat_text import encode, render
 from safegene_converter.recording.greedy import (
     Tell,
@@ -111,6 +112,9 @@ def record(
     tell("loading PyTorch", 0, 1)
     model, tokenizer = load_with_adapter(adapter, base)
     tell("loading PyTorch", 1, 1)
+    if base.model is not None:
+        with _arm(model, "base"):
+            prove_gguf(base, model, tokenizer, tell)
     now = (datetime.now() if now is None else now).replace(microsecond=0, tzinfo=None)
     rendered = render(tokenizer, [prompt.text for prompt in chosen], now)
     ids = [encode(tokenizer, text) for text in rendered]

@@ -10,7 +10,9 @@ manifest does not list is refused as well: something a loader might pick up.
     artifact         {"target": "gguf", "form": "merged" | "sidecar", or "target": "onnx",
                       "form": "merged" | "branch" | "adapter", "architecture", "name",
                       "precision": bounds class, see `bounds.py`}
-    base             {"kind": "gguf" | "hf" | "onnx", "name", "files": {file name: sha256}}
+    base             {"kind": "gguf" | "hf" | "onnx", "name", "files": {file name: sha256},
+                      "proof": how the plain base was proved, see `base_proof.py`; null or absent says
+                      that it was not}
     adapter          {"name", "files": {file name, or "safegene.json#<expression>": sha256},
                       "expression", "n_parameters"}
     tokenizer        {"chat_template_sha256": sha256 or null}
@@ -37,6 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safegene_runtime.artifact.base_proof import check_base_proof
 from safegene_runtime.errors import FormatError, ManifestError, Problems
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.fields import (
@@ -321,7 +324,8 @@ def _parse(raw: Any, where: str) -> Manifest:
         check_fields(raw, where, _TOP, problems, optional={"slots": _LIST})
     problems.raise_if_any(ManifestError)
     for name, fields in _SECTIONS.items():
-        check_fields(raw[name], f"{where}: {name}", fields, problems)
+        optional = {"proof": or_null(OBJECT)} if name == "base" else {}
+        check_fields(raw[name], f"{where}: {name}", fields, problems, optional=optional)
     if raw["verification"] is not None:
         check_fields(raw["verification"], f"{where}: verification", _VERIFICATION, problems)
     for index, entry in enumerate(raw["files"]):
@@ -364,6 +368,8 @@ def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
             f"a form of {sorted(_FORMS)}",
             f"{artifact['target']} {artifact['form']}",
         )
+    unchanged = raw["base"]["kind"] == artifact["target"]
+    check_base_proof(raw["base"].get("proof"), unchanged, f"{where}: base.proof", problems)
     for section in ("base", "adapter"):
         for name, digest in raw[section]["files"].items():
             if complaint := SHA256.complaint(digest):

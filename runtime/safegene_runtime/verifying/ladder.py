@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safegene_runtime.artifact.base_proof import proof_words
 from safegene_runtime.artifact.integrity import check_integrity
 from safegene_runtime.artifact.manifest import Manifest, read_manifest
 from safegene_runtime.cpus import thread_count
@@ -122,7 +123,10 @@ def _climb(
             )
         )
         return climb.report()
-    detail, figures = f"{len(manifest.files)} file(s), every byte as listed", {}
+    detail = f"{len(manifest.files)} file(s), every byte as listed"
+    proof = manifest.base.get("proof")
+    detail += f"; {proof_words(proof)}"
+    figures: dict[str, Any] = {"base_proof": proof}
     if control is not None:
         for shard in open_model(control).shards:
             files.add(shard.path, follow_symlinks=True, alone=False)
