@@ -22,7 +22,7 @@ from safegene_converter.gguf.job import FORMS, Form, Job, Made, starts_from_floa
 from safegene_converter.gguf.sidecar import ADAPTER_FILE, SIDECAR_TYPES, write_sidecar
 from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.inputs.base import Base, open_base
-from safegene_converter.inputs.names import prove_transform
+from safegene_converter.inputs.row_proof import prove_transform
 from safegene_runtime import __version__
 from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.errors import BaseModelError, Problems, UnsupportedError

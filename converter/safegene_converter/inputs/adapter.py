@@ -33,9 +33,9 @@ import numpy as np
 import numpy.typing as npt
 
 from safegene_converter import formula
-from safegene_converter.inputs import names
 from safegene_converter.inputs.peft_config import LoraSettings, parse_config, pattern_key
 from safegene_converter.inputs.safetensors_reader import SafetensorsFile, read_safetensors
+from safegene_runtime.architecture.table import layer_of, linear_modules, parse_module
 from safegene_runtime.errors import AdapterError, FormatError, Problem, Problems, UnsupportedError
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import MANIFEST_NAME, open_regular, sha256_of
@@ -59,7 +59,6 @@ _NO_ADAPTERS = (
 """What else may be passed by mistake: a file that tells, what it is, what to do."""
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<factor>[AB])\.weight")
-_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.")
 _EXPRESSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _UNSUPPORTED_KEYS = (
     ("lora_magnitude_vector", "DoRA", "train a plain LoRA"),
@@ -172,8 +171,7 @@ def read_adapter(path: Path, expression: str | None = None) -> Adapter:
     chosen, coefficients = _choose_expression(path, safegene, expression, pairs, problems)
     modules = []
     for name, keys in pairs.items():
-        layer = int(_LAYER.match(name)[1])  # type: ignore[index]
-        module = _read_module(weights, name, layer, keys, settings, coefficients, problems)
+        module = _read_module(weights, name, layer_of(name), keys, settings, coefficients, problems)
         if module is not None:
             modules.append(module)
     _check_targets(path, settings, pairs.keys(), problems)
@@ -250,9 +248,7 @@ def _is_expected(adapter: Adapter, module: str) -> bool:
         return False
     if adapter.base_model is None:
         return True
-    layer = _LAYER.match(module)
-    selected = {module.layer for module in adapter.modules}
-    return layer is not None and int(layer[1]) in selected
+    return layer_of(module) in {module.layer for module in adapter.modules}
 
 
 def _read_folder(path: Path) -> tuple[bytes, bytes, bytes | None]:
@@ -316,10 +312,8 @@ def _pair_factors(
             fix = "save with PeftModel.save_pretrained"
             problems.add(where, repr(key)[:200], "base_model.model.<module>.lora_A|B.weight",
                          "another name", fix)  # fmt: skip
-        elif (
-            not (layer := _LAYER.match(module)) or module[layer.end() :] not in names.BLOCK_MODULES
-        ):
-            refused.add(where, key, f"a linear module of a block ({', '.join(names.BLOCK_MODULES)})",
+        elif not parse_module(module):
+            refused.add(where, key, f"a linear module of a block ({', '.join(linear_modules())})",
                         module, "train on these modules only")  # fmt: skip
         else:
             pairs.setdefault(module, {})[found["factor"]] = key
@@ -408,7 +402,7 @@ def _check_targets(path: Path, settings: LoraSettings, modules: Any, problems: P
     ):
         for key in patterns:
             check(name, key, any(pattern_key({key: None}, module) for module in modules))
-    layers = {int(_LAYER.match(module)[1]) for module in modules}  # type: ignore[index]
+    layers = set(map(layer_of, modules))
     for layer in sorted(settings.layers_to_transform or ()):
         check("layers_to_transform", str(layer), layer in layers)
 
@@ -443,7 +437,7 @@ def _digest_expression(safegene: _Safegene, name: str) -> str:
 
 def _check_layers(where: str, safegene: _Safegene, modules: Any, problems: Problems) -> None:
     """selected_layers, every expression's coefficients and the tensors name the same layers."""
-    layers = {int(_LAYER.match(module)[1]) for module in modules}  # type: ignore[index]
+    layers = set(map(layer_of, modules))
     selected = safegene.selected_layers
     for layer in sorted(selected - layers):
         problems.add(where, "selected_layers", "layers that have tensors", f"layer {layer}",

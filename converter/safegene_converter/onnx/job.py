@@ -11,12 +11,13 @@ import numpy.typing as npt
 
 from safegene_converter import formula
 from safegene_converter.fold.survival import Bounds
-from safegene_converter.inputs import names
 from safegene_converter.inputs.adapter import Adapter, Module
 from safegene_converter.inputs.base import Base
 from safegene_converter.inputs.onnx_base import OnnxBase
 from safegene_converter.inputs.onnx_graph import Linear, Place, place_modules
+from safegene_converter.inputs.row_proof import prove_transform
 from safegene_converter.onnx import weights
+from safegene_runtime.architecture.row_order import Transform
 from safegene_runtime.errors import BaseModelError, Problems
 
 __all__ = ["FORMS", "Form", "Job", "Touched", "prove_weights", "touched_weights"]
@@ -75,7 +76,9 @@ class Job:
 
 def touched_weights(adapter: Adapter, base: OnnxBase) -> tuple[Touched, ...]:
     """The weights that change, in the order of the graph."""
-    placed = place_modules([module.name for module in adapter.modules], base.places, base.model)
+    placed = place_modules(
+        [module.name for module in adapter.modules], base.places, base.model, base.row
+    )
     by_weight: dict[str, list[tuple[Module, Place]]] = {}
     for module in adapter.modules:
         place = placed[module.name]
@@ -97,8 +100,8 @@ def prove_weights(touched: Sequence[Touched], base: OnnxBase, hf: Base) -> float
     for one in touched:
         stored = weights.read_weight(base.model, one.linear)
         for module, place in one.parts:
-            error = names.prove_transform(
-                hf.read_weight(module.name), stored[slice(*place.rows)], names.Transform()
+            error = prove_transform(
+                hf.read_weight(module.name), stored[slice(*place.rows)], Transform()
             )
             worst = max(worst, error)
             if error > WEIGHT_ERROR_MAX:

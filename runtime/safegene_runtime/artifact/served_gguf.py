@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from safegene_runtime.architecture.row_order import Transform, check_architecture, transform_for
+from safegene_runtime.architecture.row_order import Transform
+from safegene_runtime.architecture.table import architecture_named
 from safegene_runtime.artifact.manifest import ModuleEntry
 from safegene_runtime.engines.llama_checks import (
     LORA_A,
@@ -132,7 +133,7 @@ class GGUFWeights:
         self._path = model
         self._model = check_model_header(model)
         self._adapter = check_adapter_header(adapter, self._model) if adapter else None
-        self._architecture = check_architecture(self._model.get("general.architecture"), str(model))
+        self._architecture = architecture_named(self._model.get("general.architecture"), str(model))
         self._left = {
             name.removesuffix(LORA_A)
             for name in (self._adapter.tensors if self._adapter else ())
@@ -176,7 +177,7 @@ class GGUFWeights:
     def _transform(self, module: str) -> Transform:
         heads: list[int] = []
         for key in ("head_count", "head_count_kv"):
-            value = self._model.get(f"{self._architecture}.attention.{key}")
+            value = self._model.get(f"{self._architecture.name}.attention.{key}")
             if value is None and heads:
                 value = heads[0]
             if isinstance(value, (tuple, list)) and len(set(value)) == 1:
@@ -186,7 +187,7 @@ class GGUFWeights:
                     Problem(str(self._path), key, "a positive integer", str(value)[:100])
                 )
             heads.append(value)
-        return transform_for(self._architecture, module, *heads)
+        return self._architecture.transform(module, *heads)
 
 
 def _bytes_per_element(kind: GGMLType) -> float:

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safegene_runtime.architecture.table import module_kinds, parse_module
 from safegene_runtime.artifact.manifest import Manifest, ModuleEntry
 from safegene_runtime.artifact.served_gguf import Found, GGUFWeights, Served
 from safegene_runtime.errors import Problem, Problems, RecordError
@@ -120,7 +121,7 @@ class StaticProof:
     def heat_map(self) -> dict[str, Any]:
         """Beta by layer and kind: {"layers", "kinds", "beta": rows by layer, null where untouched}."""
         layers = sorted({one.layer for one in self.modules})
-        kinds = list(dict.fromkeys(kind for kind in _KINDS if kind in self._kinds()))
+        kinds = list(dict.fromkeys(kind for kind in module_kinds() if kind in self._kinds()))
         kinds += sorted(self._kinds() - set(kinds))
         by_place = {(one.layer, one.kind): one.beta for one in self.modules}
         rows = [[by_place.get((layer, kind)) for kind in kinds] for layer in layers]
@@ -140,9 +141,6 @@ class StaticProof:
             "problems": [str(problem) for problem in self.problems],
             "heat_map": self.heat_map(),
         }
-
-
-_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def static_proof(
@@ -254,8 +252,8 @@ def _pair(manifest: Manifest, record: Reference) -> list[tuple[ModuleEntry, Modu
     for name in sorted(recorded.keys() & listed.keys()):
         if recorded[name].shape != tuple(listed[name].shape):
             problems.add(where, name, tuple(listed[name].shape), recorded[name].shape)
-        if _place(name) is None:
-            problems.add(where, name, "model.layers.N...", "another name")
+        if parse_module(name) is None:
+            problems.add(where, name, "a linear module of a block", "another name")
     if not any(one.norm > 0 for one in record.factors):
         problems.add(where, "factors", "a delta that is not zero", "only zeros", "record again")
     problems.raise_if_any(RecordError)
@@ -297,7 +295,8 @@ def _module(tensor: str, added: ModuleFactors, found: Found, same: bool) -> _Jud
     else:
         bands = COARSE_SAME_BASE if same else COARSE_OTHER_BASE
     floor = SURVIVAL if found.carried is None and share > LARGE_NOISE else 0.0
-    layer, kind = _place(added.module) or (0, added.module)
+    place = parse_module(added.module)
+    layer, kind = (place.layer, place.kind) if place else (0, added.module)
     proof = ModuleProof(
         module=added.module,
         tensor=tensor,
@@ -373,16 +372,9 @@ def _hold(
         problems.add(where, what, expected, f"{beta:.3f}", fix)
 
 
-def _place(module: str) -> tuple[int, str] | None:
-    """(block, kind) of a module name."""
-    parts = module.split(".")
-    if len(parts) < 4 or parts[:2] != ["model", "layers"] or not parts[2].isdecimal():
-        return None
-    return int(parts[2]), parts[-1]
-
-
 def _order(kind: str) -> int:
-    return _KINDS.index(kind) if kind in _KINDS else len(_KINDS)
+    known = module_kinds()
+    return known.index(kind) if kind in known else len(known)
 
 
 def _meaning(beta: float) -> str:
