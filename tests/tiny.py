@@ -34,8 +34,8 @@ from safegene_runtime.formats.gguf import read_gguf, read_tensor_bytes
 
 ARCHITECTURES = tuple(TABLE)
 OTHERS = tuple(one for one in ARCHITECTURES if one != "llama")
-OTHERS_ONNX = tuple(one for one in OTHERS if one not in MODELS or MODELS[one].onnx)
-"""Those that the onnxruntime-genai builder knows."""
+BUILT = tuple(one for one in MODELS if MODELS[one].exporter == "builder")
+"""Those that the onnxruntime-genai builder makes an ONNX model of."""
 N_LAYERS, N_HEAD, N_HEAD_KV = 2, 4, 2
 VOCABULARY = 2048
 
@@ -106,6 +106,13 @@ def onnx_model(architecture: str, precision: str = "fp32", *options: str) -> Pat
 
     asked_by = hashlib.sha256(Path(onnx_build.__file__).read_bytes()).hexdigest()[:8]
     return _cached("-".join([_named(architecture), precision, *options, asked_by]), make)
+
+
+def float_onnx_model(architecture: str) -> Path:
+    """The same model in float32, by whichever exporter can."""
+    exporter = tiny_of(architecture).exporter
+    built = exporter == "builder"
+    return onnx_model(architecture) if built else exported_model(architecture, exporter)
 
 
 def exported_model(architecture: str, exporter: str) -> Path:
@@ -284,7 +291,7 @@ def _export(source: Path, target: Path, dynamo: bool) -> None:
 
         def forward(self, input_ids, attention_mask, position_ids, *past):  # type: ignore[no-untyped-def]
             cache = DynamicCache()
-            for layer in range(N_LAYERS):
+            for layer in range(config.num_hidden_layers):
                 cache.update(past[2 * layer], past[2 * layer + 1], layer)
             before, count = past[0].shape[2], input_ids.shape[1]
             keys = torch.arange(before + count)[None, None, None, :]
@@ -298,7 +305,9 @@ def _export(source: Path, target: Path, dynamo: bool) -> None:
             cached = [part for layer in layers for part in (layer.keys, layer.values)]
             return self.lm_head(output.last_hidden_state), *cached
 
-    caches = [f"{layer}.{kind}" for layer in range(N_LAYERS) for kind in ("key", "value")]
+    caches = [
+        f"{layer}.{kind}" for layer in range(config.num_hidden_layers) for kind in ("key", "value")
+    ]
     plain = ["input_ids", "attention_mask", "position_ids"]
     inputs = [*plain, *(f"past_key_values.{name}" for name in caches)]
     outputs = ["logits", *(f"present.{name}" for name in caches)]
