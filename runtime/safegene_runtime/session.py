@@ -74,13 +74,9 @@ def open(
         )
     tell = on_progress or _silent
     served = check_integrity(manifest, folder, None, Path(base) if base is not None else None, tell)
-    settings: dict[str, Any] = {"threads": threads}
-    if manifest.artifact["target"] == "onnx":
-        settings["digests"] = {entry.path: entry.sha256 for entry in manifest.files}
-    else:  # as it was verified
-        shipped = (manifest.verification or {}).get("report", {}).get("mode") == "as-shipped"
-        settings["kv_type"] = "f16" if shipped else "f32"
-    engine = open_engine(served.model, served.adapter, **settings)
+    shipped = (manifest.verification or {}).get("report", {}).get("mode") == "as-shipped"
+    settings = manifest.form.engine_settings(manifest.digests, exact=not shipped)  # as verified
+    engine = open_engine(served.model, served.adapter, threads=threads, **settings)
     try:
         return Session(engine, manifest)
     except BaseException:

@@ -94,7 +94,7 @@ def open_source(path: Path, export: Export) -> Base | OnnxBase:
             )
         return open_onnx_base(path)
     base = open_base(path)
-    if base.kind == "gguf":
+    if base.is_gguf:
         check_decodable(base)
     check_build_options(
         export.effective_precision, export.block_size, export.accuracy_level, export.options
@@ -143,7 +143,7 @@ def export_base(
     if isinstance(base, OnnxBase):
         return base.weights, base, {}
     settings: dict[str, Any] = {"export": export.to_dict()}
-    if base.kind == "gguf":
+    if base.is_gguf:
         base, settings["transform_error"] = gguf_to_hf(base, work / "float", tell)
     target = work / "base"
     total, done = int(base.n_parameters * _WIDTH[export.effective_precision]), 0

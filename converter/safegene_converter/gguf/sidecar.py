@@ -11,15 +11,15 @@ from safegene_converter.fold.manifest_lines import module_entry
 from safegene_converter.fold.survival import Meter, Mode, Survival, passes
 from safegene_converter.gguf.job import BLOCK_ELEMENTS, Job, Made, Rows, figures, string, within
 from safegene_converter.gguf.writer import OutTensor, write_gguf
+from safegene_runtime.artifact.forms import GGUF
 from safegene_runtime.artifact.manifest import FileEntry, ModuleEntry
 from safegene_runtime.errors import Problems, SurvivalError
 from safegene_runtime.formats.files import sha256_of
 from safegene_runtime.formats.gguf import GGMLType
 from safegene_runtime.progress import Progress
 
-__all__ = ["ADAPTER_FILE", "SIDECAR_TYPES", "write_sidecar"]
+__all__ = ["SIDECAR_TYPES", "write_sidecar"]
 
-ADAPTER_FILE = "adapter.gguf"
 SIDECAR_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
@@ -77,7 +77,7 @@ def write_sidecar(job: Job, folder: Path, tell: Progress) -> Made:
         "adapter.type": string("lora"),
         **job.provenance(),
     }
-    path = folder / ADAPTER_FILE
+    path = folder / GGUF.adapter_file
     written = write_gguf(path, metadata, tensors)
     entry = FileEntry(path.name, "adapter", path.stat().st_size, written.sha256)
     return Made(entry, tuple(modules), job.precision({}), job.model.shards[0].path)

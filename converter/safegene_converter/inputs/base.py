@@ -92,6 +92,11 @@ class Base:
     weights: tuple[SafetensorsFile, ...] = field(default=(), repr=False)
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether it is a GGUF; else it is a Hugging Face folder."""
+        return self.model is not None
+
+    @property
     def row(self) -> Architecture:
         """What is known of its architecture."""
         return architecture_named(self.architecture, str(self.path))

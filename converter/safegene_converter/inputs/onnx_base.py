@@ -15,6 +15,7 @@ from safegene_runtime.architecture.table import (
     architecture_named,
     architecture_of_type,
 )
+from safegene_runtime.artifact.forms import ONNX
 from safegene_runtime.artifact.manifest import is_file_name
 from safegene_runtime.artifact.provenance import ADAPTER_KEY
 from safegene_runtime.errors import BaseModelError, Problem, Problems
@@ -22,9 +23,8 @@ from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import MANIFEST_NAME, sha256_file
 from safegene_runtime.formats.onnx.file import OnnxFile, read_onnx
 
-__all__ = ["ADAPTER_FILE", "OnnxBase", "open_onnx_base"]
+__all__ = ["OnnxBase", "open_onnx_base"]
 
-ADAPTER_FILE = "adapter.onnx_adapter"
 SLOT_MARK = ".safegene.lora_"
 COMPANIONS = (".json", ".jinja", ".model", ".txt")
 """Suffixes of the small files beside a model that runtimes read: configuration, tokenizer, template."""
@@ -146,7 +146,7 @@ def _no_configuration(folder: Path) -> BaseModelError:
 def _check_names(model: OnnxFile, companions: Sequence[Path]) -> None:
     """Refuses files that the artifact could not hold under their names."""
     problems = Problems()
-    reserved = {MANIFEST_NAME, ADAPTER_FILE, f"{model.path.name}.{NEW_DATA}"}
+    reserved = {MANIFEST_NAME, ONNX.adapter_file, f"{model.path.name}.{NEW_DATA}"}
     for file in (*model.files, *companions):
         if file.name.casefold() in {name.casefold() for name in reserved}:
             problems.add(

@@ -97,7 +97,7 @@ def branch(job: Job, proto: Any, change: Change, tell: Progress) -> list[ModuleE
                     "rename it in the base",
                 )  # fmt: skip
             taken.add(name)
-        if job.form == "branch":
+        if not job.form.has_slots:
             for name, value in zip(slots, values, strict=True):
                 change.added[name] = (value, kind, tuple(value.shape))
         else:

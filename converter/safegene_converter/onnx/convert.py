@@ -24,15 +24,16 @@ from safegene_converter.fold.hashing import digesting
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.inputs.base import Base
-from safegene_converter.inputs.onnx_base import ADAPTER_FILE, OnnxBase, open_onnx_base
+from safegene_converter.inputs.onnx_base import OnnxBase, open_onnx_base
 from safegene_converter.inputs.onnx_proto import load_proto
 from safegene_converter.onnx.branch import branch, slot_entries, slot_names, write_adapter
-from safegene_converter.onnx.job import FORMS, Form, Job, Touched, prove_weights, touched_weights
+from safegene_converter.onnx.job import Job, Touched, prove_weights, touched_weights
 from safegene_converter.onnx.merge import merge
 from safegene_converter.onnx.selfcheck import check_onnx
 from safegene_converter.onnx.unchanged import METADATA_PREFIX
 from safegene_converter.onnx.writer import Change, write_onnx
 from safegene_runtime import __version__
+from safegene_runtime.artifact.forms import ONNX, ONNX_BRANCH, ONNX_MERGED, Form, form_named
 from safegene_runtime.artifact.manifest import FileEntry, Manifest, ModuleEntry
 from safegene_runtime.artifact.onnx_checks import precision_class
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, adapter_digest
@@ -49,10 +50,10 @@ from safegene_runtime.formats.onnx.file import read_onnx
 from safegene_runtime.formats.onnx.tensor import DataType
 from safegene_runtime.progress import Progress
 
-__all__ = ["FORMS", "OnnxBase", "convert_onnx", "default_form", "open_onnx_base", "write_job"]
+__all__ = ["OnnxBase", "convert_onnx", "default_form", "open_onnx_base", "write_job"]
 
 CAUTION = (
-    f"any caller can leave {ADAPTER_FILE} out, and is served the base; ONNX Runtime itself ignores an "
+    f"any caller can leave {ONNX.adapter_file} out, and is served the base; ONNX Runtime itself ignores an "
     "active adapter under I/O binding and in async runs"
 )
 """What the manifest says of the adapter form; measured in tests/test_onnx_adapter_runs.py."""
@@ -64,7 +65,7 @@ def convert_onnx(
     base_path: Path,
     out: Path,
     *,
-    form: Form | None = None,
+    form: str | None = None,
     precision: str | None = None,
     block_size: int | None = None,
     accuracy_level: int | None = None,
@@ -100,10 +101,7 @@ def convert_onnx(
     """
     tell: Progress = progress or (lambda stage, done, total: None)
     check_output_free(out, force, [adapter_path, base_path])
-    if form is not None and form not in FORMS:
-        raise UnsupportedError(
-            Problem("--as", "form of --to onnx", " or ".join(FORMS), form, "choose one of these")
-        )
+    wanted = None if form is None else form_named(ONNX, form)
     adapter = read_adapter(adapter_path, expression)
     export = Export(precision, block_size, accuracy_level, tuple(builder_options))
     source = open_source(base_path, export)
@@ -120,9 +118,9 @@ def convert_onnx(
         touched = touched_weights(adapter, opened)
         if hf is not None:
             settings["weight_error"] = prove_weights(touched, opened, hf)
-        chosen = form or default_form(opened, touched)
+        chosen = wanted or default_form(opened, touched)
         job = Job(adapter, opened, hf, chosen, touched, bounds or Bounds(), promote)
-        if chosen == "merged":
+        if chosen.merges:
             settings["bounds"], settings["promote"] = vars(job.bounds), promote
         if cautions := _cautions(chosen, opened):
             settings["caution"] = "; ".join(cautions)
@@ -134,14 +132,14 @@ def convert_onnx(
         manifest = Manifest(
             tool={"name": "safegene", "version": __version__},
             artifact={
-                "target": "onnx",
-                "form": chosen,
+                "target": chosen.target.name,
+                "form": chosen.name,
                 "architecture": opened.architecture,
                 "name": source.name,
                 "precision": precision_class,
             },
             base={
-                "kind": "onnx" if isinstance(source, OnnxBase) else source.kind,
+                "kind": ONNX.name if isinstance(source, OnnxBase) else source.kind,
                 "name": base_path.resolve().name,
                 "files": digests.result(),
             },
@@ -159,7 +157,7 @@ def convert_onnx(
             settings=settings,
             files=tuple(files),
             modules=tuple(modules),
-            slots=slot_entries(job) if chosen == "adapter" else (),
+            slots=slot_entries(job) if chosen.has_slots else (),
         )
         shutil.rmtree(work)
         (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
@@ -168,7 +166,7 @@ def convert_onnx(
 
 def _cautions(form: Form, base: OnnxBase) -> list[str]:
     """What whoever ships the artifact has to know."""
-    cautions = [CAUTION] if form == "adapter" else []
+    cautions = [CAUTION] if form.has_slots else []
     if not (base.folder / "genai_config.json").is_file():
         cautions.append(NO_GENAI)
     return cautions
@@ -200,7 +198,7 @@ def _check_runnable(source: Base | OnnxBase, export: Export) -> None:
 def default_form(base: OnnxBase, touched: Sequence[Touched]) -> Form:
     """`branch` where a weight that changes is stored in 8 or 4 bits, else `merged`."""
     packed = any(one.linear.layout == "nbits" for one in touched)
-    return "branch" if packed else "merged"
+    return ONNX_BRANCH if packed else ONNX_MERGED
 
 
 def write_job(
@@ -223,7 +221,7 @@ def write_job(
     proto = load_proto(model)
     change = Change()
     files: list[FileEntry] = []
-    fold = merge if job.form == "merged" else branch
+    fold = merge if job.form.merges else branch
     modules = fold(job, proto, change, tell)
     _provenance(job, proto)
     total, done = sum(path.stat().st_size for path in model.files), 0
@@ -237,8 +235,8 @@ def write_job(
     for name, digest in sorted(digests.items()):
         role = "model" if name == model.path.name else "data"
         files.append(FileEntry(name, role, (folder / name).stat().st_size, digest))
-    if job.form == "adapter":
-        path = folder / ADAPTER_FILE
+    if job.form.has_adapter:
+        path = folder / ONNX.adapter_file
         write_adapter(job, path)
         files.append(FileEntry(path.name, "adapter", path.stat().st_size, sha256_file(path)))
     for source in job.base.companions:
@@ -256,7 +254,7 @@ def _provenance(job: Job, proto: Any) -> None:
     for key, value in (
         *copies,
         ("safegene.version", __version__),
-        ("safegene.form", job.form),
+        ("safegene.form", job.form.name),
         ("safegene.expression", job.adapter.expression),
         (ADAPTER_KEY, adapter_digest(job.adapter.digests)),
         ("safegene.modules", str(len(job.adapter.modules))),
@@ -267,10 +265,10 @@ def _provenance(job: Job, proto: Any) -> None:
 def _check(job: Job, folder: Path, work: Path) -> dict[str, Any]:
     """Re-opens the artifact in a child process, beside a branch made for the check."""
     oracle = folder
-    if job.form != "branch":
+    if job.form is not ONNX_BRANCH:
         oracle = work / "oracle"
         oracle.mkdir()
-        branch = dataclasses.replace(job, form="branch")
+        branch = dataclasses.replace(job, form=ONNX_BRANCH)
         write_job(branch, oracle, lambda stage, done, total: None)
     slots = {
         one.linear.weight.name: {
@@ -283,11 +281,11 @@ def _check(job: Job, folder: Path, work: Path) -> dict[str, Any]:
     return check_onnx(
         base=job.base.model.path,
         artifact=folder / name,
-        adapter_file=folder / ADAPTER_FILE if job.form == "adapter" else None,
+        adapter_file=folder / ONNX.adapter_file if job.form.has_adapter else None,
         oracle=oracle / name,
         adapter=job.adapter,
         form=job.form,
         slots=slots,
         survived=(job.bounds.gain_min, job.bounds.gain_max),
-        is_float=job.form != "merged" or all(one.linear.layout != "nbits" for one in job.touched),
+        is_float=not job.form.merges or all(one.linear.layout != "nbits" for one in job.touched),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +17,11 @@ from safegene_converter.inputs.onnx_graph import Linear, Place, place_modules
 from safegene_converter.inputs.row_proof import prove_transform
 from safegene_converter.onnx import weights
 from safegene_runtime.architecture.row_order import Transform
+from safegene_runtime.artifact.forms import Form
 from safegene_runtime.errors import BaseModelError, Problems
 
-__all__ = ["FORMS", "Form", "Job", "Touched", "prove_weights", "touched_weights"]
+__all__ = ["Job", "Touched", "prove_weights", "touched_weights"]
 
-Form = Literal["merged", "branch", "adapter"]
-FORMS: tuple[Form, ...] = ("merged", "branch", "adapter")
 WEIGHT_ERROR_MAX = 0.5
 """The right weight leaves the rounding of its type (0.1 for 4 bits), a wrong one about 1.4."""
 

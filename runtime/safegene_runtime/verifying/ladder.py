@@ -108,11 +108,10 @@ def verify(
         detail += f"; {control.name} is its base without the adapter"
     climb.add(Rung("integrity", "ok", detail, figures))
     climb.static()
-    settings: dict[str, Any] = {"threads": threads}
-    if manifest.artifact["target"] == "onnx":
-        settings["digests"] = {entry.path: entry.sha256 for entry in manifest.files}
-    else:
-        settings["kv_type"] = "f32" if mode == "strict" else "f16"
+    settings: dict[str, Any] = {
+        "threads": threads,
+        **manifest.form.engine_settings(manifest.digests, exact=mode == "strict"),
+    }
     climb.tell("loading the artifact", 0, 1)
     opened = time.monotonic()
     with open_engine(climb.served.model, climb.served.adapter, **settings) as engine:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from safegene_runtime.architecture.table import module_kinds, parse_module
+from safegene_runtime.artifact.forms import ONNX
 from safegene_runtime.artifact.manifest import Manifest, ModuleEntry
 from safegene_runtime.artifact.served_gguf import Found, GGUFWeights, Served
 from safegene_runtime.errors import Problem, Problems, RecordError
@@ -166,7 +167,7 @@ def static_proof(
     """
     pairs = _pair(manifest, record)
     served: Served
-    if manifest.artifact["target"] == "onnx":
+    if manifest.form.target is ONNX:
         from safegene_runtime.artifact.served_onnx import OnnxWeights
 
         served = OnnxWeights(model, adapter)
@@ -185,7 +186,7 @@ def static_proof(
                 problems.add(entry.tensor, added.module, "no delta", "one", "convert again")
         else:
             # a branch stands beside a base that may have been rounded since it was recorded
-            same = same_files and (found.carried is None or manifest.artifact["form"] == "sidecar")
+            same = same_files and (found.carried is None or not manifest.form.carries_base)
             judged.append(_module(entry.tensor, added, found, same))
     for name in served.unexpected():
         problems.add(
