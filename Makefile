@@ -2,7 +2,6 @@
 PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
-LLAMA_CPP_PYTHON := 0.3.36
 # two files of tests at a time; what one file shares (models, recordings) is made once
 PARALLEL := -n 2 --dist loadfile
 # idle OpenMP threads of one process must not spin where another one could compute
@@ -16,8 +15,8 @@ help:            ## show this list
 
 setup: $(VENV)/.ready ## create .venv and build llama.cpp (about 10 minutes, once)
 
-$(VENV)/.ready: pyproject.toml tools/setup.sh
-	PYTHON=$(PYTHON) VENV=$(VENV) LLAMA_CPP_PYTHON=$(LLAMA_CPP_PYTHON) bash tools/setup.sh
+$(VENV)/.ready: pyproject.toml tools/setup.sh tools/llama_cpp.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) bash tools/setup.sh
 	@touch $@
 
 demo: $(VENV)/.ready ## the main job on a real model: convert, record, verify, print the table

@@ -23,8 +23,8 @@ from statistics import fmean
 
 from relative import MERGED, ONNX, relative
 from relative import TYPES as BASES
-from safegene_converter.cli.main.demo import find_adapter, find_smollm2, write_float_base
 
+from safegene_converter.cli.demo import find_adapter, find_smollm2, write_float_base
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.gguf.convert import convert
 from safegene_converter.recording.recorder import record

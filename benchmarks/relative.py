@@ -16,24 +16,22 @@ from pathlib import Path
 
 import numpy as np
 from measuring import ROOT
-from safegene_converter.cli.main.demo import find_adapter
 
 from safegene_converter.bases.gguf_to_hf import gguf_to_hf
 from safegene_converter.bases.onnx_build import build_onnx
+from safegene_converter.cli.demo import find_adapter
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.formula import delta
 from safegene_converter.gguf.convert import convert
-from safegene_converter.gguf.merge import MODEL_FILE
 from safegene_converter.gguf.presets import quantize_gguf
-from safegene_converter.gguf.sidecar import ADAPTER_FILE as GGUF_ADAPTER
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.inputs.base import open_base
-from safegene_converter.inputs.onnx_base import ADAPTER_FILE as ONNX_ADAPTER
 from safegene_converter.onnx.convert import convert_onnx
+from safegene_runtime.artifact.forms import GGUF, ONNX
 from safegene_runtime.artifact.integrity import model_precision
-from safegene_runtime.engines.opening import open_engine
-from safegene_runtime.formats.gguf import open_model
+from safegene_runtime.engines.registry import open_engine
+from safegene_runtime.formats.gguf.model import open_model
 from safegene_runtime.gating.bounds import beta_band, bounds_for
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying.base_noise import PROMPTS, BaseNoise, base_kl
@@ -149,7 +147,7 @@ def relative(
     names = (GENUINE, COARSE_FACTORS, UNPROMOTED, *MISTAKES, *COEFFICIENTS)
     adapters = {name: _adapter(name, root / "adapters") for name in names}
     print(f"| base | mistake | KL | times the base's own | groups of {PROMPTS} prompts | beta "
-          "| rung 4, rung 5 by class, by base |\n|---|---|---|---|---|---|---|")  # fmt: skip
+          "| active, logits by class, by base |\n|---|---|---|---|---|---|---|")  # fmt: skip
     bases = chain(
         _ggufs(given, source, types, adapters, root),
         _onnxs(source, onnx, adapters, root),
@@ -205,7 +203,7 @@ def _ggufs(
         out = root / f"sidecar-{len(made)}"
         factors = "q8_0" if name == COARSE_FACTORS else "f32"
         convert(adapter, source, out, form="sidecar", type_name=factors, check=False)
-        made[name] = out / GGUF_ADAPTER
+        made[name] = out / GGUF.adapter_file
     for kind in types:
         model = given if kind == "given" else root / "base.gguf"
         if kind != "given":
@@ -230,7 +228,7 @@ def _onnxs(
             out = root / f"onnx-{precision}-{len(made)}"
             manifest = convert_onnx(adapters[name], base, out, form="adapter", check=False)
             made[name], kind = (
-                (out / "model.onnx", out / ONNX_ADAPTER),
+                (out / "model.onnx", out / ONNX.adapter_file),
                 manifest.artifact["precision"],
             )
         yield Beside(f"ONNX {precision}", kind, base / "model.onnx", made)
@@ -252,10 +250,10 @@ def _mergeds(
             if name == COARSE_FACTORS:
                 continue
             out = root / f"merged-{kind}-{len(made)}"
-            made[name] = out / MODEL_FILE, None
+            made[name] = out / str(GGUF.model_file), None
             if name in DROPPED:  # no merge of nothing: the converter refuses a delta of zeros
                 out.mkdir()
-                _without(DROPPED[name], made[UNPROMOTED][0], control, out / MODEL_FILE)
+                _without(DROPPED[name], made[UNPROMOTED][0], control, out / str(GGUF.model_file))
                 continue
             if name == GENUINE:
                 asked = {"type_name": "auto" if kind == "given" else kind}

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from safegene_converter.cli.main.demo import find_adapter, find_smollm2, write_float_base
-
+from safegene_converter.cli.demo import find_adapter, find_smollm2, write_float_base
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.gguf.convert import convert
 from safegene_converter.recording.recorder import record

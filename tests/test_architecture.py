@@ -29,7 +29,8 @@ from safegene_runtime.architecture.table import (
     parse_paths,
 )
 from safegene_runtime.errors import BaseModelError, UnsupportedError
-from safegene_runtime.formats.gguf import open_model, read_tensor_bytes
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
 
 
 def _hf_weights(architecture: str) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ import pytest
 from safegene_runtime.engines import chat
 from safegene_runtime.engines.chat import render, render_all
 from safegene_runtime.errors import EngineError
-from safegene_runtime.formats.gguf import read_gguf
+from safegene_runtime.formats.gguf.header import read_gguf
 
 LLAMA3_LIKE = """{{- bos_token }}
 {%- if not date_string is defined %}

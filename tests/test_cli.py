@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from safegene_converter.cli.main import main
+from safegene_converter.cli import main
 from safegene_runtime.child import python_environment
 from safegene_runtime.gating.profiles import profile_for
 from safegene_runtime.record.prompts import SuiteSize, builtin_suite

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import tiny
-from safegene_converter.cli.main.options import Stopped, stoppable
 
-from safegene_converter.cli.main import main
+from safegene_converter.cli import main
+from safegene_converter.cli.stopping import Stopped, stoppable
 from safegene_runtime import child, session
 from safegene_runtime.child import python_environment
 from safegene_runtime.errors import EngineError, SafeGeneError

@@ -17,8 +17,8 @@ import tiny
 from mutants import edit_factors, other_rows, scaled
 from workshop import PROMPTS, Workshop
 
-from safegene_converter.cli.main import main
-from safegene_converter.encoding import ggml
+from safegene_converter.cli import main
+from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.gguf.convert import convert
 from safegene_converter.gguf.presets import quantize_gguf
@@ -27,9 +27,12 @@ from safegene_converter.recording.recorder import record
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.artifact.provenance import ADAPTER_KEY
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import BaseModelError, EngineError, FormatError
-from safegene_runtime.formats.gguf import GGMLType, Value, ValueType, open_model, read_tensor_bytes
+from safegene_runtime.formats import ggml
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
+from safegene_runtime.formats.gguf.types import GGMLType, Value, ValueType
 from safegene_runtime.gating.bounds import BOUNDS
 from safegene_runtime.gating.verdict import Verdict
 from safegene_runtime.judging.plugins import load_judge
@@ -98,7 +101,7 @@ def rewritten(
         if name in (tensors or {}) or kind is not info.type:
             rows = ggml.dequantize(np.frombuffer(data, np.uint8), info.type, info.shape)
             rows = (tensors or {}).get(name, lambda same: same)(rows)
-            data = bytes(ggml.quantize(np.ascontiguousarray(rows, np.float32), kind))
+            data = bytes(ggml_quantizer.quantize(np.ascontiguousarray(rows, np.float32), kind))
         found.append(OutTensor(name, info.shape, kind, data))
     merged = {**model.metadata, **(metadata or {})}
     keys = {key: value for key, value in merged.items() if value is not None}

@@ -27,7 +27,7 @@ from safegene_converter.gene.optimise import Settings, minimise, search
 from safegene_converter.gene.select import ablation, choose, first_order, rank_correlation, select
 from safegene_converter.gene.shots import Shots, check_disjoint, read_task, shots_of
 from safegene_converter.inputs.adapter import read_adapter
-from safegene_converter.recording.recorder import load_model
+from safegene_converter.recording.loading import load_model
 from safegene_runtime.errors import AdapterError, FormatError, GeneError, OutputError
 from safegene_runtime.record.prompts import Prompt
 

@@ -22,8 +22,17 @@ from hypothesis import strategies as st
 from safegene_converter.bases.hf_to_gguf import find_llama_cpp
 from safegene_converter.gguf.writer import OutTensor, encode_header, write_gguf
 from safegene_runtime.errors import FormatError
-from safegene_runtime.formats import gguf as ours
-from safegene_runtime.formats.gguf import GGMLType, GGUFFile, TensorInfo, Value, ValueType
+from safegene_runtime.formats.gguf.header import GGUFFile, TensorInfo, read_gguf
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.tensors import map_tensor, read_tensor_bytes
+from safegene_runtime.formats.gguf.types import (
+    GGMLType,
+    Texts,
+    Value,
+    ValueType,
+    nbytes,
+    type_traits,
+)
 
 MAX_SECONDS = 1.0
 MAX_PEAK_BYTES = 4 << 20
@@ -33,7 +42,7 @@ MAX_PEAK_BYTES = 4 << 20
 
 def _assert_same_as_gguf_py(path: Path) -> GGUFFile:
     """Metadata, shapes, types, offsets and bytes, all of them, in the same order."""
-    mine, theirs = ours.read_gguf(path), gguf.GGUFReader(path)
+    mine, theirs = read_gguf(path), gguf.GGUFReader(path)
     fields = {k: f for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
     assert list(mine.metadata) == list(fields)
     assert mine.alignment == theirs.alignment
@@ -56,8 +65,8 @@ def _assert_same_as_gguf_py(path: Path) -> GGUFFile:
         assert info.shape == tuple(reversed(tensor.shape.tolist()))
         assert int(info.type) == int(tensor.tensor_type)
         assert (info.offset, info.nbytes) == (tensor.data_offset, tensor.n_bytes)
-        assert ours.read_tensor_bytes(info) == tensor.data.tobytes()
-        assert ours.map_tensor(info).tobytes() == tensor.data.tobytes()
+        assert read_tensor_bytes(info) == tensor.data.tobytes()
+        assert map_tensor(info).tobytes() == tensor.data.tobytes()
     return mine
 
 
@@ -119,7 +128,7 @@ def test_every_tensor_type_is_read_as_gguf_py_wrote_it(
 
 def test_the_sizes_of_blocks_are_gguf_pys() -> None:
     theirs = {int(type): sizes for type, sizes in gguf.GGML_QUANT_SIZES.items()}
-    mine = {int(type): ours.type_traits(type) for type in GGMLType}
+    mine = {int(type): type_traits(type) for type in GGMLType}
     theirs[int(GGMLType.Q2_0)] = (64, 18)  # newer than gguf-py 0.19
     theirs[int(GGMLType.Q8_1)] = (32, 36)  # gguf-py has the block of 2023; no file holds this type
     assert mine == theirs
@@ -134,11 +143,11 @@ def test_a_real_model_is_read_as_gguf_py_reads_it() -> None:
 def test_strings_of_an_array_are_a_tuple_that_is_decoded_late() -> None:
     raw, meant = (b"a", b"", "世".encode(), b"\xff"), ("a", "", "世", "\udcff")
     stored = b"".join(struct.pack("<Q", len(text)) + text for text in raw)
-    texts = ours.Texts(stored, 4)
-    assert texts == meant == texts == ours.Texts(stored, 4)
+    texts = Texts(stored, 4)
+    assert texts == meant == texts == Texts(stored, 4)
     assert hash(texts) == hash(meant)
     assert (len(texts), texts[2:], list(texts)) == (4, meant[2:], [*meant])
-    for other in (meant[:3], ours.Texts(stored[:-9], 3), [*meant]):
+    for other in (meant[:3], Texts(stored[:-9], 3), [*meant]):
         assert texts != other
 
 
@@ -406,7 +415,7 @@ HOSTILE: dict[str, tuple[str, bytes]] = {
 }  # fmt: skip
 
 
-def _refusal(path: Path, read: Callable[[Path], Any] = ours.read_gguf) -> str:
+def _refusal(path: Path, read: Callable[[Path], Any] = read_gguf) -> str:
     """The message; checked to come soon, and without much having been allocated."""
     tracemalloc.start()
     try:
@@ -437,7 +446,7 @@ def test_the_file_that_the_hostile_ones_vary_is_good(tmp_path: Path) -> None:
     found = _assert_same_as_gguf_py(path)
     assert found.get("tokens") == ("one", "", "three")
     assert found.get("ids") == (-1, 2)
-    assert ours.read_tensor_bytes(found.tensors["c"]) == DATA[96:112]
+    assert read_tensor_bytes(found.tensors["c"]) == DATA[96:112]
 
 
 @pytest.mark.timeout(20)
@@ -477,12 +486,12 @@ def test_what_is_not_a_file_is_refused_and_does_not_block(tmp_path: Path, name: 
     reason, make = NOT_FILES[name]
     path = tmp_path / "x.gguf"
     make(path)
-    assert reason in _refusal(path, lambda path: ours.read_gguf(path, follow_symlinks=False))
+    assert reason in _refusal(path, lambda path: read_gguf(path, follow_symlinks=False))
 
 
 def test_a_link_that_the_user_named_is_followed(tmp_path: Path) -> None:
     _link(tmp_path / "x.gguf")
-    assert ours.read_gguf(tmp_path / "x.gguf").tensors
+    assert read_gguf(tmp_path / "x.gguf").tensors
 
 
 def test_a_header_that_claims_a_sparse_file_is_not_read_into_memory(tmp_path: Path) -> None:
@@ -508,9 +517,9 @@ def test_a_file_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
     for cut in range(whole):
         path.write_bytes(TINY[:cut])
         with pytest.raises(FormatError, match=r"x\.gguf"):
-            ours.read_gguf(path)
+            read_gguf(path)
     path.write_bytes(TINY[:whole])
-    assert ours.read_gguf(path).tensors
+    assert read_gguf(path).tensors
 
 
 def _encode(found: GGUFFile) -> bytes:
@@ -528,7 +537,7 @@ def test_any_changed_byte_of_a_header_is_refused_or_read_as_what_it_says(tmp_pat
             changed = TINY[:at] + bytes([value]) + TINY[at + 1 :]
             path.write_bytes(changed)
             try:
-                found = ours.read_gguf(path)
+                found = read_gguf(path)
             except FormatError:
                 refused += 1
                 continue
@@ -572,8 +581,8 @@ def _values(draw: st.DrawFn) -> Value:
 def _tensors(draw: st.DrawFn, name: str) -> OutTensor:
     type = draw(st.sampled_from(list(GGMLType)))
     outer = draw(st.lists(st.integers(1, 3), max_size=3))
-    shape = (*outer, draw(st.integers(1, 3)) * ours.type_traits(type)[0])
-    size = ours.nbytes(shape, type)
+    shape = (*outer, draw(st.integers(1, 3)) * type_traits(type)[0])
+    size = nbytes(shape, type)
     return OutTensor(name, shape, type, draw(st.binary(min_size=1, max_size=1)) * size)
 
 
@@ -601,13 +610,13 @@ def test_what_is_written_is_what_is_read(
     path = tmp_path / "x.gguf"
     path.unlink(missing_ok=True)
     write_gguf(path, metadata, tensors)
-    found = ours.read_gguf(path)
+    found = read_gguf(path)
     assert list(found.metadata.items()) == list(metadata.items())
     assert [(i.name, i.shape, i.type) for i in found.tensors.values()] == [
         (tensor.name, tensor.shape, tensor.type) for tensor in tensors
     ]
     for tensor in tensors:
-        assert ours.read_tensor_bytes(found.tensors[tensor.name]) == tensor.source
+        assert read_tensor_bytes(found.tensors[tensor.name]) == tensor.source
 
 
 # --- shards ----------------------------------------------------------------------------------------
@@ -626,7 +635,7 @@ def _shards(folder: Path, n_tensors: int = 5, **options: Any) -> list[Path]:
 @pytest.mark.parametrize("small_first_shard", [False, True])
 def test_shards_are_read_as_one_model(tmp_path: Path, small_first_shard: bool) -> None:
     paths = _shards(tmp_path, small_first_shard=small_first_shard)
-    model = ours.open_model(paths[0])
+    model = open_model(paths[0])
     assert [shard.path for shard in model.shards] == paths
     assert len(paths) == 3 + small_first_shard
     assert model.get("general.name") == "shards"
@@ -634,13 +643,13 @@ def test_shards_are_read_as_one_model(tmp_path: Path, small_first_shard: bool) -
     for path in paths:
         _assert_same_as_gguf_py(path)
     for index, info in enumerate(model.tensors.values()):
-        assert ours.read_tensor_bytes(info) == np.full((2, 8), index, np.float32).tobytes()
+        assert read_tensor_bytes(info) == np.full((2, 8), index, np.float32).tobytes()
 
 
 def test_a_file_without_split_keys_is_a_model_of_one_shard(tmp_path: Path) -> None:
     path = tmp_path / "x-00002-of-00007.gguf"  # the name alone says nothing
     path.write_bytes(TINY)
-    assert len(ours.open_model(path).shards) == 1
+    assert len(open_model(path).shards) == 1
 
 
 def _rewrite(
@@ -649,11 +658,11 @@ def _rewrite(
     rename: Callable[[str], str] = lambda name: name,
 ) -> None:
     """Writes a shard again with other metadata or tensor names."""
-    found = ours.read_gguf(path)
+    found = read_gguf(path)
     metadata = dict(found.metadata)
     change(metadata)
     tensors = [
-        OutTensor(rename(i.name), i.shape, i.type, ours.read_tensor_bytes(i))
+        OutTensor(rename(i.name), i.shape, i.type, read_tensor_bytes(i))
         for i in found.tensors.values()
     ]
     path.unlink()
@@ -715,7 +724,7 @@ def test_shards_that_contradict_each_other_are_refused(tmp_path: Path, name: str
     paths = _shards(tmp_path)
     damage(paths[index])
     with pytest.raises(FormatError) as caught:
-        ours.open_model(paths[0])
+        open_model(paths[0])
     assert re.search(field, str(caught.value)), caught.value
     assert all(problem.fix for problem in caught.value.problems)
 
@@ -726,17 +735,17 @@ def test_shards_that_changed_places_are_refused(tmp_path: Path) -> None:
     os.rename(paths[2], paths[1])
     os.rename(tmp_path / "held", paths[2])
     with pytest.raises(FormatError) as caught:
-        ours.open_model(paths[0])
+        open_model(paths[0])
     assert [problem.field for problem in caught.value.problems] == ["split.no"] * 2
 
 
 def test_a_model_is_opened_by_its_first_shard_only(tmp_path: Path) -> None:
     paths = _shards(tmp_path)
     with pytest.raises(FormatError, match=r"(?s)split\.no.*pass x-00001-of-00003\.gguf"):
-        ours.open_model(paths[1])
+        open_model(paths[1])
     paths[0].rename(tmp_path / "model.gguf")
     with pytest.raises(FormatError, match="restore the name"):
-        ours.open_model(tmp_path / "model.gguf")
+        open_model(tmp_path / "model.gguf")
 
 
 # --- data ------------------------------------------------------------------------------------------
@@ -745,12 +754,12 @@ def test_a_model_is_opened_by_its_first_shard_only(tmp_path: Path) -> None:
 def _shortened(tmp_path: Path) -> TensorInfo:
     path = tmp_path / "x.gguf"
     path.write_bytes(TINY)
-    info = ours.read_gguf(path).tensors["c"]
+    info = read_gguf(path).tensors["c"]
     os.truncate(path, info.offset + info.nbytes - 1)
     return info
 
 
-@pytest.mark.parametrize("read", [ours.read_tensor_bytes, ours.map_tensor])
+@pytest.mark.parametrize("read", [read_tensor_bytes, map_tensor])
 def test_a_file_that_became_shorter_is_noticed(
     tmp_path: Path, read: Callable[[TensorInfo], Any]
 ) -> None:
@@ -760,6 +769,6 @@ def test_a_file_that_became_shorter_is_noticed(
 
 def test_a_mapped_tensor_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(TINY)
-    mapped = ours.map_tensor(ours.read_gguf(tmp_path / "x.gguf").tensors["a"])
+    mapped = map_tensor(read_gguf(tmp_path / "x.gguf").tensors["a"])
     with pytest.raises(ValueError, match="read-only"):
         mapped[0] = 1

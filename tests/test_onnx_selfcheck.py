@@ -17,19 +17,20 @@ import onnx
 import pytest
 import tiny
 from onnx import helper, numpy_helper
-from onnx_tools import arrays, edited, every_module, node, quick
+from onnx_tools import FORMS, arrays, edited, every_module, node, quick
 from safetensors.numpy import load_file, save_file
 from test_onnx_nbits import KINDS, packed, served  # noqa: F401
 from test_to_onnx import as_gemm, turned, weight_of
 
-from safegene_converter.encoding import nbits
+from safegene_converter.encoding import nbits_quantizer
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.onnx import convert, selfcheck
-from safegene_converter.onnx.convert import FORMS, convert_onnx
-from safegene_converter.onnx.job import Job, touched_weights
+from safegene_converter.onnx.convert import convert_onnx
+from safegene_converter.onnx.fold import OnnxFold, touched_weights
 from safegene_converter.onnx.reader import OnnxReader, StoredWeight
 from safegene_runtime.errors import PostconditionError, Problems
+from safegene_runtime.formats.onnx import nbits
 from safegene_runtime.formats.onnx.file import read_onnx
 
 Compare = Callable[..., list[str]]
@@ -55,7 +56,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compare:
         found = Problems()
         check = convert._check
 
-        def as_meant(job: Job, folder: Path, work: Path) -> dict[str, Any]:
+        def as_meant(job: OnnxFold, folder: Path, work: Path) -> dict[str, Any]:
             if meant is not None:
                 other = read_adapter(meant)
                 touched = touched_weights(other, job.base)
@@ -191,7 +192,7 @@ def test_weights_that_are_quantised_once_pass(
 def test_packed_rows_are_decoded_as_we_decode_them(bits: int, symmetric: bool, block: int) -> None:
     """Columns that fill no whole number of blocks, an odd number of blocks, several pieces."""
     weight = tiny.real_weights((70, 2 * 1024 + 5 * 16 + 3))
-    one = nbits.quantize(weight, nbits.NBits(bits, block, symmetric))
+    one = nbits_quantizer.quantize(weight, nbits.NBits(bits, block, symmetric))
     parts = [part for part in (one.b, one.scales, one.zero_points) if part is not None]
     stored = StoredWeight(tuple(parts), weight.shape[1], bits)
     rows = np.array([0, 3, 69])
@@ -571,7 +572,7 @@ def test_a_conversion_that_wrote_something_else_leaves_nothing(
     if damage == "half":
         damage = rows_damage(base, "down_proj", lambda delta: 0.5 * delta)
 
-    def check_damaged(job: Job, folder: Path, work: Path) -> dict[str, Any]:
+    def check_damaged(job: OnnxFold, folder: Path, work: Path) -> dict[str, Any]:
         damage(folder / "model.onnx")
         return check(job, folder, work)
 

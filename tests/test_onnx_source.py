@@ -25,7 +25,7 @@ from safegene_converter.bases.onnx_build import build_onnx, check_build_options
 from safegene_converter.inputs.base import open_base
 from safegene_runtime.child import python_environment
 from safegene_runtime.errors import BaseModelError, SafeGeneError, UnsupportedError
-from safegene_runtime.formats.gguf import Value, ValueType
+from safegene_runtime.formats.gguf.types import Value, ValueType
 from safegene_runtime.formats.onnx.file import read_onnx
 
 

@@ -68,13 +68,13 @@ def test_a_shared_beginning_is_evaluated_once_and_changes_nothing(layout: str, l
     keep, limits = [1, 1, 4, 2, 3, 1], [3, 7, 0, 5, 1, 6]
     with OrtEngine(folder(layout) / "model.onnx", threads=1) as engine:
         fed: list[int] = []
-        run = engine._run
+        run = engine._decoder.run
 
         def counting(ids: np.ndarray, *rest: Any) -> list[np.ndarray]:
             fed.append(ids.size)
             return run(ids, *rest)
 
-        engine._run = counting  # type: ignore[method-assign]
+        engine._decoder.run = counting  # type: ignore[method-assign]
         together = dict(engine.logits(rows, keep))
         if length > MIN_SHARED:
             assert sum(fed) <= length + len(rows) * max(map(len, SEQUENCES))
@@ -158,7 +158,7 @@ sys.meta_path.insert(0, Wall())
 before = {name.split(".")[0] for name in sys.modules}
 from pathlib import Path
 from safegene_runtime.engines.chat import render
-from safegene_runtime.engines.engine import open_engine
+from safegene_runtime.engines.registry import open_engine
 with open_engine(Path(sys.argv[1]), None, threads=1) as engine:
     engine.generate([engine.tokenize("hello", add_special=True)], 2, engine.eog_ids)
     print(engine.detokenize([5]) != "", file=sys.stderr)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-from safegene_converter.cli.main import demo, main, options
+from safegene_converter.cli import demo, main, options
 from safegene_converter.inputs.base import open_base
-from safegene_converter.recording.recorder import save_as_folder
+from safegene_converter.recording.loading import save_as_folder
 from safegene_runtime.child import python_environment
 from safegene_runtime.gating.bounds import BOUNDS
 

@@ -13,18 +13,19 @@ from typing import Any
 
 import pytest
 import tiny
-from safegene_converter.cli.main.demo import JOBS, find_adapter, find_smollm2
 
+from safegene_converter.cli.demo import JOBS, find_adapter, find_smollm2
 from safegene_converter.gguf.convert import convert
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_runtime.artifact.manifest import FileEntry, read_manifest
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, adapter_digest
 from safegene_runtime.child import python_environment
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import EngineError, SurvivalError
 from safegene_runtime.formats.files import sha256_file
-from safegene_runtime.formats.gguf import Value, ValueType, open_model
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.types import Value, ValueType
 from safegene_runtime.gating.bounds import bounds_for
 from safegene_runtime.record.reference import read_reference
 from safegene_runtime.verifying import ladder
@@ -211,8 +212,9 @@ def base_served(demo: Path, out: Path) -> tuple[Path, Path | None]:
     forged = out / "forged"
     shutil.copytree(source, forged)
     model, base = open_model(source / "model.gguf"), open_model(find_smollm2())
-    from safegene_converter.encoding import ggml
-    from safegene_runtime.formats.gguf import read_tensor_bytes
+    from safegene_converter.encoding import ggml_quantizer
+    from safegene_runtime.formats import ggml
+    from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
 
     tensors = []
     for name, info in model.tensors.items():
@@ -221,7 +223,9 @@ def base_served(demo: Path, out: Path) -> tuple[Path, Path | None]:
             tensors.append(OutTensor(name, info.shape, info.type, plain))
         else:
             values = ggml.dequantize(read_tensor_bytes(plain), plain.type, plain.shape)
-            tensors.append(OutTensor(name, info.shape, info.type, ggml.quantize(values, info.type)))
+            tensors.append(
+                OutTensor(name, info.shape, info.type, ggml_quantizer.quantize(values, info.type))
+            )
     (forged / "model.gguf").unlink()
     write_gguf(forged / "model.gguf", dict(model.metadata), tensors)
     return rewritten(forged, out / "again"), None

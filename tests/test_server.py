@@ -16,7 +16,7 @@ import pytest
 import served
 import tiny
 
-from safegene_converter.cli.main import main
+from safegene_converter.cli import main
 from safegene_converter.gguf.convert import convert
 from safegene_runtime import reporting
 from safegene_runtime.errors import EngineError, FormatError, RecordError

@@ -25,7 +25,7 @@ from onnx import numpy_helper
 from safetensors import safe_open
 from test_exactness import PROMPTS, with_coefficients
 
-from safegene_converter.encoding import ggml
+from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.gguf.convert import convert
 from safegene_converter.gguf.writer import OutTensor, write_gguf
@@ -34,11 +34,19 @@ from safegene_converter.onnx.convert import convert_onnx
 from safegene_converter.recording.recorder import record
 from safegene_runtime.architecture.table import TABLE
 from safegene_runtime.artifact.manifest import Manifest, read_manifest
-from safegene_runtime.errors import FormatError, ManifestError, Problems, RecordError
-from safegene_runtime.formats.gguf import GGMLType, open_model
-from safegene_runtime.record import factors
+from safegene_runtime.artifact.served import Carried, Found
+from safegene_runtime.errors import (
+    FormatError,
+    ManifestError,
+    Problems,
+    RecordError,
+    UnsupportedError,
+)
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.types import GGMLType
+from safegene_runtime.record import added_weights
 from safegene_runtime.record.reference import Reference, read_reference
-from safegene_runtime.verifying.static_proof import StaticProof, static_proof
+from safegene_runtime.verifying.static_proof import StaticProof, _module, static_proof
 
 LOOSE = Bounds(0, 99, 99, 99)
 SLOW_TYPES = (
@@ -146,8 +154,10 @@ def edited(made: Made, folder: Path, edit: Edit, kind: GGMLType = GGMLType.F32) 
             continue
         rows = edit(modules[name], theirs[name], ours[name] - theirs[name]).astype(np.float32)
         assert rows.shape == info.shape
-        imatrix = np.ones(rows.shape[1], np.float32) if ggml.requires_imatrix(kind) else None
-        encoded = ggml.quantize(rows, kind, imatrix, threads=1)
+        imatrix = (
+            np.ones(rows.shape[1], np.float32) if ggml_quantizer.requires_imatrix(kind) else None
+        )
+        encoded = ggml_quantizer.quantize(rows, kind, imatrix, threads=1)
         tensors.append(OutTensor(name, info.shape, kind, encoded))
     path = folder / "edited.gguf"
     write_gguf(path, dict(base.metadata), tensors)
@@ -217,7 +227,7 @@ def test_factors_are_what_the_adapter_file_says(architecture: str, scratch: Path
 def test_factors_survive_being_written_and_read(scratch: Path) -> None:
     made = make(scratch, "llama").record.factors or ()
     problems = Problems()
-    again = factors.decode(factors.encode(made), "here", problems)
+    again = added_weights.decode(added_weights.encode(made), "here", problems)
     assert not len(problems)
     for one, other in zip(made, again, strict=True):
         assert (one.module, one.norm, one.s0) == (other.module, other.norm, other.s0)
@@ -249,9 +259,9 @@ def first_line_twice(names: np.ndarray) -> np.ndarray:
 def test_factors_that_contradict_themselves_are_refused(
     name: str, change: Any, field: str, scratch: Path
 ) -> None:
-    arrays = factors.encode(make(scratch, "llama").record.factors or ())
+    arrays = added_weights.encode(make(scratch, "llama").record.factors or ())
     problems = Problems()
-    factors.decode({**arrays, name: change(arrays[name])}, "here", problems)
+    added_weights.decode({**arrays, name: change(arrays[name])}, "here", problems)
     found = [problem.field for problem in problems]
     assert any(one.startswith(field) for one in found)
 
@@ -359,7 +369,9 @@ def dense_nbits(node: Any, values: dict[str, np.ndarray]) -> np.ndarray:
     "name",
     [
         pytest.param(name, marks=pytest.mark.slow if name in SLOW_TYPES else ())
-        for name in sorted(ggml.ENCODABLE - {"Q1_0", "Q2_0"})  # these gguf-py does not know
+        for name in sorted(
+            ggml_quantizer.ENCODABLE - {"Q1_0", "Q2_0"}
+        )  # these gguf-py does not know
     ],
 )
 def test_every_type_agrees_with_dense_numpy(name: str, scratch: Path, tmp_path: Path) -> None:
@@ -694,6 +706,20 @@ def test_weights_that_are_no_numbers_are_a_format_error(scratch: Path, tmp_path:
         file.write(np.float32(np.nan).tobytes())
     with pytest.raises(FormatError, match="finite"):
         prove(made, gguf_artifact(scratch, "llama", "merged"), model)
+
+
+@pytest.mark.parametrize("where", ["weight", "factors"])
+def test_a_type_that_is_not_known_has_no_band(where: str, scratch: Path) -> None:
+    """It is refused: the widest band would let anything pass."""
+    one = make(scratch, "llama").record.factors[0]  # type: ignore[index]
+    for kind in ("F32", "new type"):
+        carried = Carried(kind if where == "factors" else "F32", one.norm, one.norm)
+        found = Found(kind if where == "weight" else "F32", one.s0 * one.norm, 1.0, carried)
+        if kind == "F32":
+            assert _module("t", one, found, same=False).proof.beta == pytest.approx(1)
+        else:
+            with pytest.raises(UnsupportedError, match=r"t: precision.*new type"):
+                _module("t", one, found, same=False)
 
 
 def test_the_report_is_json(scratch: Path) -> None:

@@ -21,7 +21,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from safegene_converter.encoding import ggml
+from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.gguf import convert as to_gguf
 from safegene_converter.gguf.convert import convert
@@ -39,14 +39,10 @@ from safegene_runtime.errors import (
     SurvivalError,
     UnsupportedError,
 )
-from safegene_runtime.formats.gguf import (
-    GGMLType,
-    Value,
-    ValueType,
-    open_model,
-    read_gguf,
-    read_tensor_bytes,
-)
+from safegene_runtime.formats.gguf.header import read_gguf
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
+from safegene_runtime.formats.gguf.types import GGMLType, Value, ValueType
 
 quick = functools.partial(convert, check=False)
 """Without the self-check, which costs seconds, where a test is about something else."""
@@ -513,7 +509,7 @@ def test_every_type_ggml_can_encode_is_offered_or_refused_by_name(
     wide_adapter: Path, tmp_path: Path
 ) -> None:
     for kind in (GGMLType.IQ4_NL, GGMLType.IQ4_XS, GGMLType.Q3_K):
-        assert ggml.can_encode(kind, 256)
+        assert ggml_quantizer.can_encode(kind, 256)
         manifest = convert(
             wide_adapter, tiny.gguf_model("llama", 256), tmp_path / kind.name, form="merged",
             type_name="q3_k_m" if kind is GGMLType.Q3_K else kind.name.lower(), promote=False,

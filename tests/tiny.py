@@ -30,7 +30,8 @@ from safegene_converter.bases import onnx_build
 from safegene_converter.bases.hf_to_gguf import convert_hf, find_llama_cpp
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_runtime.architecture.table import TABLE, kind_of
-from safegene_runtime.formats.gguf import read_gguf, read_tensor_bytes
+from safegene_runtime.formats.gguf.header import read_gguf
+from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
 
 ARCHITECTURES = tuple(TABLE)
 OTHERS = tuple(one for one in ARCHITECTURES if one != "llama")

@@ -18,8 +18,8 @@ from safegene_converter.onnx.convert import convert_onnx
 from safegene_converter.recording.recorder import record
 from safegene_runtime.engines.chat import render_all
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
-from safegene_runtime.formats.gguf import open_model
+from safegene_runtime.engines.registry import open_engine
+from safegene_runtime.formats.gguf.model import open_model
 from safegene_runtime.record.prompts import Prompt
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying import ladder, text_parity

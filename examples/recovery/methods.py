@@ -35,7 +35,9 @@ from safegene_converter.gguf.convert import convert
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.inputs.base import open_base
 from safegene_converter.onnx.convert import convert_onnx
-from safegene_converter.recording.recorder import greedy_replies, load_model, record, stop_ids_of
+from safegene_converter.recording.greedy import greedy_replies
+from safegene_converter.recording.loading import load_model, stop_ids_of
+from safegene_converter.recording.recorder import record
 from safegene_runtime.errors import RecordError
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import publish_file, publish_folder

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from safegene_runtime.errors import Problem, SafeGeneError
+from safegene_runtime.extras import missing_package
 
 __all__ = ["answer_job", "python_environment", "run_child", "run_job"]
 
@@ -123,8 +124,8 @@ def answer_job(run: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     """The child's side: one job in, one line of JSON out, the reasons of a failure on standard error."""
     try:
         found = run(json.load(sys.stdin))
-    except SafeGeneError as error:
-        print(error, file=sys.stderr)
+    except (SafeGeneError, ImportError) as error:
+        print(missing_package(error) or error, file=sys.stderr)
         return 1
     print(json.dumps(found))
     return 0

@@ -11,14 +11,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from safegene_runtime.artifact.integrity import check_integrity
 from safegene_runtime.artifact.manifest import Manifest, read_manifest
 from safegene_runtime.cpus import thread_count
 from safegene_runtime.engines.chat import render
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import engine_for, open_engine
 from safegene_runtime.errors import EngineError, Problem, UnverifiedError
 from safegene_runtime.formats.files import sha256_of
 from safegene_runtime.gating.verdict import Verdict
@@ -41,6 +41,7 @@ def open(
     base: str | Path | None = None,
     allow_unverified: bool = False,
     threads: int | None = None,
+    engine: str | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Session:
     """Opens an artifact whose bytes are those that were verified.
@@ -50,6 +51,7 @@ def open(
         base: for a sidecar, the GGUF it belongs to; checked against the manifest.
         allow_unverified: serve it whatever the verdict says, with an `UnverifiedWarning`.
         threads: CPU threads of the engine; all by default.
+        engine: the name of one; by default the artifact's suffix decides.
         on_progress: told (stage, done, total).
 
     Raises:
@@ -74,13 +76,17 @@ def open(
         )
     tell = on_progress or _silent
     served = check_integrity(manifest, folder, None, Path(base) if base is not None else None, tell)
-    shipped = (manifest.verification or {}).get("report", {}).get("mode") == "as-shipped"
-    settings = manifest.form.engine_settings(manifest.digests, exact=not shipped)  # as verified
-    engine = open_engine(served.model, served.adapter, threads=threads, **settings)
+    kind = engine_for(served.model, engine)
+    mode = (manifest.verification or {}).get("report", {}).get("mode", "strict")
+    running = open_engine(
+        served.model, served.adapter, engine=kind.name, threads=threads,
+        **kind.modes.get(mode, {}),  # as it was verified
+        **manifest.engine_settings(),
+    )  # fmt: skip
     try:
-        return Session(engine, manifest)
+        return Session(running, manifest)
     except BaseException:
-        engine.close()
+        running.close()
         raise
 
 

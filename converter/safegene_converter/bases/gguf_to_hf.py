@@ -106,7 +106,7 @@ def gguf_to_hf(base: Base, out: Path, tell: Progress) -> tuple[Base, float]:
 
 def main() -> int:
     """The child: loads argv[1], saves argv[2]."""
-    from safegene_converter.recording.recorder import save_as_folder
+    from safegene_converter.recording.loading import save_as_folder
 
     try:
         save_as_folder(open_base(Path(sys.argv[1])), Path(sys.argv[2]))

@@ -15,7 +15,8 @@ from pathlib import Path
 from safegene_converter.inputs.base import open_base
 from safegene_runtime.child import python_environment, run_child
 from safegene_runtime.errors import BaseModelError, Problem
-from safegene_runtime.formats.gguf import read_gguf
+from safegene_runtime.extras import need
+from safegene_runtime.formats.gguf.header import read_gguf
 
 __all__ = ["OUT_TYPES", "convert_hf", "find_llama_cpp"]
 
@@ -87,6 +88,7 @@ def convert_hf(
         raise BaseModelError(
             Problem(SCRIPT, "outtype", f"one of {', '.join(OUT_TYPES)}", outtype, "choose one")
         )
+    need("torch", "transformers", "sentencepiece", "google.protobuf")
     tree = find_llama_cpp(llama_cpp)
     open_base(hf_dir)
     environment = python_environment()

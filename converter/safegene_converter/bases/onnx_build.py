@@ -20,6 +20,7 @@ from pathlib import Path
 
 from safegene_runtime.child import python_environment, run_child
 from safegene_runtime.errors import BaseModelError, Problem, Problems, UnsupportedError
+from safegene_runtime.extras import install, need
 
 __all__ = ["PRECISIONS", "build_onnx", "check_build_options"]
 
@@ -104,7 +105,7 @@ def check_build_options(
                 "package",
                 "the model builder",
                 "nothing",
-                "pip install 'safegene[onnx-build]', or pass an ONNX folder as --base",
+                f"{install('onnx-build')}, or pass an ONNX folder as --base",
             )
         )
 
@@ -162,6 +163,7 @@ def build_onnx(
     Raises:
         BaseModelError: the builder failed; the message ends with what it said.
     """
+    need("torch", "transformers", "onnx", "onnxruntime", "onnx_ir")
     half = precision in _LAYOUT
     extra = ["hf_token=false", *([_CUDA_ONLY] if half else []), *options]
     if block_size is not None:

@@ -23,26 +23,30 @@ from rich.console import Console
 from rich.table import Table
 
 from safegene_converter.bases.gguf_to_hf import gguf_to_hf
-from safegene_converter.cli.main.compare_table import compare, show_comparison
-from safegene_converter.cli.main.inspecting import summarise_reference, survival_summary
-from safegene_converter.cli.main.options import Bars
-from safegene_converter.encoding import ggml
+from safegene_converter.cli.compare_table import compare, show_comparison
+from safegene_converter.cli.inspecting import summarise_reference, survival_summary
+from safegene_converter.cli.options import Bars
 from safegene_converter.gguf.convert import convert
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_converter.inputs.adapter import check_base_fits, read_adapter
 from safegene_converter.inputs.base import open_base
 from safegene_converter.onnx.convert import convert_onnx
+from safegene_runtime.artifact.forms import (
+    GGUF_MERGED,
+    GGUF_SIDECAR,
+    ONNX,
+    ONNX_BRANCH,
+    ONNX_MERGED,
+    Form,
+)
 from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.errors import BaseModelError, Problem
+from safegene_runtime.formats import ggml
 from safegene_runtime.formats.files import publish_folder
-from safegene_runtime.formats.gguf import (
-    GGMLType,
-    TensorInfo,
-    Value,
-    ValueType,
-    open_model,
-    read_tensor_bytes,
-)
+from safegene_runtime.formats.gguf.header import TensorInfo
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
+from safegene_runtime.formats.gguf.types import GGMLType, Value, ValueType
 from safegene_runtime.record.prompts import builtin_suite
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.reporting import write_reports

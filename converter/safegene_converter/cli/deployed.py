@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from safegene_converter.cli.main.options import Bars
+from safegene_converter.cli.options import Bars
+from safegene_runtime.artifact.forms import (
+    FORMS,
+    GGUF,
+    ONNX,
+    ONNX_ADAPTER,
+    Form,
+    form_named,
+    names_of_forms,
+)
 
 if TYPE_CHECKING:
     from safegene_converter.gene.deployed import Recalibrated

@@ -11,14 +11,14 @@ from typing import Any
 
 from rich.table import Table
 
-from safegene_converter.cli.main.deployed import (
+from safegene_converter.cli.deployed import (
     EXAMPLE,
     add_deployed,
     calibrate_deployed,
     refuse_half_requests,
     show_deployed,
 )
-from safegene_converter.cli.main.options import Bars, add_command, add_json, console, put_json
+from safegene_converter.cli.options import Bars, add_command, add_json, console, put_json
 
 __all__ = ["add_commands"]
 

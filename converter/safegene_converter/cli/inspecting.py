@@ -12,6 +12,7 @@ from rich.table import Table
 
 from safegene_converter import formula
 from safegene_converter.inputs.adapter import Adapter, read_adapter
+from safegene_converter.inputs.adapter_files import CONFIG_NAME, would_do
 from safegene_converter.inputs.base import open_base
 from safegene_runtime.artifact.manifest import Manifest, check_files, read_manifest
 from safegene_runtime.errors import AdapterError, Problem, Problems
@@ -47,14 +48,14 @@ def inspect(path: Path, expression: str | None = None, base: Path | None = None)
                 problems.add(str(path), option, "an adapter", "an artifact", fix)
         problems.raise_if_any(AdapterError)
         return inspect_artifact(path)
-    if not (path / "adapter_config.json").exists():
+    if not (path / CONFIG_NAME).exists():
         raise AdapterError(
             Problem(
                 str(path),
                 "path",
                 f"an adapter folder (adapter_config.json) or an artifact ({MANIFEST_NAME})",
                 "neither" if path.exists() else "nothing there",
-                "check the path",
+                would_do(path) or "check the path",
             )
         )
     return _describe_adapter(read_adapter(path, expression), base)
@@ -89,6 +90,7 @@ def _describe_adapter(adapter: Adapter, base: Path | None) -> dict[str, Any]:
         "share_of_base": adapter.n_parameters / n_base if n_base else None,
         "layers": list(layers.values()),
         "files": dict(adapter.digests),
+        "cautions": list(adapter.cautions),
     }
 
 
@@ -189,6 +191,8 @@ def _show_adapter(found: dict[str, Any], console: Console) -> None:
             f"{layer['n_parameters']:,}",
         )
     console.print(table)
+    for caution in found["cautions"]:
+        console.print(f"  caution: {caution}", markup=False, highlight=False)
 
 
 def _show_artifact(found: dict[str, Any], console: Console, verbose: bool) -> None:

@@ -7,9 +7,7 @@ INCONCLUSIVE; 4 VACUOUS; 5 an invalid record; 128 + n stopped by signal n. Nothi
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,80 +15,59 @@ from typing import Any
 
 from rich.markup import escape
 
-from safegene_converter.cli.main.gene import add_commands as add_gene_commands
-from safegene_converter.cli.main.options import (
+from safegene_converter.cli.failing import DEBUG, explain
+from safegene_converter.cli.gene import add_commands as add_gene_commands
+from safegene_converter.cli.options import (
     Bars,
     Parser,
-    Stopped,
     add_command,
+    add_engine,
     add_json,
     check_json,
     console,
     put_json,
-    stoppable,
 )
-from safegene_converter.cli.main.report_options import add_report_options, report_targets
-from safegene_converter.cli.main.run import add_commands as add_run_commands
-from safegene_converter.cli.main.server import add_server_options, verify_server
+from safegene_converter.cli.report_options import add_report_options, report_targets
+from safegene_converter.cli.run import add_commands as add_run_commands
+from safegene_converter.cli.server import add_server_options, verify_server
+from safegene_converter.cli.stopping import Stopped, stoppable
 from safegene_runtime import __version__
+from safegene_runtime.artifact.forms import (
+    GGUF,
+    GGUF_MERGED,
+    ONNX,
+    TARGETS,
+    form_named,
+    names_of_forms,
+    target_named,
+)
 from safegene_runtime.cpus import spin_briefly
-from safegene_runtime.errors import Problem, RecordError, SafeGeneError
 from safegene_runtime.gating.bounds import BOUNDS
 from safegene_runtime.gating.profiles import PROFILES
-from safegene_runtime.gating.verdict import EXIT_INVALID_RECORD, EXIT_USAGE
 from safegene_runtime.record.attacks import attack_list
 from safegene_runtime.record.prompts import SUITES
 
 __all__ = ["main", "parser"]
 
-OK, NOT_DONE = 0, EXIT_USAGE
-MAX_PROBLEMS = 12
+OK = 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    debug = DEBUG in (sys.argv if argv is None else argv)
+    try:
+        with stoppable():
+            return _run_command(argv)
+    except (Exception, KeyboardInterrupt, Stopped) as error:
+        return explain(error, debug)
+
+
+def _run_command(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
     spin_briefly()
-    try:
-        run: Callable[[argparse.Namespace], int] = arguments.run
-        with stoppable():
-            check_json(arguments)
-            return run(arguments)
-    except SafeGeneError as error:
-        _print_problems(error.problems)
-        return EXIT_INVALID_RECORD if isinstance(error, RecordError) else NOT_DONE
-    except KeyboardInterrupt:
-        print("safegene: interrupted; nothing was left behind", file=sys.stderr)
-        return NOT_DONE
-    except Stopped as stop:
-        with contextlib.suppress(OSError):  # a hangup may have taken the terminal
-            print(f"safegene: {stop}; nothing was left behind", file=sys.stderr)
-        return 128 + stop.number
-    except BrokenPipeError:
-        return NOT_DONE
-    except (OSError, UnicodeError) as error:  # or it would end with 1, which is FAIL
-        _print_problems([_of_the_system(error)])
-        return NOT_DONE
-
-
-def _print_problems(problems: Sequence[Problem]) -> None:
-    count = len(problems)
-    print(f"safegene: {'error' if count == 1 else f'{count} problems'}", file=sys.stderr)
-    for problem in problems[:MAX_PROBLEMS]:
-        print(f"  {problem}", file=sys.stderr)
-    if count > MAX_PROBLEMS:
-        print(f"  ... and {count - MAX_PROBLEMS} more", file=sys.stderr)
-
-
-def _of_the_system(error: OSError | UnicodeError) -> Problem:
-    """What the operating system, or the encoding of a name, would not do."""
-    if isinstance(error, UnicodeError):
-        fix = "give files and folders names of UTF-8: manifests and reports hold them"
-        return Problem("safegene", "text", "UTF-8", str(error), fix)
-    name = next((one for one in (error.filename, error.filename2) if one is not None), "safegene")
-    where = os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else str(name)
-    got = error.strerror or str(error) or type(error).__name__
-    return Problem(where, "file", "to be read or written", got, "check the path, rights and space")
+    check_json(arguments)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    return run(arguments)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -146,7 +123,7 @@ def _add_inspect(commands: Any) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from safegene_converter.cli.main import inspecting
+    from safegene_converter.cli import inspecting
 
     found = inspecting.inspect(arguments.path, arguments.expression, arguments.base)
     if not put_json(arguments.json, found):
@@ -180,7 +157,9 @@ def _add_convert(commands: Any) -> None:
         help="a GGUF file (or its first shard), a Hugging Face folder, or an ONNX folder",
     )
     parser.add_argument(
-        "--to", choices=[target.name for target in TARGETS], default=GGUF.name,
+        "--to",
+        choices=[target.name for target in TARGETS],
+        default=GGUF.name,
         help=f"target format (default: {GGUF.name})",
     )
     parser.add_argument(
@@ -308,7 +287,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _show_converted(arguments: argparse.Namespace, manifest: Any) -> int:
-    from safegene_converter.cli.main import inspecting
+    from safegene_converter.cli import inspecting
 
     if not put_json(arguments.json, json.loads(manifest.to_json())):
         found = inspecting.describe_manifest(manifest, arguments.output)
@@ -402,7 +381,7 @@ def _add_record(commands: Any) -> None:
 
 
 def _record(arguments: argparse.Namespace) -> int:
-    from safegene_converter.cli.main import inspecting
+    from safegene_converter.cli import inspecting
     from safegene_converter.recording.recorder import record
     from safegene_runtime.judging.plugins import load_judge
     from safegene_runtime.record.prompts import builtin_suite, load_prompts
@@ -481,6 +460,7 @@ def _add_verify(commands: Any) -> None:
         help="rules+ngram (default), gguf:PATH, onnx:PATH, or the name of a plug-in",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    add_engine(parser)
     parser.add_argument(
         "--show-text", action="store_true", help="put replies into tables and reports"
     )
@@ -494,7 +474,7 @@ def _add_verify(commands: Any) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from safegene_converter.cli.main import compare_table, inspecting
+    from safegene_converter.cli import compare_table, inspecting
     from safegene_runtime import reporting
     from safegene_runtime.artifact.manifest import read_manifest
     from safegene_runtime.gating.verdict import gravest
@@ -526,6 +506,7 @@ def _verify(arguments: argparse.Namespace) -> int:
                 mode=arguments.mode,
                 judge=judge,
                 threads=arguments.threads,
+                engine=arguments.engine,
                 write=not arguments.no_write,
                 on_progress=bars if len(labels) == 1 else bars.named(label),
             )
@@ -597,7 +578,7 @@ def _add_demo(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from safegene_converter.cli.main import demo
+    from safegene_converter.cli import demo
 
     with Bars() as bars:
         found = demo.run(arguments.output, arguments.adapter, bars)

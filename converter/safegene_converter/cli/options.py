@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from rich.console import Console
 
+from safegene_converter.cli.failing import DEBUG
 from safegene_runtime.gating.verdict import EXIT_USAGE
 
 if TYPE_CHECKING:  # what is imported when there is a terminal
     from rich.progress import Progress
 
 __all__ = [
-    "PIPE_COLUMNS", "Bars", "Parser", "Stopped", "add_command", "add_json", "check_json", "console",
-    "put_json", "stoppable",
+    "PIPE_COLUMNS", "Bars", "Parser", "add_command", "add_engine", "add_json", "check_json",
+    "console", "put_json",
 ]  # fmt: skip
 
 PIPE_COLUMNS = 120
@@ -38,39 +36,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Says what is wrong and where help is."""
         self.exit(EXIT_USAGE, f"{self.prog}: {message}\n    -> see `{self.prog} --help`\n")
-
-
-class Stopped(BaseException):
-    """A signal that would have ended the process at once, before anything was cleaned up."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP into `Stopped`, so that temporary folders and children go, too.
-
-    A signal that is ignored (nohup) or that the embedding program handles is left alone.
-    """
-
-    def stop(number: int, frame: object) -> None:
-        for one in mine:  # cleaning up is not stopped a second time
-            signal.signal(one, signal.SIG_IGN)
-        raise Stopped(number)
-
-    mine: list[signal.Signals] = []
-    if threading.current_thread() is threading.main_thread():  # others may not set handlers
-        wanted = (signal.SIGTERM, signal.SIGHUP)
-        mine = [one for one in wanted if signal.getsignal(one) is signal.SIG_DFL]
-    for one in mine:
-        signal.signal(one, stop)
-    try:
-        yield
-    finally:
-        for one in mine:
-            signal.signal(one, signal.SIG_DFL)
 
 
 class Bars:
@@ -133,7 +98,17 @@ def add_command(
         name, help=help, description=help, epilog=f"example:\n  {example}"
     )
     parser.set_defaults(run=run)
+    parser.add_argument(DEBUG, action="store_true", help="show the traceback of an error")
     return parser
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Adds `--engine NAME`."""
+    parser.add_argument(
+        "--engine",
+        metavar="NAME",
+        help="what runs the artifact, by name (default: its suffix decides)",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

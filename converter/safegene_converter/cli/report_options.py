@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safegene_converter.cli.main.options import add_json
+from safegene_converter.cli.options import add_json
 
 __all__ = ["add_report_options", "report_targets"]
 

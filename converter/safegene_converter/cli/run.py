@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safegene_converter.cli.main.options import Bars, add_command
+from safegene_converter.cli.options import Bars, add_command, add_engine
 from safegene_runtime.errors import EngineError, Problem
 
 if TYPE_CHECKING:  # what other commands need not import
@@ -45,6 +45,7 @@ def add_commands(commands: Any) -> None:
         help=f"length of a reply (default: {MAX_NEW_TOKENS})",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    add_engine(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -64,6 +65,7 @@ def _run(arguments: argparse.Namespace) -> int:
             base=arguments.base,
             allow_unverified=arguments.allow_unverified,
             threads=arguments.threads,
+            engine=arguments.engine,
             on_progress=bars,
         )
     for one in caught:

@@ -7,13 +7,13 @@ from typing import Any
 
 from rich.text import Text
 
-from safegene_converter.cli.main.options import Bars, console, put_json
-from safegene_converter.cli.main.report_options import report_targets
+from safegene_converter.cli.options import Bars, console, put_json
+from safegene_converter.cli.report_options import report_targets
 from safegene_runtime.errors import EngineError, Problems
 
 __all__ = ["add_server_options", "verify_server"]
 
-OTHERS = ("artifact", "base", "control", "threads")
+OTHERS = ("artifact", "base", "control", "engine", "threads")
 """What `verify` takes for artifacts and a server has no use for."""
 
 
@@ -39,7 +39,7 @@ def verify_server(arguments: argparse.Namespace) -> int:
         OutputError: a report that cannot be written.
         RecordError: as `check_server`.
     """
-    from safegene_converter.cli.main import inspecting
+    from safegene_converter.cli import inspecting
     from safegene_runtime import reporting
     from safegene_runtime.judging.plugins import load_judge
     from safegene_runtime.record.reference import read_reference

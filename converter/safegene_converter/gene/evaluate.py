@@ -19,7 +19,8 @@ from safegene_converter.gene.model import (
     load_plain,
 )
 from safegene_converter.gene.objective import kl_along
-from safegene_converter.recording.recorder import greedy_replies, stop_ids_of
+from safegene_converter.recording.greedy import greedy_replies
+from safegene_converter.recording.loading import stop_ids_of
 from safegene_runtime.errors import GeneError, Problem
 from safegene_runtime.judging.judge import Label, judge
 from safegene_runtime.progress import Progress

@@ -12,7 +12,8 @@ import numpy as np
 
 from safegene_converter.gene.checkpoint import Checkpoint, identity
 from safegene_converter.gene.consensus import ESTIMATORS, shared, shared_dense
-from safegene_converter.gene.factors import (
+from safegene_converter.gene.folder import base_model_of, write_gene
+from safegene_converter.gene.low_rank import (
     Factors,
     Truncated,
     combine,
@@ -20,7 +21,6 @@ from safegene_converter.gene.factors import (
     svd_of_factors,
     truncate,
 )
-from safegene_converter.gene.folder import base_model_of, write_gene
 from safegene_converter.gene.sources import Source, open_sources
 from safegene_runtime.errors import GeneError, Problem, Problems
 from safegene_runtime.formats.files import check_output_free, publish_folder

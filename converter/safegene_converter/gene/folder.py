@@ -17,18 +17,15 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from safegene_converter.gene.factors import Factors
-from safegene_converter.inputs.adapter import (
-    CONFIG_NAME,
+from safegene_converter.gene.low_rank import Factors
+from safegene_converter.inputs.adapter import Adapter, read_adapter
+from safegene_converter.inputs.adapter_files import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
+from safegene_converter.inputs.base import Base
+from safegene_converter.inputs.safegene_json import (
     FORMAT_VERSION,
-    MAX_CONFIG_BYTES,
     PLAIN_EXPRESSION,
     SAFEGENE_NAME,
-    WEIGHTS_NAME,
-    Adapter,
-    read_adapter,
 )
-from safegene_converter.inputs.base import Base
 from safegene_runtime.architecture.table import kind_of, layer_of
 from safegene_runtime.errors import AdapterError, GeneError, Problem
 from safegene_runtime.formats import strictjson

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from safegene_converter.gene.shots import check_disjoint
-from safegene_converter.inputs.adapter import WEIGHTS_NAME
+from safegene_converter.inputs.adapter_files import WEIGHTS_NAME
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.errors import GeneError, Problems
 from safegene_runtime.gating.pairs import Pair, count_flips

@@ -18,12 +18,8 @@ from peft.tuners.lora import LoraLayer
 
 from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.inputs.base import Base, open_base
-from safegene_converter.recording.recorder import (
-    greedy_replies,
-    load_model,
-    load_with_adapter,
-    stop_ids_of,
-)
+from safegene_converter.recording.greedy import greedy_replies
+from safegene_converter.recording.loading import load_model, load_with_adapter, stop_ids_of
 
 __all__ = ["Batch", "Example", "GeneModel", "batches_of", "label_logits", "load_gene"]
 

@@ -20,11 +20,11 @@ from safegene_converter.fold.survival import Bounds
 from safegene_converter.gene.folder import copy_with
 from safegene_converter.gguf.convert import convert
 from safegene_converter.inputs.adapter import read_adapter
-from safegene_converter.onnx.convert import default_form, write_job
-from safegene_converter.onnx.job import Job, prove_weights, touched_weights
+from safegene_converter.onnx.convert import default_form, write_fold
+from safegene_converter.onnx.fold import OnnxFold, prove_weights, touched_weights
 from safegene_runtime.artifact.forms import GGUF, ONNX, form_named, forms_of
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import Problem, UnsupportedError
 from safegene_runtime.progress import Progress
 
@@ -111,9 +111,11 @@ def onnx_rebuild(
         def rebuild(coefficients: dict[int, float]) -> Engine:
             trial, out = _trial(gene, work, coefficients)
             wanted = read_adapter(trial)
-            job = Job(wanted, opened, hf, chosen, touched_weights(wanted, opened), Bounds(), True)
+            fold = OnnxFold(
+                wanted, opened, hf, chosen, touched_weights(wanted, opened), Bounds(), True
+            )
             out.mkdir()
-            write_job(job, out, lambda stage, done, total: None)
+            write_fold(fold, out, lambda stage, done, total: None)
             return open_engine(out / opened.model.path.name, threads=threads)
 
         yield rebuild

@@ -1,8 +1,8 @@
 """Folding an adapter into GGUF: a sidecar beside the base, or merged into the weights.
 
-adapter + base -> Job (checked, nothing written yet)         gguf_job.py
-  sidecar: factors with every scale baked into B             gguf_sidecar.py -> adapter.gguf
-  merged:  touched tensors encoded and measured, the rest    gguf_merge.py   -> model.gguf
+adapter + base -> GGUFFold (checked, nothing written yet)    fold.py
+  sidecar: factors with every scale baked into B             sidecar.py -> adapter.gguf
+  merged:  touched tensors encoded and measured, the rest    merge.py   -> model.gguf
            copied in the kernel
 -> self-check in a child process -> manifest.json -> one rename
 """
@@ -18,7 +18,7 @@ from typing import Any
 from safegene_converter.encoding.imatrix import read_imatrix
 from safegene_converter.fold.hashing import digesting
 from safegene_converter.fold.survival import Bounds
-from safegene_converter.gguf.job import Job, Made, starts_from_float
+from safegene_converter.gguf.fold import GGUFFold, Made, starts_from_float
 from safegene_converter.gguf.sidecar import SIDECAR_TYPES, write_sidecar
 from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.inputs.base import Base, open_base
@@ -34,7 +34,7 @@ from safegene_runtime.formats.files import (
     sha256_file,
     sha256_of,
 )
-from safegene_runtime.formats.gguf import read_gguf
+from safegene_runtime.formats.gguf.header import read_gguf
 from safegene_runtime.progress import Progress
 
 __all__ = ["convert"]
@@ -102,7 +102,7 @@ def convert(
             base = _from_hugging_face(base, work, llama_cpp, tell)
             settings["transform_error"] = _prove_transforms(adapter, hf_base, base)
         mixes = type_name not in ("keep", "auto") and starts_from_float(base, type_name)
-        job = Job(
+        fold = GGUFFold(
             adapter=adapter,
             base=base,
             form=wanted,
@@ -114,14 +114,17 @@ def convert(
         )
         if imatrix:
             settings["imatrix_sha256"] = sha256_file(imatrix.resolve())
-        made = _write(job, folder, work, tell)
+        fold.precision({})  # one that is not known is refused before the work
+        made = _write(fold, folder, work, tell)
         if wanted.merges:
-            settings["promote"] = job.promote
+            settings["promote"] = fold.promote
             settings["promoted"] = made.promoted
-        settings["bounds"] = vars(job.bounds) if wanted.merges else None
+        settings["bounds"] = vars(fold.bounds) if wanted.merges else None
+        if adapter.cautions:
+            settings["caution"] = "; ".join(adapter.cautions)
         if check:
             tell("checking what was written", 0, 1)
-            settings["self_check"] = _check(job, folder, work, made)
+            settings["self_check"] = _check(fold, folder, work, made)
             tell("checking what was written", 1, 1)
         template = base.model.metadata.get("tokenizer.chat_template") if base.model else None
         manifest = Manifest(
@@ -160,14 +163,14 @@ def convert(
     return manifest
 
 
-def _write(job: Job, folder: Path, work: Path, tell: Progress) -> Made:
-    if not job.form.merges:
-        return write_sidecar(job, folder, tell)
+def _write(fold: GGUFFold, folder: Path, work: Path, tell: Progress) -> Made:
+    if not fold.form.merges:
+        return write_sidecar(fold, folder, tell)
     from safegene_converter.gguf.merge import (
         write_merged,  # a sidecar is written before it is loaded
     )
 
-    return write_merged(job, folder, work, tell)
+    return write_merged(fold, folder, work, tell)
 
 
 def _check_request(form: Form, type_name: str, base: Base) -> None:
@@ -272,27 +275,27 @@ def _prove_transforms(adapter: Adapter, hf_base: Base, base: Base) -> float:
     return worst
 
 
-def _check(job: Job, folder: Path, work: Path, made: Made) -> dict[str, Any]:
+def _check(fold: GGUFFold, folder: Path, work: Path, made: Made) -> dict[str, Any]:
     """The postcondition, in a child process; a merged model is compared with an F32 sidecar."""
     from safegene_converter.gguf.selfcheck import check_artifact
 
     path = sidecar = folder / made.file.path
-    if job.form.merges:
+    if fold.form.merges:
         oracle = work / "oracle"
         oracle.mkdir()
-        as_sidecar = dataclasses.replace(job, form=GGUF_SIDECAR, type_name="f32")
+        as_sidecar = dataclasses.replace(fold, form=GGUF_SIDECAR, type_name="f32")
         write_sidecar(as_sidecar, oracle, lambda stage, done, total: None)
         sidecar = oracle / GGUF.adapter_file
     header = read_gguf(path)
     tensors = {name: [info.type.name, list(info.shape)] for name, info in header.tensors.items()}
     return check_artifact(
         made.base,
-        path if job.form.merges else None,
+        path if fold.form.merges else None,
         sidecar,
-        job.adapter,
+        fold.adapter,
         {
             "tensors": tensors,
             "precision": made.precision,
-            "gain": [job.bounds.gain_min, job.bounds.gain_max],
+            "gain": [fold.bounds.gain_min, fold.bounds.gain_max],
         },
     )

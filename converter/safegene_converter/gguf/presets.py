@@ -24,7 +24,9 @@ from safegene_runtime.errors import (
     Problems,
     UnsupportedError,
 )
-from safegene_runtime.formats.gguf import GGMLType, open_model
+from safegene_runtime.extras import need
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.types import GGMLType
 
 __all__ = ["PRESETS", "Preset", "preset", "preset_types", "quantize_gguf"]
 
@@ -205,6 +207,7 @@ def _run(
         "overrides": {name: int(type) for name, type in (overrides or {}).items()},
         "threads": usable_cpus(),
     }
+    need("llama_cpp")
     return run_child(
         [sys.executable, "-m", "safegene_converter.gguf.quantize_child"],
         what=f"llama_model_quantize {src} as {wanted.name}",

@@ -32,9 +32,9 @@ from safegene_converter.fold.effect import PROBE, Gain, compared_rows, effect, s
 from safegene_converter.inputs.adapter import Adapter, read_adapter
 from safegene_converter.inputs.base import open_base
 from safegene_runtime.child import answer_job, run_job
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import PostconditionError, Problems
-from safegene_runtime.formats.gguf import map_tensor
+from safegene_runtime.formats.gguf.tensors import map_tensor
 from safegene_runtime.gating.bounds import beta_band
 
 __all__ = ["check_artifact"]

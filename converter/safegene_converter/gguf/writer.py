@@ -16,16 +16,18 @@ from typing import Any
 
 from safegene_converter.fold.stream import Bytes, OutputStream, as_bytes
 from safegene_runtime.errors import FormatError, Problem, Problems
-from safegene_runtime.formats.gguf import (
+from safegene_runtime.formats.gguf.header import (
     ALIGNMENTS,
     DEFAULT_ALIGNMENT,
     MAGIC,
     MAX_DIMS,
     MAX_KEY_BYTES,
     MAX_NAME_BYTES,
+    TensorInfo,
+)
+from safegene_runtime.formats.gguf.types import (
     SCALAR_FORMATS,
     GGMLType,
-    TensorInfo,
     Texts,
     Value,
     ValueType,

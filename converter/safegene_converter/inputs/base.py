@@ -23,7 +23,6 @@ from safegene_converter.inputs.base_checks import (
     check_tokenizer,
     count,
     read_weights,
-    scalar,
 )
 from safegene_converter.inputs.safetensors_reader import SafetensorsFile
 from safegene_runtime.architecture.row_order import Transform
@@ -32,10 +31,12 @@ from safegene_runtime.architecture.table import (
     architecture_named,
     architecture_of_config,
 )
-from safegene_runtime.errors import BaseModelError, Problem, Problems, UnsupportedError
+from safegene_runtime.errors import BaseModelError, FormatError, Problem, Problems, UnsupportedError
 from safegene_runtime.formats import ggml, strictjson
 from safegene_runtime.formats.files import MANIFEST_NAME, sha256_file
-from safegene_runtime.formats.gguf import GGUFModel, open_model, read_tensor_bytes
+from safegene_runtime.formats.gguf.model import GGUFModel, open_model
+from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
+from safegene_runtime.formats.gguf.weights import head_counts
 
 __all__ = ["Base", "open_base"]
 
@@ -187,10 +188,11 @@ def _open_gguf(path: Path) -> Base:
     architecture = row.name
     problems, refused = Problems(), Problems()
     n_layers = count(metadata.get(f"{architecture}.block_count"), where, "block_count", problems)
-    key = f"{architecture}.attention.head_count"
-    n_head = count(scalar(metadata.get(key)), where, key, problems)
-    kv = scalar(metadata.get(f"{key}_kv", n_head))
-    n_head_kv = count(kv, where, f"{key}_kv", problems)
+    n_head = n_head_kv = 0
+    try:
+        n_head, n_head_kv = head_counts(model)
+    except FormatError as error:
+        problems.extend(error.problems)
     if metadata.get(f"{architecture}.expert_count", 0):
         refused.add(
             where,

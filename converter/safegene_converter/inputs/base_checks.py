@@ -25,7 +25,6 @@ __all__ = [
     "check_tokenizer",
     "count",
     "read_weights",
-    "scalar",
 ]
 
 _INDEX_NAME = "model.safetensors.index.json"
@@ -160,13 +159,6 @@ def check_head(path: Path, magic: bytes, expected: str) -> None:
                 "check --base",
             )
         )
-
-
-def scalar(value: Any) -> Any:
-    """Head counts may be stored per layer; equal ones are one number."""
-    if isinstance(value, (tuple, list)) and len(set(value)) == 1:
-        return value[0]
-    return value
 
 
 def count(value: Any, where: str, name: str, problems: Problems) -> int:

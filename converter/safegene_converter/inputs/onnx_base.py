@@ -17,15 +17,15 @@ from safegene_runtime.architecture.table import (
 )
 from safegene_runtime.artifact.forms import ONNX
 from safegene_runtime.artifact.manifest import is_file_name
-from safegene_runtime.artifact.provenance import ADAPTER_KEY
+from safegene_runtime.artifact.provenance import ADAPTER_KEY, FACTOR_MARK
 from safegene_runtime.errors import BaseModelError, Problem, Problems
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import MANIFEST_NAME, sha256_file
+from safegene_runtime.formats.onnx.config import first_count, head_size
 from safegene_runtime.formats.onnx.file import OnnxFile, read_onnx
 
 __all__ = ["OnnxBase", "open_onnx_base"]
 
-SLOT_MARK = ".safegene.lora_"
 COMPANIONS = (".json", ".jinja", ".model", ".txt")
 """Suffixes of the small files beside a model that runtimes read: configuration, tokenizer, template."""
 
@@ -195,7 +195,7 @@ def _model_file(folder: Path) -> Path:
 def _check_constants(model: OnnxFile) -> None:
     """Refuses a graph whose weights a caller can replace, or that has an adapter already."""
     marks = [name for name in (*model.metadata, *model.initializers)
-             if name == ADAPTER_KEY or SLOT_MARK in name]  # fmt: skip
+             if name == ADAPTER_KEY or FACTOR_MARK in name]  # fmt: skip
     if marks:
         raise BaseModelError(
             Problem(
@@ -225,14 +225,9 @@ def _part_sizes(
     row: Architecture, decoder: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, int]:
     """Rows of each part of a packed projection, as the configuration has them."""
-
-    def first(*values: Any) -> int:
-        return next((value for value in values if type(value) is int and value > 0), 0)
-
-    heads = first(decoder.get("num_attention_heads"), config.get("num_attention_heads"))
-    kv = first(decoder.get("num_key_value_heads"), config.get("num_key_value_heads"), heads)
-    hidden = first(decoder.get("hidden_size"), config.get("hidden_size"))
-    size = first(decoder.get("head_size"), config.get("head_dim"), hidden // heads if heads else 0)
+    heads = first_count("num_attention_heads", decoder, config) or 0
+    kv = first_count("num_key_value_heads", decoder, config) or heads
+    size = head_size(decoder, config) or 0
     return row.head_rows(heads, kv, size)
 
 

@@ -19,19 +19,9 @@ from dataclasses import dataclass
 from safegene_runtime.architecture.table import Architecture, kind_of, parse_paths
 from safegene_runtime.errors import BaseModelError, Problems
 from safegene_runtime.formats.onnx.file import Graph, Node, OnnxFile
-from safegene_runtime.formats.onnx.linear import (
-    FLOAT_DATA,
-    LINEAR_OPS,
-    Layout,
-    StoredLinear,
-    constant_behind,
-    layout_of,
-    producers,
-)
+from safegene_runtime.formats.onnx.linear import PASS_ON, StoredLinear, UnreadLinear, linears
 
 __all__ = [
-    "FLOAT_DATA",
-    "Layout",
     "Linear",
     "Place",
     "find_linears",
@@ -40,8 +30,6 @@ __all__ = [
     "users_of",
 ]
 
-PASS_ON = frozenset({"Transpose", "Identity"})
-"""What `constant_behind` looks through."""
 _SCOPE_KEYS = ("pkg.torch.onnx.name_scopes", "namespace")
 
 
@@ -91,57 +79,33 @@ def find_linears(
             know (for example quantised with DequantizeLinear).
     """
     problems = Problems()
-    made_by, parts = producers(model), architecture.projections()
+    parts = architecture.projections()
     found: list[Linear] = []
-    for index, node in enumerate(model.nodes):
-        if node.op_type not in LINEAR_OPS or len(node.inputs) < 2:
-            continue
-        weight, turned, through = constant_behind(model, made_by, node.inputs[1])
-        if weight is None:
-            texts = [node.name, node.inputs[1], *_scopes(metadata.get(index, {}))]
-            if through and _paths(architecture, texts):
-                problems.add(
-                    str(model.path),
-                    node.name,
-                    "a weight that is an initializer, or packed for MatMulNBits",
-                    f"one that goes through {through}",
-                    "export without QDQ nodes, for example with the onnxruntime-genai builder",
-                )
-            continue
-        texts = [node.name, weight.name, *_scopes(metadata.get(index, {}))]
+    products = linears(model)
+    both: list[StoredLinear | UnreadLinear] = [*products.stored, *products.unread]
+    for each in both:
+        constant = each.weight.name if isinstance(each, StoredLinear) else each.constant
+        texts = [model.nodes[each.node].name, constant, *_scopes(metadata.get(each.node, {}))]
         paths = _paths(architecture, texts)
-        if not paths:
-            continue
         if len(paths) > 1:
             problems.add(
                 str(model.path),
-                node.name,
+                each.name,
                 "names of one module",
                 f"{sorted(paths)}",
                 "export again",
             )
-            continue
-        layer, projection = paths.pop()
-        known = layout_of(node.op_type, node.attributes, weight, turned)
-        if isinstance(known, str):
-            problems.add(str(model.path), node.name, "a linear layer", known, "export again")
-            continue
-        layout, shape = known
-        found.append(
-            Linear(
-                node=index,
-                name=node.name or node.outputs[0],
-                op=node.op_type,
-                weight=weight,
-                layout=layout,
-                shape=shape,
-                layer=layer,
-                projection=projection,
-                parts=parts[projection],
-                x=node.inputs[0],
-                y=node.outputs[0],
+        elif paths and isinstance(each, StoredLinear):
+            layer, projection = paths.pop()
+            found.append(
+                Linear(**vars(each), layer=layer, projection=projection, parts=parts[projection])
             )
-        )
+        elif paths and isinstance(each, UnreadLinear):
+            problems.add(
+                str(model.path), each.name,
+                "a weight that is an initializer, or packed for MatMulNBits", each.why,
+                "export without QDQ nodes, for example with the onnxruntime-genai builder",
+            )  # fmt: skip
     problems.raise_if_any(BaseModelError)
     return found
 

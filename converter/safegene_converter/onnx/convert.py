@@ -14,6 +14,7 @@ A stacked and B block-diagonal, so that they cost two small products and not six
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,12 @@ from safegene_converter.inputs.base import Base
 from safegene_converter.inputs.onnx_base import OnnxBase, open_onnx_base
 from safegene_converter.inputs.onnx_proto import load_proto
 from safegene_converter.onnx.branch import branch, slot_entries, slot_names, write_adapter
-from safegene_converter.onnx.job import Job, Touched, prove_weights, touched_weights
+from safegene_converter.onnx.fold import (
+    OnnxFold,
+    Touched,
+    prove_weights,
+    touched_weights,
+)
 from safegene_converter.onnx.merge import merge
 from safegene_converter.onnx.selfcheck import check_onnx
 from safegene_converter.onnx.unchanged import METADATA_PREFIX
@@ -37,7 +43,7 @@ from safegene_runtime.artifact.forms import ONNX, ONNX_BRANCH, ONNX_MERGED, Form
 from safegene_runtime.artifact.manifest import FileEntry, Manifest, ModuleEntry
 from safegene_runtime.artifact.onnx_checks import precision_class
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, adapter_digest
-from safegene_runtime.engines.ort import read_text_files
+from safegene_runtime.engines.ort_text import read_text_files
 from safegene_runtime.errors import Problem, UnsupportedError
 from safegene_runtime.formats.files import (
     MANIFEST_NAME,
@@ -48,9 +54,10 @@ from safegene_runtime.formats.files import (
 )
 from safegene_runtime.formats.onnx.file import read_onnx
 from safegene_runtime.formats.onnx.tensor import DataType
+from safegene_runtime.gating.bounds import precision_of
 from safegene_runtime.progress import Progress
 
-__all__ = ["OnnxBase", "convert_onnx", "default_form", "open_onnx_base", "write_job"]
+__all__ = ["OnnxBase", "convert_onnx", "default_form", "open_onnx_base", "write_fold"]
 
 CAUTION = (
     f"any caller can leave {ONNX.adapter_file} out, and is served the base; ONNX Runtime itself ignores an "
@@ -114,20 +121,21 @@ def convert_onnx(
         hf, opened, about = export_base(source, work, export, tell)
         settings: dict[str, Any] = {"form": form or "auto", **about}
         check_source_fits(adapter, opened)
+        precision_class(opened.model)  # one that is not known is refused before the work
         text = read_text_files(opened.folder)
         touched = touched_weights(adapter, opened)
         if hf is not None:
             settings["weight_error"] = prove_weights(touched, opened, hf)
         chosen = wanted or default_form(opened, touched)
-        job = Job(adapter, opened, hf, chosen, touched, bounds or Bounds(), promote)
+        fold = OnnxFold(adapter, opened, hf, chosen, touched, bounds or Bounds(), promote)
         if chosen.merges:
-            settings["bounds"], settings["promote"] = vars(job.bounds), promote
-        if cautions := _cautions(chosen, opened):
+            settings["bounds"], settings["promote"] = vars(fold.bounds), promote
+        if cautions := [*adapter.cautions, *_cautions(chosen, opened)]:
             settings["caution"] = "; ".join(cautions)
-        files, modules, precision_class = write_job(job, folder, tell)
+        files, modules, served_class = write_fold(fold, folder, tell)
         if check:
             tell("checking what was written", 0, 1)
-            settings["self_check"] = _check(job, folder, work)
+            settings["self_check"] = _check(fold, folder, work)
             tell("checking what was written", 1, 1)
         manifest = Manifest(
             tool={"name": "safegene", "version": __version__},
@@ -136,7 +144,7 @@ def convert_onnx(
                 "form": chosen.name,
                 "architecture": opened.architecture,
                 "name": source.name,
-                "precision": precision_class,
+                "precision": served_class,
             },
             base={
                 "kind": ONNX.name if isinstance(source, OnnxBase) else source.kind,
@@ -157,7 +165,7 @@ def convert_onnx(
             settings=settings,
             files=tuple(files),
             modules=tuple(modules),
-            slots=slot_entries(job) if chosen.has_slots else (),
+            slots=slot_entries(fold) if chosen == "adapter" else (),
         )
         shutil.rmtree(work)
         (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
@@ -201,13 +209,13 @@ def default_form(base: OnnxBase, touched: Sequence[Touched]) -> Form:
     return ONNX_BRANCH if packed else ONNX_MERGED
 
 
-def write_job(
-    job: Job, folder: Path, tell: Progress
+def write_fold(
+    fold: OnnxFold, folder: Path, tell: Progress
 ) -> tuple[list[FileEntry], list[ModuleEntry], str]:
     """Writes the files of an artifact, but for its manifest, into an empty folder.
 
     Args:
-        job: the request.
+        fold: what is folded into what.
         folder: where to.
         tell: told how far it is.
 
@@ -217,13 +225,13 @@ def write_job(
     Raises:
         SafeGeneError: one of its kinds.
     """
-    model = job.base.model
+    model = fold.base.model
     proto = load_proto(model)
     change = Change()
     files: list[FileEntry] = []
-    fold = merge if job.form.merges else branch
-    modules = fold(job, proto, change, tell)
-    _provenance(job, proto)
+    write = merge if fold.form.merges else branch
+    modules = write(fold, proto, change, tell)
+    _provenance(fold, proto)
     total, done = sum(path.stat().st_size for path in model.files), 0
 
     def step(count: int) -> None:
@@ -235,18 +243,18 @@ def write_job(
     for name, digest in sorted(digests.items()):
         role = "model" if name == model.path.name else "data"
         files.append(FileEntry(name, role, (folder / name).stat().st_size, digest))
-    if job.form.has_adapter:
+    if fold.form.has_adapter:
         path = folder / ONNX.adapter_file
-        write_adapter(job, path)
+        write_adapter(fold, path)
         files.append(FileEntry(path.name, "adapter", path.stat().st_size, sha256_file(path)))
-    for source in job.base.companions:
+    for source in fold.base.companions:
         shutil.copyfile(source, folder / source.name)
         data = (folder / source.name).read_bytes()
         files.append(FileEntry(source.name, "config", len(data), sha256_of(data)))
     return files, modules, precision_class(read_onnx(folder / model.path.name))
 
 
-def _provenance(job: Job, proto: Any) -> None:
+def _provenance(fold: OnnxFold, proto: Any) -> None:
     """`safegene.*` metadata_props: what a reader of the single file can learn."""
     kept = [prop for prop in proto.metadata_props if not prop.key.startswith(METADATA_PREFIX)]
     copies = [(prop.key, prop.value) for prop in kept]
@@ -254,38 +262,46 @@ def _provenance(job: Job, proto: Any) -> None:
     for key, value in (
         *copies,
         ("safegene.version", __version__),
-        ("safegene.form", job.form.name),
-        ("safegene.expression", job.adapter.expression),
-        (ADAPTER_KEY, adapter_digest(job.adapter.digests)),
-        ("safegene.modules", str(len(job.adapter.modules))),
+        ("safegene.form", fold.form.name),
+        ("safegene.expression", fold.adapter.expression),
+        (ADAPTER_KEY, adapter_digest(fold.adapter.digests)),
+        ("safegene.modules", str(len(fold.adapter.modules))),
     ):
         proto.metadata_props.add(key=key, value=value)
 
 
-def _check(job: Job, folder: Path, work: Path) -> dict[str, Any]:
+def _rounding(fold: OnnxFold) -> str:
+    """The class of what a merge rounds; what else is written computes as the branch does."""
+    packed = [one.linear for one in fold.touched if one.linear.layout == "nbits"]
+    if not fold.form.merges or not packed:
+        return "f16"
+    return precision_of({linear.type: math.prod(linear.shape) for linear in packed})
+
+
+def _check(fold: OnnxFold, folder: Path, work: Path) -> dict[str, Any]:
     """Re-opens the artifact in a child process, beside a branch made for the check."""
     oracle = folder
-    if job.form is not ONNX_BRANCH:
+    if fold.form is not ONNX_BRANCH:
         oracle = work / "oracle"
         oracle.mkdir()
-        branch = dataclasses.replace(job, form=ONNX_BRANCH)
-        write_job(branch, oracle, lambda stage, done, total: None)
+        branch = dataclasses.replace(fold, form=ONNX_BRANCH)
+        write_fold(branch, oracle, lambda stage, done, total: None)
     slots = {
         one.linear.weight.name: {
             "names": list(slot_names(one.linear)),
             "modules": [[module.name, *place.rows] for module, place in one.parts],
         }
-        for one in job.touched
+        for one in fold.touched
     }
-    name = job.base.model.path.name
+    name = fold.base.model.path.name
     return check_onnx(
-        base=job.base.model.path,
+        base=fold.base.model.path,
         artifact=folder / name,
-        adapter_file=folder / ONNX.adapter_file if job.form.has_adapter else None,
+        adapter_file=folder / ONNX.adapter_file if fold.form.has_adapter else None,
         oracle=oracle / name,
-        adapter=job.adapter,
-        form=job.form,
+        adapter=fold.adapter,
+        form=fold.form,
         slots=slots,
-        survived=(job.bounds.gain_min, job.bounds.gain_max),
-        is_float=not job.form.merges or all(one.linear.layout != "nbits" for one in job.touched),
+        survived=(fold.bounds.gain_min, fold.bounds.gain_max),
+        precision=_rounding(fold),
     )

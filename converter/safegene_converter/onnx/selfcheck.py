@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from safegene_converter.fold.effect import PROBE, REPORT, Gain, compared_rows, effect, scaled_b
 from safegene_converter.inputs.adapter import Adapter, Module, read_adapter
-from safegene_converter.onnx.job import WEIGHT_ERROR_MAX
+from safegene_converter.onnx.fold import WEIGHT_ERROR_MAX
 from safegene_converter.onnx.reader import OnnxReader, StoredWeight
 from safegene_converter.onnx.unchanged import NOTHING_ELSE, compare_unchanged
 from safegene_runtime.artifact.forms import ONNX, Form, form_named
@@ -64,7 +64,7 @@ def check_onnx(
     form: Form,
     slots: dict[str, Any],
     survived: tuple[float, float],
-    is_float: bool,
+    precision: str,
 ) -> dict[str, Any]:
     """Checks a finished artifact in a child process.
 
@@ -77,7 +77,7 @@ def check_onnx(
         form: of the artifact.
         slots: {weight: {"names": [A, B], "modules": [[module, first row, end]]}}.
         survived: the least and the greatest gain that counted as surviving a merge.
-        is_float: whether the artifact's arithmetic is the branch's but for rounding.
+        precision: the class that the rounding of the artifact beside the branch is of.
 
     Returns:
         {"beta": ..., "shift": root mean square of the expected change of the logits}.
@@ -95,7 +95,7 @@ def check_onnx(
         "form": form.name,
         "slots": slots,
         "survived": survived,
-        "is_float": is_float,
+        "precision": precision,
     }
     what = f"self-check of {artifact}"
     return run_job("safegene_converter.onnx.selfcheck", job, what=what, error=PostconditionError)
@@ -116,7 +116,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
             str(artifact), "logits without the adapter", "the base's, bit for bit", "others",
             "rank 0 adds nothing: please report this",
         )  # fmt: skip
-    band = beta_band("f16" if job["is_float"] else "unknown")
+    band = beta_band(job["precision"])
     found = effect(band, z_base, z_expected, z_artifact, str(artifact), problems)
     problems.raise_if_any(PostconditionError)
     return found

@@ -33,6 +33,7 @@ __all__ = [
     "layer_of",
     "linear_modules",
     "module_kinds",
+    "modules_of",
     "parse_module",
     "parse_paths",
 ]
@@ -274,6 +275,12 @@ def layer_of(module: str) -> int:
 def linear_modules() -> tuple[str, ...]:
     """The linear modules of a block that any row knows, each once, in the order of the rows."""
     return tuple(dict.fromkeys(part for row in TABLE.values() for part in row.tensors))
+
+
+def modules_of(layer: int) -> tuple[str, ...]:
+    """The linear modules of a block under every name that a row has for them."""
+    names = (row.module_name(layer, part) for row in TABLE.values() for part in row.tensors)
+    return tuple(dict.fromkeys(names))
 
 
 def module_kinds() -> tuple[str, ...]:

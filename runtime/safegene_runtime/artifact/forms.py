@@ -11,9 +11,7 @@ Code asks a form what it implies and compares no names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from safegene_runtime.errors import Problem, UnsupportedError
 
@@ -48,6 +46,7 @@ class Target:
         types: what the option `type` may say; None: any that the target's encoder knows.
         adapter_file: what the file of a delta is called, where it is one of its own.
         model_file: what a model is called; None: as in the base.
+        takes_digests: whether its engine reads files beside the model, and so is told their digests.
     """
 
     name: str
@@ -56,6 +55,7 @@ class Target:
     types: tuple[str, ...] | None
     adapter_file: str
     model_file: str | None
+    takes_digests: bool
 
 
 @dataclass(frozen=True)
@@ -91,25 +91,14 @@ class Form:
         """Whether the delta is a file of its own, so that the plain base can be run as well."""
         return "adapter" in self.roles
 
-    def engine_settings(self, digests: Mapping[str, str], exact: bool) -> dict[str, Any]:
-        """What its engine is opened with.
-
-        Args:
-            digests: SHA-256 of the artifact's files by name, which ONNX Runtime is held to.
-            exact: llama.cpp keeps keys and values in F32, not in F16 as people run it.
-        """
-        if self.target is ONNX:
-            return {"digests": dict(digests)}
-        return {"kv_type": "f32" if exact else "f16"}
-
 
 GGUF = Target(
     "gguf", "GGUF", ("imatrix", "llama_cpp"), None, adapter_file="adapter.gguf",
-    model_file="model.gguf",
+    model_file="model.gguf", takes_digests=False,
 )  # fmt: skip
 ONNX = Target(
     "onnx", "ONNX", ("precision", "block_size", "accuracy_level", "builder_option"),
-    ("auto", "keep"), adapter_file="adapter.onnx_adapter", model_file=None,
+    ("auto", "keep"), adapter_file="adapter.onnx_adapter", model_file=None, takes_digests=True,
 )  # fmt: skip
 TARGETS = (GGUF, ONNX)
 

@@ -1,4 +1,4 @@
-"""The first rung: the folder is what its manifest says, and belongs to this reference."""
+"""The rung `integrity`: the folder is what its manifest says, and belongs to this reference."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from safegene_runtime.artifact.manifest import Manifest, check_files
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, check_provenance
 from safegene_runtime.errors import EngineError, ManifestError, Problem, Problems, RecordError
 from safegene_runtime.formats.files import sha256_file
-from safegene_runtime.formats.gguf import GGUFModel, open_model, read_gguf
+from safegene_runtime.formats.gguf.header import read_gguf
+from safegene_runtime.formats.gguf.model import GGUFModel, open_model
+from safegene_runtime.formats.gguf.weights import elements_by_type
 from safegene_runtime.gating.bounds import precision_of
 from safegene_runtime.record.reference import Reference
 
-__all__ = ["Served", "check_integrity", "model_precision"]
+__all__ = ["ServedModel", "check_integrity", "model_precision"]
 
 Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """What an artifact makes an engine run, and the bounds class of its weights."""
 
     model: Path
@@ -31,7 +33,7 @@ class Served:
 
 def check_integrity(
     manifest: Manifest, folder: Path, record: Reference | None, base: Path | None, tell: Tell
-) -> Served:
+) -> ServedModel:
     """Holds the files against the manifest, and the manifest against the reference, if there is one.
 
     Raises:
@@ -39,6 +41,7 @@ def check_integrity(
         RecordError: the reference was recorded with another adapter or expression.
         EngineError: a sidecar without its base, or a base where none is needed.
         FormatError: a model file that breaks its format.
+        UnsupportedError: weights whose precision is not known.
     """
     total, done = sum(entry.size_bytes for entry in manifest.files), 0
 
@@ -72,13 +75,13 @@ def check_integrity(
         from safegene_runtime.artifact.onnx_checks import check_onnx_artifact
 
         precision = check_onnx_artifact(manifest, paths["model"])
-        return Served(paths["model"], paths.get("adapter"), precision)
+        return ServedModel(paths["model"], paths.get("adapter"), precision)
     if manifest.form.carries_base:
         header = open_model(paths["model"])
         check_provenance(manifest, header.get(ADAPTER_KEY), str(paths["model"]), problems)
         _check_touched(manifest, header, str(paths["model"]), problems)
         problems.raise_if_any(ManifestError)
-        return Served(paths["model"], None, model_precision(header))
+        return ServedModel(paths["model"], None, model_precision(header))
     if base is None or not base.is_file():
         got = "nothing" if base is None else f"{base}: {'a folder' if base.is_dir() else 'no file'}"
         raise EngineError(
@@ -106,7 +109,7 @@ def check_integrity(
             "this is not the base that the sidecar was made for",
         )
     problems.raise_if_any(ManifestError)
-    return Served(base, paths["adapter"], model_precision(header))
+    return ServedModel(base, paths["adapter"], model_precision(header))
 
 
 def _check_same_adapter(manifest: Manifest, folder: Path, record: Reference) -> None:
@@ -161,10 +164,9 @@ def _check_touched(manifest: Manifest, header: GGUFModel, where: str, problems: 
 
 
 def model_precision(header: GGUFModel) -> str:
-    """The class of the weights that are served, from their own header, not from the manifest."""
-    elements: dict[str, int] = {}
-    for name, info in header.tensors.items():
-        if name.startswith("blk.") and len(info.shape) == 2:
-            count = info.shape[0] * info.shape[1]
-            elements[info.type.name] = elements.get(info.type.name, 0) + count
-    return precision_of(elements)
+    """The class of the weights that are served, from their own header, not from the manifest.
+
+    Raises:
+        UnsupportedError: weights of a type that has no class, or none at all.
+    """
+    return precision_of(elements_by_type(header.tensors.values()), str(header.shards[0].path))

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from safegene_runtime.errors import EngineError, Problem
+from safegene_runtime.extras import need
 
 __all__ = ["render", "render_all"]
 
@@ -88,11 +89,13 @@ def render_all(
         max_bytes: UTF-8 bytes one rendered conversation may have.
 
     Raises:
-        EngineError: Jinja2 is missing, or the template is wrong, raised an exception, left the
+        MissingPackageError: Jinja2 is not installed.
+        EngineError: the template is wrong, raised an exception, left the
             sandbox, took too long, or grew too large.
     """
     if not conversations:
         return []
+    need("jinja2")
     if len(template) > MAX_TEMPLATE_BYTES:
         raise _error(f"at most {MAX_TEMPLATE_BYTES} characters", str(len(template)))
     request = {
@@ -160,11 +163,8 @@ def _error(expected: str, got: str) -> EngineError:
 def _child() -> None:
     """Answers the request on stdin with JSON on stdout; runs in the child only."""
     request = json.load(sys.stdin)
-    try:
-        import jinja2
-    except ImportError as error:
-        print(json.dumps({"error": f"{error}; pip install 'safegene[gguf]'"}))
-        return
+    import jinja2
+
     _limit_resources(request["cpu_s"])
     try:
         template = _compile(request["template"], request["now"])

@@ -1,8 +1,4 @@
-"""What a verified artifact runs on: token ids in, logits and greedy ids out.
-
-An engine is opened from a file and nothing else decides which one: the suffix does. Engines are
-imported when they are opened, so that this package costs numpy until then.
-"""
+"""What every engine promises, token ids in, logits and greedy ids out, and the checks they share."""
 
 from __future__ import annotations
 
@@ -14,7 +10,9 @@ import numpy as np
 
 from safegene_runtime.errors import EngineError, Problem
 
-__all__ = ["Engine", "OnProgress", "checked_ids", "shared_length"]
+__all__ = [
+    "Engine", "OnProgress", "checked_ids", "checked_keep", "checked_limits", "shared_length",
+]  # fmt: skip
 
 
 OnProgress = Callable[[int], None]
@@ -135,6 +133,34 @@ def checked_ids(
         most = f"at most {limit} ids, what the model was made for"
         raise EngineError(Problem(where, "length", most, str(len(row) + extra), "shorten it"))
     return row
+
+
+def checked_keep(keep: Sequence[int], rows: Sequence[np.ndarray]) -> list[int]:
+    """How many rows of logits each sequence asks for.
+
+    Raises:
+        EngineError: not one number for each sequence, or one out of range.
+    """
+    if len(keep) != len(rows):
+        raise EngineError(Problem("logits", "keep", f"{len(rows)} numbers", str(len(keep))))
+    for i, (ids, count) in enumerate(zip(rows, keep, strict=True)):
+        if not 1 <= count <= len(ids):
+            raise EngineError(Problem("logits", f"keep[{i}]", f"1 to {len(ids)}", str(count)))
+    return list(keep)
+
+
+def checked_limits(max_tokens: int | Sequence[int], count: int) -> list[int]:
+    """How many ids each of `count` prompts may get.
+
+    Raises:
+        EngineError: not one number for each prompt, or a negative one.
+    """
+    limits = [max_tokens] * count if isinstance(max_tokens, int) else list(max_tokens)
+    if len(limits) != count or any(limit < 0 for limit in limits):
+        raise EngineError(
+            Problem("generate", "max_tokens", f"{count} numbers >= 0", str(max_tokens)[:200])
+        )
+    return limits
 
 
 def shared_length(rows: Sequence[np.ndarray], keep: Sequence[int]) -> int:

@@ -10,7 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from safegene_runtime.errors import EngineError, Problems
-from safegene_runtime.formats.gguf import GGUFFile, GGUFModel, ValueType, open_model, read_gguf
+from safegene_runtime.formats.gguf.header import GGUFFile, read_gguf
+from safegene_runtime.formats.gguf.model import GGUFModel, open_model
+from safegene_runtime.formats.gguf.types import ValueType
 
 __all__ = ["check_adapter_header", "check_model_header"]
 

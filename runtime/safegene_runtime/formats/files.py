@@ -72,8 +72,8 @@ def open_regular(path: Path, *, follow_symlinks: bool = False) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_small_file(path: Path, max_bytes: int) -> bytes:
-    """Reads a whole file of at most `max_bytes` bytes.
+def read_small_file(path: Path, max_bytes: int, *, follow_symlinks: bool = False) -> bytes:
+    """Reads a whole file of at most `max_bytes` bytes; no more memory is asked for than it has.
 
     Raises:
         FormatError: as `open_regular`, the file is larger, or it changed while it was read.
@@ -82,7 +82,7 @@ def read_small_file(path: Path, max_bytes: int) -> bytes:
     def wrong_size(expected: str, got: int, fix: str) -> FormatError:
         return FormatError(Problem(str(path), "size", expected, f"{got} bytes", fix))
 
-    with open_regular(path) as file:
+    with open_regular(path, follow_symlinks=follow_symlinks) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise wrong_size(f"at most {max_bytes} bytes", size, "is it the right file?")

@@ -26,7 +26,7 @@ from safegene_runtime.engines.ort_packages import ort_packages, read_tokenizer
 from safegene_runtime.errors import EngineError, Problem, Problems, SafeGeneError, UnsupportedError
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import read_small_file, sha256_file, sha256_of
-from safegene_runtime.formats.gguf import open_model
+from safegene_runtime.formats.gguf.model import open_model
 from safegene_runtime.judging.judge import JUDGE_NAME, Judge, RulesAndNgram
 from safegene_runtime.judging.rules import Label, form_of
 

@@ -29,7 +29,7 @@ from safegene_runtime.record.attacks import attack_names
 from safegene_runtime.record.reference import PromptRecord, Reference
 from safegene_runtime.serving.server import TIMEOUT_S, Server, ServerRefusalError, ServerReply
 from safegene_runtime.verifying.climb import refusals_rung
-from safegene_runtime.verifying.report import Outcome, Report, Rung
+from safegene_runtime.verifying.report import PromptOutcome, Report, Rung
 
 __all__ = ["check_server"]
 
@@ -112,9 +112,9 @@ class _Asking:
 
         run_in_order(self.pairs(), profile, seed, run)
 
-    def outcome(self, index: int) -> Outcome:
+    def outcome(self, index: int) -> PromptOutcome:
         """One prompt that was asked, as reports show it."""
-        return Outcome.of(
+        return PromptOutcome.of(
             self.record.prompts[index],
             self.labels[index],
             self.replies[index].text,

@@ -31,14 +31,10 @@ from safegene_runtime.artifact.served_gguf import decoded
 from safegene_runtime.engines.llama_checks import check_model_header
 from safegene_runtime.errors import BaseModelError, EngineError, Problems
 from safegene_runtime.formats.files import sha256_file
-from safegene_runtime.formats.gguf import (
-    GGUFModel,
-    TensorInfo,
-    Value,
-    ValueType,
-    map_tensor,
-    open_model,
-)
+from safegene_runtime.formats.gguf.header import TensorInfo
+from safegene_runtime.formats.gguf.model import GGUFModel, open_model
+from safegene_runtime.formats.gguf.tensors import map_tensor
+from safegene_runtime.formats.gguf.types import Value, ValueType
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying.static_proof import UNDECIDED, absence_proof
 

@@ -1,7 +1,7 @@
 """One teacher-forced pass: what an engine thinks at every step of the reference's own replies.
 
-Fed as token ids, so that nothing but the weights and the arithmetic is compared. `ladder` reads its
-third and fourth rung off it, and most of the fifth.
+Fed as token ids, so that nothing but the weights and the arithmetic is compared. `ladder` reads
+`active` and `logits` off it, and most of `refusals`.
 """
 
 from __future__ import annotations

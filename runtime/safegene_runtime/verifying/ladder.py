@@ -1,15 +1,15 @@
 """Refusal parity, as a ladder: each rung is dearer than the one below, and the first to break is named.
 
-    1 integrity   the folder is what its manifest says; the adapter is the reference's
-    2 static      the recorded delta is in the stored weights, once (beta_W = 1), without inference
-    3 text        chat template byte for byte, token ids id for id, no double BOS
-    4 active      logits moved away from the base, by what the reference moved (beta = 1)
-    5 logits      KL(PyTorch || artifact) and top-1 agreement on the reference's continuations
-    6 refusals    greedy replies, judged, paired with the reference's, and gated
+    integrity   the folder is what its manifest says; the adapter is the reference's
+    static      the recorded delta is in the stored weights, once (beta_W = 1), without inference
+    text        chat template byte for byte, token ids id for id, no double BOS
+    active      logits moved away from the base, by what the reference moved (beta = 1)
+    logits      KL(PyTorch || artifact) and top-1 agreement on the reference's continuations
+    refusals    greedy replies, judged, paired with the reference's, and gated
 
-Rungs 4 and 5 share one teacher-forced pass. It also proves most of rung 6 (`replies.py`). A rung that
-breaks is FAIL, whatever comes above; else the gate decides, and it is VACUOUS where the base would
-pass it too.
+`active` and `logits` share one teacher-forced pass. It also proves most of `refusals` (`replies.py`).
+A rung that breaks is FAIL, whatever comes above; else the gate decides, and it is VACUOUS where the
+base would pass it too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from safegene_runtime.artifact.integrity import check_integrity
 from safegene_runtime.artifact.manifest import Manifest, read_manifest
 from safegene_runtime.cpus import thread_count
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import engine_for, open_engine
 from safegene_runtime.errors import ManifestError
 from safegene_runtime.gating.gate import Profile
 from safegene_runtime.judging.judge import Judge, RulesAndNgram
@@ -48,6 +48,7 @@ def verify(
     mode: Mode = "strict",
     judge: Judge | None = None,
     threads: int | None = None,
+    engine: str | None = None,
     write: bool = True,
     on_progress: Tell | None = None,
 ) -> Report:
@@ -65,6 +66,7 @@ def verify(
         mode: `strict` compares arithmetic (F32 KV cache), `as-shipped` runs llama.cpp as people do.
         judge: what labels replies; the reference's own is needed. The built-in one by default.
         threads: CPU threads of the engine; all by default.
+        engine: the name of one; by default the artifact's suffix decides.
         write: put the verdict into the artifact's manifest.
         on_progress: told (stage, done, total).
 
@@ -108,30 +110,33 @@ def verify(
         detail += f"; {control.name} is its base without the adapter"
     climb.add(Rung("integrity", "ok", detail, figures))
     climb.static()
+    kind = engine_for(climb.served.model, engine)
     settings: dict[str, Any] = {
+        "engine": kind.name,
         "threads": threads,
-        **manifest.form.engine_settings(manifest.digests, exact=mode == "strict"),
+        **kind.modes.get(mode, {}),
+        **manifest.engine_settings(),
     }
     climb.tell("loading the artifact", 0, 1)
     opened = time.monotonic()
-    with open_engine(climb.served.model, climb.served.adapter, **settings) as engine:
+    with open_engine(climb.served.model, climb.served.adapter, **settings) as running:
         climb.engine_seconds += time.monotonic() - opened
         climb.tell("loading the artifact", 1, 1)
         climb.about = {
-            "name": engine.name,
-            "version": engine.version,
-            "settings": dict(engine.settings),
+            "name": running.name,
+            "version": running.version,
+            "settings": dict(running.settings),
         }
-        climb.text(engine)
+        climb.text(running)
         if sequential:
-            climb.sequentially(engine)
+            climb.sequentially(running)
         else:
-            climb.run(engine, climb.chosen)
+            climb.run(running, climb.chosen)
     plain = control if climb.served.adapter is None else climb.served.model
     if plain is not None and climb.runs:
         opened = time.monotonic()
-        with open_engine(plain, None, **settings) as engine:
-            climb.base(engine)
+        with open_engine(plain, None, **settings) as running:
+            climb.base(running)
         climb.engine_seconds += time.monotonic() - opened
     climb.compare()
     climb.gate(sequential)

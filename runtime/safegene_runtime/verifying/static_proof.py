@@ -27,9 +27,11 @@ from typing import Any
 from safegene_runtime.architecture.table import module_kinds, parse_module
 from safegene_runtime.artifact.forms import ONNX
 from safegene_runtime.artifact.manifest import Manifest, ModuleEntry
-from safegene_runtime.artifact.served_gguf import Found, GGUFWeights, Served
+from safegene_runtime.artifact.served import Found, ServedWeights
+from safegene_runtime.artifact.served_gguf import GGUFWeights
 from safegene_runtime.errors import Problem, Problems, RecordError
-from safegene_runtime.record.factors import ModuleFactors, inner
+from safegene_runtime.gating.bounds import class_of
+from safegene_runtime.record.added_weights import ModuleFactors, inner
 from safegene_runtime.record.reference import Reference
 
 __all__ = ["UNDECIDED", "ModuleProof", "StaticProof", "absence_proof", "static_proof"]
@@ -163,10 +165,11 @@ def static_proof(
     Raises:
         RecordError: a reference without factors, or of other modules than the artifact's.
         ManifestError: a module whose tensor is not in the model.
+        UnsupportedError: a type of weights or factors that is not known.
         SafeGeneError: files that cannot be read.
     """
     pairs = _pair(manifest, record)
-    served: Served
+    served: ServedWeights
     if manifest.form.target is ONNX:
         from safegene_runtime.artifact.served_onnx import OnnxWeights
 
@@ -217,7 +220,7 @@ def absence_proof(
 
 
 def _measured(
-    served: Served,
+    served: ServedWeights,
     pairs: Sequence[tuple[ModuleEntry, ModuleFactors]],
     tell: Tell | None,
     stage: str,
@@ -275,6 +278,9 @@ class _Judged:
 
 
 def _module(tensor: str, added: ModuleFactors, found: Found, same: bool) -> _Judged:
+    for carrier in (found, found.carried):
+        if carrier is not None:
+            class_of(carrier.type, tensor)  # a type without a class has no bands either
     shift = found.dot / added.norm - added.s0
     beta, error, error_limit = shift, None, 0.0
     if found.carried is not None:

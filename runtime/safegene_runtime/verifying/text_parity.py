@@ -1,4 +1,4 @@
-"""The second rung: the artifact is asked what the reference was asked, id for id."""
+"""The rung `text`: the artifact is asked what the reference was asked, id for id."""
 
 from __future__ import annotations
 

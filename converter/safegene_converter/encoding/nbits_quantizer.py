@@ -14,15 +14,12 @@ from safegene_runtime.formats.onnx.nbits import (
     Packed,
     Rows,
     blob,
-    can_encode,
     check_kind,
-    dequantize,
     n_blocks,
-    nbytes,
     zero_points_of,
 )
 
-__all__ = ["NBits", "Packed", "can_encode", "dequantize", "nbytes", "quantize"]
+__all__ = ["quantize"]
 
 
 def quantize(weight: Rows, kind: NBits) -> Packed:

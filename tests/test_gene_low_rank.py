@@ -12,7 +12,7 @@ from safegene_converter.gene.consensus import (
     shared_dense,
     sign_consensus,
 )
-from safegene_converter.gene.factors import (
+from safegene_converter.gene.low_rank import (
     Factors,
     combine,
     inner,

@@ -9,12 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from safegene_runtime.errors import EngineError, PostconditionError, Problem, UnsupportedError
-from safegene_runtime.formats.ggml import Bytes, FloatRows, dequantize, for_row_chunks, library
-from safegene_runtime.formats.gguf import GGMLType, type_traits
+from safegene_runtime.formats.ggml import Bytes, FloatRows, for_row_chunks, library
+from safegene_runtime.formats.gguf.types import GGMLType, type_traits
 
-__all__ = [
-    "OutOfRangeError", "can_encode", "dequantize", "quantize", "requires_imatrix",
-]  # fmt: skip
+__all__ = ["OutOfRangeError", "can_encode", "quantize", "requires_imatrix"]
 
 # The cases of ggml_quantize_chunk (ggml.c). NVFP4 is left out on purpose: its blocks are relative
 # to a second tensor (`*.scale`), so rows alone do not say what is stored.

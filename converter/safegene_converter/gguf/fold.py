@@ -1,10 +1,9 @@
-"""A checked request for a GGUF conversion, and what both forms of artifact are described with."""
+"""A checked fold into a GGUF, and what both forms of artifact are described with."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,14 @@ from safegene_runtime.artifact.forms import Form
 from safegene_runtime.artifact.manifest import FileEntry, ModuleEntry
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, adapter_digest
 from safegene_runtime.errors import BaseModelError, Problem
-from safegene_runtime.formats.gguf import GGMLType, GGUFModel, Value, ValueType
+from safegene_runtime.formats.gguf.model import GGUFModel
+from safegene_runtime.formats.gguf.types import GGMLType, Value, ValueType
+from safegene_runtime.formats.gguf.weights import elements_by_type
 from safegene_runtime.gating.bounds import precision_of
 
 __all__ = [
     "BLOCK_ELEMENTS",
-    "Job",
+    "GGUFFold",
     "Made",
     "Rows",
     "figures",
@@ -59,8 +60,11 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A checked request; everything that can be refused without reading weights was."""
+class GGUFFold:
+    """An adapter, a base and how the one goes into the other.
+
+    Everything that can be refused without reading weights was refused.
+    """
 
     adapter: Adapter
     base: Base
@@ -82,9 +86,13 @@ class Job:
         """The GGUF tensor of a module."""
         return self.base.tensor_name(module.name)
 
+    def row_order(self, module: Module) -> npt.NDArray[np.int64]:
+        """Which row of the module each row of its GGUF tensor is, (out,)."""
+        return self.base.transform(module.name).apply_rows(np.arange(module.shape[0]))
+
     def factors(self, module: Module) -> tuple[Rows, Rows]:
         """(A (r, in), scaled B (out, r) in the row order of the GGUF)."""
-        return module.a, self.base.transform(module.name).apply_rows(formula.scaled_b(module))
+        return module.a, formula.scaled_b(module)[self.row_order(module)]
 
     def provenance(self) -> dict[str, Value]:
         """`safegene.*` keys: what a reader of the single file can learn without the manifest."""
@@ -97,13 +105,16 @@ class Job:
         }
 
     def precision(self, after: Mapping[str, GGMLType]) -> str:
-        """The class of the linear weights of the blocks, with the types in `after` in place."""
-        counted: dict[str, int] = {}
-        for name, info in self.model.tensors.items():
-            if name.startswith("blk.") and len(info.shape) == 2:
-                kind = after.get(name, info.type).name
-                counted[kind] = counted.get(kind, 0) + math.prod(info.shape)
-        return precision_of(counted)
+        """The class of the linear weights of the blocks, with the types in `after` in place.
+
+        Raises:
+            UnsupportedError: weights of a type that has no class.
+        """
+        tensors = [
+            replace(info, type=after.get(name, info.type))
+            for name, info in self.model.tensors.items()
+        ]
+        return precision_of(elements_by_type(tensors), str(self.base.path))
 
 
 def starts_from_float(base: Base, type_name: str) -> bool:

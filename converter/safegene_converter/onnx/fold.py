@@ -1,4 +1,4 @@
-"""A checked request for an ONNX conversion: which weights change, and by which modules."""
+"""A checked fold into an ONNX graph: which weights change, and by which modules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safegene_runtime.architecture.row_order import Transform
 from safegene_runtime.artifact.forms import Form
 from safegene_runtime.errors import BaseModelError, Problems
 
-__all__ = ["Job", "Touched", "prove_weights", "touched_weights"]
+__all__ = ["OnnxFold", "Touched", "prove_weights", "touched_weights"]
 
 WEIGHT_ERROR_MAX = 0.5
 """The right weight leaves the rounding of its type (0.1 for 4 bits), a wrong one about 1.4."""
@@ -39,8 +39,7 @@ class Touched:
         """DW of the whole weight, (out, in) float32; zero in rows of other modules."""
         delta = np.zeros(self.linear.shape, np.float32)
         for module, place in self.parts:
-            start, stop = place.rows
-            delta[start:stop] = formula.scaled_b(module) @ module.a
+            delta[slice(*place.rows)] = formula.delta(module)
         return delta
 
     def factors(self) -> tuple[Rows, Rows]:
@@ -60,8 +59,8 @@ class Touched:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A checked request."""
+class OnnxFold:
+    """An adapter, a base and how the one goes into the other; checked."""
 
     adapter: Adapter
     base: OnnxBase

@@ -15,38 +15,29 @@ a C reader would cut there.
 
 from __future__ import annotations
 
-import functools
-import math
 import os
-import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
-from safegene_runtime.errors import FormatError, Problem, Problems
+from safegene_runtime.errors import FormatError, Problem
 from safegene_runtime.formats.files import open_regular
+from safegene_runtime.formats.gguf.types import (
+    SCALAR_FORMATS,
+    SCALARS,
+    GGMLType,
+    Texts,
+    Value,
+    ValueType,
+    nbytes,
+    type_traits,
+)
 
-__all__ = [
-    "GGMLType",
-    "GGUFFile",
-    "GGUFModel",
-    "TensorInfo",
-    "Texts",
-    "Value",
-    "ValueType",
-    "map_tensor",
-    "nbytes",
-    "open_model",
-    "read_gguf",
-    "read_tensor_bytes",
-    "type_traits",
-]
+__all__ = ["GGUFFile", "TensorInfo", "read_gguf"]
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -59,156 +50,6 @@ MIN_KV_BYTES = 8 + 1 + 4 + 1
 MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 READ_BYTES = 1 << 20
 SHOWN_CHARACTERS = 80
-
-
-class GGMLType(IntEnum):
-    """Element types of tensors: `enum ggml_type` (ggml.h)."""
-
-    F32 = 0
-    F16 = 1
-    Q4_0 = 2
-    Q4_1 = 3
-    Q5_0 = 6
-    Q5_1 = 7
-    Q8_0 = 8
-    Q8_1 = 9
-    Q2_K = 10
-    Q3_K = 11
-    Q4_K = 12
-    Q5_K = 13
-    Q6_K = 14
-    Q8_K = 15
-    IQ2_XXS = 16
-    IQ2_XS = 17
-    IQ3_XXS = 18
-    IQ1_S = 19
-    IQ4_NL = 20
-    IQ3_S = 21
-    IQ2_S = 22
-    IQ4_XS = 23
-    I8 = 24
-    I16 = 25
-    I32 = 26
-    I64 = 27
-    F64 = 28
-    IQ1_M = 29
-    BF16 = 30
-    TQ1_0 = 34
-    TQ2_0 = 35
-    MXFP4 = 39
-    NVFP4 = 40
-    Q1_0 = 41
-    Q2_0 = 42
-
-
-_T = GGMLType
-_TRAITS: Mapping[GGMLType, tuple[int, int]] = {
-    _T.F32: (1, 4), _T.F16: (1, 2), _T.BF16: (1, 2), _T.F64: (1, 8),
-    _T.I8: (1, 1), _T.I16: (1, 2), _T.I32: (1, 4), _T.I64: (1, 8),
-    _T.Q4_0: (32, 18), _T.Q4_1: (32, 20), _T.Q5_0: (32, 22), _T.Q5_1: (32, 24),
-    _T.Q8_0: (32, 34), _T.Q8_1: (32, 36), _T.IQ4_NL: (32, 18), _T.MXFP4: (32, 17),
-    _T.Q2_K: (256, 84), _T.Q3_K: (256, 110), _T.Q4_K: (256, 144), _T.Q5_K: (256, 176),
-    _T.Q6_K: (256, 210), _T.Q8_K: (256, 292), _T.IQ2_XXS: (256, 66), _T.IQ2_XS: (256, 74),
-    _T.IQ3_XXS: (256, 98), _T.IQ1_S: (256, 50), _T.IQ3_S: (256, 110), _T.IQ2_S: (256, 82),
-    _T.IQ4_XS: (256, 136), _T.IQ1_M: (256, 56), _T.TQ1_0: (256, 54), _T.TQ2_0: (256, 66),
-    _T.NVFP4: (64, 36), _T.Q1_0: (128, 18), _T.Q2_0: (64, 18),
-}  # fmt: skip
-
-
-def type_traits(type: GGMLType) -> tuple[int, int]:
-    """(elements per block, bytes per block) of a type, from ggml-common.h."""
-    return _TRAITS[type]
-
-
-def nbytes(shape: tuple[int, ...], type: GGMLType) -> int:
-    """Bytes of a tensor of `shape` (numpy order, rows last); rows must be whole blocks."""
-    block, block_bytes = _TRAITS[type]
-    return math.prod(shape) // block * block_bytes
-
-
-class ValueType(IntEnum):
-    """Types of metadata values: `enum gguf_type`."""
-
-    UINT8 = 0
-    INT8 = 1
-    UINT16 = 2
-    INT16 = 3
-    UINT32 = 4
-    INT32 = 5
-    FLOAT32 = 6
-    BOOL = 7
-    STRING = 8
-    ARRAY = 9
-    UINT64 = 10
-    INT64 = 11
-    FLOAT64 = 12
-
-
-SCALAR_FORMATS: Mapping[ValueType, str] = {
-    ValueType.UINT8: "<B", ValueType.INT8: "<b", ValueType.UINT16: "<H", ValueType.INT16: "<h",
-    ValueType.UINT32: "<I", ValueType.INT32: "<i", ValueType.FLOAT32: "<f", ValueType.BOOL: "<B",
-    ValueType.UINT64: "<Q", ValueType.INT64: "<q", ValueType.FLOAT64: "<d",
-}  # fmt: skip
-_STRUCTS = {kind: struct.Struct(code) for kind, code in SCALAR_FORMATS.items()}
-
-
-class Texts(Sequence[str]):
-    """The strings of an array: kept as they are stored, decoded when the first one is asked for.
-
-    A vocabulary has 100,000 of them, and most readers of a header want their number, or a copy.
-    """
-
-    def __init__(self, stored: bytes, count: int) -> None:
-        self.stored = stored
-        """`count` times u64 length and bytes."""
-        self._count = count
-
-    @functools.cached_property
-    def _texts(self) -> tuple[str, ...]:
-        found: list[str] = []
-        unpack, at = _STRUCTS[ValueType.UINT64].unpack_from, 0
-        for _ in range(self._count):
-            end = at + 8 + unpack(self.stored, at)[0]
-            found.append(self.stored[at + 8 : end].decode("utf-8", "surrogateescape"))
-            at = end
-        return tuple(found)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._texts[index]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._texts)
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, Texts):
-            return self.stored == other.stored
-        return self._texts == other if isinstance(other, tuple) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._texts)
-
-    def __repr__(self) -> str:
-        return repr(self._texts)
-
-
-@dataclass(frozen=True)
-class Value:
-    """One metadata value.
-
-    Attributes:
-        type: how it is stored.
-        value: a number, bool or str; a tuple for an array, or `Texts` for one of strings that was
-            read. Strings that are not UTF-8 keep their bytes as surrogate escapes, so that a copy
-            is exact.
-        element_type: of an array.
-    """
-
-    type: ValueType
-    value: Any
-    element_type: ValueType | None = None
 
 
 @dataclass(frozen=True)
@@ -248,19 +89,6 @@ class GGUFFile:
         """The plain value of a metadata key."""
         found = self.metadata.get(key)
         return default if found is None else found.value
-
-
-@dataclass(frozen=True)
-class GGUFModel:
-    """One model: a file, or all its shards; metadata is the first shard's."""
-
-    shards: tuple[GGUFFile, ...]
-    metadata: dict[str, Value] = field(repr=False)
-    tensors: dict[str, TensorInfo] = field(repr=False)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The plain value of a metadata key."""
-        return self.shards[0].get(key, default)
 
 
 def read_gguf(path: Path, *, follow_symlinks: bool = True) -> GGUFFile:
@@ -323,7 +151,7 @@ class _Cursor:
             raise self.fail(what, f"{count} bytes", "the end of the file")
 
     def number(self, kind: ValueType, what: str) -> Any:
-        code = _STRUCTS[kind]
+        code = SCALARS[kind]
         value = code.unpack(self.take(code.size, what))[0]
         if kind is ValueType.BOOL:
             if value > 1:
@@ -342,7 +170,7 @@ class _Cursor:
     def texts(self, count: int, what: str) -> Texts:
         """`count` strings; a vocabulary has 100,000, so the window is walked without calls."""
         pieces: list[bytes] = []
-        length, left = _STRUCTS[ValueType.UINT64], count
+        length, left = SCALARS[ValueType.UINT64], count
         unpack = length.unpack_from
         while left:
             window, at, size = self._window, self._next, len(self._window)
@@ -443,7 +271,7 @@ def _value(cursor: _Cursor, key: str) -> Value:
         if count > cursor.left // 8:
             raise cursor.fail(f"length of {key!r}", f"at most {cursor.left // 8} strings", count)
         return Value(kind, cursor.texts(count, key), element)
-    size = _STRUCTS[element].size
+    size = SCALARS[element].size
     if count > cursor.left // size:
         raise cursor.fail(f"length of {key!r}", f"at most {cursor.left // size} elements", count)
     array = np.frombuffer(cursor.take(count * size, key), dtype=SCALAR_FORMATS[element])
@@ -497,10 +325,10 @@ def _tensor(cursor: _Cursor) -> _Raw:
         ) from error
     if 0 in extents:
         raise cursor.fail(f"shape of {name!r}", "extents of at least 1", extents)
-    if extents[0] % _TRAITS[type][0]:
+    if extents[0] % type_traits(type)[0]:
         raise cursor.fail(
             f"shape of {name!r}",
-            f"rows of a multiple of {_TRAITS[type][0]} for {type.name}",
+            f"rows of a multiple of {type_traits(type)[0]} for {type.name}",
             extents,
         )
     return name, tuple(reversed(extents)), type, offset
@@ -530,131 +358,3 @@ def _place(
         wanted = f"{smallest} bytes" if smallest == largest else f"{smallest} to {largest} bytes"
         raise cursor.fail("file size", wanted, f"{cursor.size} bytes")
     return found
-
-
-# --- shards ----------------------------------------------------------------------------------------
-
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII)
-MAX_SHARDS = 10_000
-
-
-def shard_paths(path: Path) -> list[Path]:
-    """Every file of a model by the name of one of them, in order; nothing is opened."""
-    match = _SHARD.fullmatch(path.name)
-    if not match or not 1 < int(match["count"]) <= MAX_SHARDS:
-        return [path]
-    names = f"{match['stem']}-{{:05}}-of-{match['count']}.gguf"
-    return [path.with_name(names.format(number + 1)) for number in range(int(match["count"]))]
-
-
-def open_model(path: Path, *, follow_symlinks: bool = True) -> GGUFModel:
-    """Reads a model: one file, or, named by its first shard, all of them.
-
-    Raises:
-        FormatError: as `read_gguf`; or shards that are missing, out of order or contradictory.
-    """
-    path = Path(path)
-    first = read_gguf(path, follow_symlinks=follow_symlinks)
-    count = first.get("split.count", 0)
-    if not count or count == 1:
-        return GGUFModel((first,), first.metadata, first.tensors)
-    match = _SHARD.fullmatch(path.name)
-    problems = Problems()
-    if (
-        not match
-        or type(count) is not int  # 3.0 would equal the number in the name
-        or int(match["count"]) != count
-        or not 1 < count <= MAX_SHARDS
-    ):
-        problems.add(
-            str(path),
-            "split.count",
-            "the number in the name, as in x-00001-of-00003.gguf",
-            count,
-            "restore the name that the shards were made with",
-        )
-    elif int(match["no"]) != 1 or first.get("split.no") != 0:
-        problems.add(
-            str(path),
-            "split.no",
-            "the first shard, 0",
-            f"{first.get('split.no')} in a file named {match['no']}",
-            f"pass {match['stem']}-00001-of-{match['count']}.gguf",
-        )
-    problems.raise_if_any(FormatError)
-    shards = [first]
-    for number, place in enumerate(shard_paths(path)[1:], start=1):
-        if not place.exists():
-            problems.add(str(place), "shard", "a file", "nothing", "download all shards")
-            continue
-        shard = read_gguf(place, follow_symlinks=follow_symlinks)
-        for key, wanted in (("split.no", number), ("split.count", count)):
-            if shard.get(key) != wanted:
-                problems.add(
-                    str(shard.path), key, wanted, shard.get(key), "download all shards again"
-                )
-        shards.append(shard)
-    problems.raise_if_any(FormatError)
-    tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
-        for name, info in shard.tensors.items():
-            if name in tensors:
-                problems.add(
-                    str(shard.path),
-                    f"tensor {name!r}",
-                    "in one shard",
-                    "in two shards",
-                    "download all shards again",
-                )
-            tensors[name] = info
-    stated = first.get("split.tensors.count")
-    if stated != len(tensors):
-        problems.add(
-            str(path), "split.tensors.count", len(tensors), stated, "download all shards again"
-        )
-    problems.raise_if_any(FormatError)
-    return GGUFModel(tuple(shards), first.metadata, tensors)
-
-
-# --- data ------------------------------------------------------------------------------------------
-
-
-def read_tensor_bytes(info: TensorInfo) -> bytes:
-    """The stored bytes of a tensor.
-
-    Raises:
-        FormatError: the file became shorter since its header was read.
-    """
-    with open_regular(info.path, follow_symlinks=True) as file:
-        file.seek(info.offset)
-        data = file.read(info.nbytes)
-    if len(data) != info.nbytes:
-        raise _shorter(info, len(data))
-    return data
-
-
-def map_tensor(info: TensorInfo) -> npt.NDArray[np.uint8]:
-    """The stored bytes of a tensor, (nbytes,) uint8, read-only, paged in as they are touched.
-
-    A file that becomes shorter while it is mapped kills the process (SIGBUS).
-
-    Raises:
-        FormatError: the file became shorter since its header was read.
-    """
-    with open_regular(info.path, follow_symlinks=True) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < info.offset + info.nbytes:
-            raise _shorter(info, size - info.offset)
-        return np.memmap(file, dtype=np.uint8, mode="r", offset=info.offset, shape=(info.nbytes,))
-
-
-def _shorter(info: TensorInfo, left: int) -> FormatError:
-    return FormatError(
-        Problem(
-            str(info.path),
-            info.name,
-            f"{info.nbytes} bytes",
-            f"{max(0, left)} bytes",
-            "the file changed while it was read",
-        )
-    )
