@@ -165,7 +165,7 @@ def convert_onnx(
             settings=settings,
             files=tuple(files),
             modules=tuple(modules),
-            slots=slot_entries(fold) if chosen == "adapter" else (),
+            slots=slot_entries(fold) if chosen.has_slots else (),
         )
         shutil.rmtree(work)
         (folder / MANIFEST_NAME).write_bytes(manifest.to_json())

@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safegene_runtime.artifact.forms import FORMS, TARGETS, Form, find_form
+from safegene_runtime.artifact.forms import FORMS, GGUF, ONNX, Form, find_form
 from safegene_runtime.errors import FormatError, ManifestError, Problem, Problems
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.fields import (
@@ -63,7 +63,7 @@ __all__ = [
 ]  # fmt: skip
 
 FORMAT_VERSION = 1
-BASE_KINDS = ("hf", *(target.name for target in TARGETS))
+BASE_KINDS = (GGUF.name, "hf", ONNX.name)
 MAX_MANIFEST_BYTES = 32 << 20
 RESTORE = "the manifest was edited or damaged: restore it, or convert again"
 
@@ -354,7 +354,7 @@ def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
         wanted = ", ".join(Verdict)
         problems.add(where, "verification.verdict", wanted, verification["verdict"])
     if raw["base"]["kind"] not in BASE_KINDS:
-        problems.add(where, "base.kind", " or ".join(BASE_KINDS), raw["base"]["kind"])
+        problems.add(where, "base.kind", "{}, {} or {}".format(*BASE_KINDS), raw["base"]["kind"])
     artifact = raw["artifact"]
     if find_form(artifact["target"], artifact["form"]) is None:
         problems.add(
