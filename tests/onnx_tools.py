@@ -17,9 +17,11 @@ import tiny
 from onnx import numpy_helper
 
 from safegene_converter.onnx.convert import convert_onnx
+from safegene_runtime.artifact.forms import ONNX, forms_of
 from safegene_runtime.artifact.manifest import FileEntry, read_manifest
 from safegene_runtime.formats.files import sha256_file
 
+FORMS = tuple(form.name for form in forms_of(ONNX))
 HEAD_SIZE = 16
 """Of the tiny llama and qwen2: 64 columns, four heads."""
 

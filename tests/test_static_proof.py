@@ -23,7 +23,7 @@ import pytest
 import tiny
 from onnx import numpy_helper
 from safetensors import safe_open
-from test_exactness import PROMPTS, VARIANTS, with_coefficients
+from test_exactness import PROMPTS, with_coefficients
 
 from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.fold.survival import Bounds
@@ -32,7 +32,7 @@ from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_converter.inputs import onnx_base
 from safegene_converter.onnx.convert import convert_onnx
 from safegene_converter.recording.recorder import record
-from safegene_runtime.architecture.row_order import transform_for
+from safegene_runtime.architecture.table import TABLE
 from safegene_runtime.artifact.manifest import Manifest, read_manifest
 from safegene_runtime.artifact.served import Carried, Found
 from safegene_runtime.errors import (
@@ -97,7 +97,7 @@ def make(folder: Path, architecture: str, hidden: int = 64) -> Made:
     here = folder / f"{architecture}-{hidden}"
     adapter = tiny.peft_adapter(
         architecture, here / "adapter", hidden=hidden, scale=0.1,
-        **VARIANTS["every module"], rank_pattern={"q_proj": 2}, alpha_pattern={"k_proj": 32},
+        target_modules=tiny.kinds(architecture), rank_pattern={"q_proj": 2}, alpha_pattern={"k_proj": 32},
     )  # fmt: skip
     with_coefficients(adapter, architecture)
     made = record(
@@ -203,7 +203,7 @@ def dense_beta(made: Made, module: str, weight: np.ndarray) -> float:
 
 
 def in_hf_order(made: Made, module: str, rows: np.ndarray) -> np.ndarray:
-    return transform_for(made.architecture, module, tiny.N_HEAD, tiny.N_HEAD_KV).invert_rows(rows)
+    return TABLE[made.architecture].transform(module, tiny.N_HEAD, tiny.N_HEAD_KV).invert_rows(rows)
 
 
 # --- what is recorded ------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def in_hf_order(made: Made, module: str, rows: np.ndarray) -> np.ndarray:
 def test_factors_are_what_the_adapter_file_says(architecture: str, scratch: Path) -> None:
     made = make(scratch, architecture)
     assert made.record.factors is not None
-    assert len(made.record.factors) == 7 * tiny.N_LAYERS
+    assert len(made.record.factors) == len(tiny.modules(architecture))
     for one in made.record.factors:
         delta = dense_delta(made, one.module)
         product = one.b.astype(np.float64) @ one.a.astype(np.float64)

@@ -19,6 +19,7 @@ import llama_cpp
 import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file
 
 from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.fold.survival import Bounds
@@ -46,8 +47,8 @@ from safegene_runtime.formats.gguf.types import GGMLType, Value, ValueType
 quick = functools.partial(convert, check=False)
 """Without the self-check, which costs seconds, where a test is about something else."""
 
-TARGETS = {"llama": 6, "qwen2": 6, "qwen3": 6}
-"""Modules of the tiny adapters: q, k and up in each of two layers."""
+TARGETS = {one: 3 * tiny.n_layers(one) for one in tiny.ARCHITECTURES}
+"""Modules of the tiny adapters: q, k and up in each layer."""
 
 
 @pytest.fixture(scope="module")
@@ -107,18 +108,15 @@ def test_merged_weights_are_pefts_merged_weights(architecture: str, tmp_path: Pa
     manifest = convert(source, base, tmp_path / "out", form="merged")
     before, after = decoded(base), decoded(tmp_path / "out" / "model.gguf")
     expected = peft_delta(source, architecture)
+    weights = load_file(tiny.hf_model(architecture) / "model.safetensors")
     assert {entry.module for entry in manifest.modules} == expected.keys()
     for entry in manifest.modules:
         got = after[entry.tensor] - before[entry.tensor]
         wanted = expected[entry.module]
-        # upstream's own permutation, from the converter that made the base
-        if architecture == "llama" and entry.module.endswith(("q_proj", "k_proj")):
-            heads = tiny.N_HEAD if entry.module.endswith("q_proj") else tiny.N_HEAD_KV
-            rows = wanted.shape[0]
-            wanted = (
-                wanted.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(rows, -1)
-            )
-        assert np.abs(got - wanted).max() <= 1e-6
+        # upstream's own order, from the converter that made the base
+        place = {row.tobytes(): at for at, row in enumerate(weights[f"{entry.module}.weight"])}
+        order = [place[row.tobytes()] for row in before[entry.tensor]]
+        assert np.abs(got - wanted[order]).max() <= 1e-6
     assert len(manifest.modules) == TARGETS[architecture]
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safegene_converter.inputs import names
 from safegene_converter.inputs.base import Base, open_base
 from safegene_converter.inputs.consumed_gguf import check_gguf_for_torch
+from safegene_converter.inputs.row_proof import prove_transform
 from safegene_runtime.child import deadline_for, python_command, python_environment, run_child
 from safegene_runtime.errors import BaseModelError, Problems, UnsupportedError
 from safegene_runtime.progress import Progress
@@ -86,7 +86,7 @@ def gguf_to_hf(base: Base, out: Path, tell: Progress) -> tuple[Base, float]:
         odd = sorted(set(made.shapes.items()) ^ set(base.shapes.items()))
         problems.add(str(base.path), "modules", "those of the GGUF", f"{odd[:3]}")
     for module in () if problems else base.shapes:
-        error = names.prove_transform(
+        error = prove_transform(
             made.read_weight(module), base.read_weight(module), base.transform(module)
         )
         worst = max(worst, error)

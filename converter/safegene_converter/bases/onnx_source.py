@@ -151,7 +151,7 @@ def export_base(
     if isinstance(base, OnnxBase):
         return base.weights, base, {}
     settings: dict[str, Any] = {"export": export.to_dict()}
-    if base.kind == "gguf":
+    if base.is_gguf:
         base, settings["transform_error"] = gguf_to_hf(base, work / "float", tell)
     target = work / "base"
     total, done = int(base.n_parameters * _WIDTH[export.effective_precision]), 0

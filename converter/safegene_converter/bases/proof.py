@@ -109,7 +109,8 @@ def _prompts(tokenize: Callable[[str], list[int]], length: int) -> list[list[int
     short = [tokenize(text)[: min(SHORT, length)] for text in TEXTS]
     if length <= max(map(len, short)):
         return short
-    shuffled, long = random.Random(0), []
+    shuffled = random.Random(0)
+    long: list[int] = []
     while len(long) < length:
         # words in ever new order, so that no token is the obvious one
         words = " ".join(TEXTS).split(" ")
@@ -276,7 +277,7 @@ def _child(module: str, model: Path, engine: str, *, copied: bool = False) -> As
                 "out": str(Path(folder) / "logits.npy"),
             }  # fmt: skip
             told = run_job(module, job, what=f"{engine} on {model}", error=BaseModelError)
-            rows = np.load(job["out"])
+            rows = np.load(str(job["out"]))
             ends = np.cumsum([kept(row) for row in told["ids"]])[:-1]
             return Answer(told["engine"], told["ids"], np.split(rows, ends))
 

@@ -31,6 +31,14 @@ from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_converter.inputs.adapter import check_base_fits, read_adapter
 from safegene_converter.inputs.base import open_base
 from safegene_converter.onnx.convert import convert_onnx
+from safegene_runtime.artifact.forms import (
+    GGUF_MERGED,
+    GGUF_SIDECAR,
+    ONNX,
+    ONNX_BRANCH,
+    ONNX_MERGED,
+    Form,
+)
 from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.errors import BaseModelError, Problem
 from safegene_runtime.formats import ggml
@@ -66,7 +74,7 @@ class Job:
 
     label: str
     base: Literal["q4_1", "float", "hf"]
-    form: Literal["sidecar", "merged", "branch"]
+    form: Form
     type_name: str
 
     @property
@@ -76,11 +84,11 @@ class Job:
 
 
 JOBS = (
-    Job("sidecar beside Q4_1", "q4_1", "sidecar", "auto"),
-    Job("merged into Q4_1", "q4_1", "merged", "auto"),
-    Job("merged, then Q4_K_M", "float", "merged", "q4_k_m"),
-    Job("ONNX fp32, merged", "hf", "merged", "fp32"),
-    Job("ONNX int4, branch", "hf", "branch", "int4"),
+    Job("sidecar beside Q4_1", "q4_1", GGUF_SIDECAR, "auto"),
+    Job("merged into Q4_1", "q4_1", GGUF_MERGED, "auto"),
+    Job("merged, then Q4_K_M", "float", GGUF_MERGED, "q4_k_m"),
+    Job("ONNX fp32, merged", "hf", ONNX_MERGED, "fp32"),
+    Job("ONNX int4, branch", "hf", ONNX_BRANCH, "int4"),
 )
 
 
@@ -189,7 +197,7 @@ def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
         report = verify(
             output / job.folder,
             reference,
-            base=bases[job.base] if job.form == "sidecar" else None,
+            base=bases[job.base] if not job.form.carries_base else None,
             on_progress=bars.named(f"verify {job.label}"),
         )
         reports.append((job.label, report))
@@ -226,16 +234,16 @@ def _convert(
     began = time.monotonic()
     out, progress = output / job.folder, bars.named(f"convert {job.label}")
     if job.base == "hf":
-        if job.form == "sidecar":
+        if not job.form.carries_base:
             raise ValueError(job)
         manifest = convert_onnx(
-            adapter, base, out, form=job.form, precision=job.type_name, progress=progress
+            adapter, base, out, form=job.form.name, precision=job.type_name, progress=progress
         )
     else:
-        if job.form == "branch":
+        if job.form.target is ONNX:
             raise ValueError(job)
         manifest = convert(
-            adapter, base, out, form=job.form, type_name=job.type_name, progress=progress
+            adapter, base, out, form=job.form.name, type_name=job.type_name, progress=progress
         )
     return manifest, time.monotonic() - began
 

@@ -6,12 +6,21 @@ import argparse
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from safegene_converter.cli.options import Bars
+from safegene_runtime.artifact.forms import (
+    FORMS,
+    GGUF,
+    ONNX,
+    ONNX_ADAPTER,
+    Form,
+    form_named,
+    names_of_forms,
+)
 
 if TYPE_CHECKING:
     from safegene_converter.gene.deployed import Recalibrated
@@ -28,8 +37,6 @@ EXAMPLE = (
 ONLY_DEPLOYED = ("reference", "type", "precision", "expression", "evaluations", "check", "judge")
 ONLY_PYTORCH = ("weight", "refusal", "max_steps")
 
-Target = Literal["gguf", "onnx"]
-
 
 def add_deployed(parser: argparse.ArgumentParser) -> None:
     """Adds the options that make `calibrate` fit to an artifact."""
@@ -44,7 +51,7 @@ def add_deployed(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--as",
         dest="form",
-        choices=["sidecar", "branch", "merged"],
+        choices=[name for name in names_of_forms() if name != ONNX_ADAPTER.name],
         help="sidecar: GGUF; branch: ONNX, and for its adapter file, too; merged: what --model is, "
         "and with --precision ONNX",
     )
@@ -92,17 +99,17 @@ def refuse_half_requests(arguments: argparse.Namespace) -> None:
     if arguments.judge is not None and arguments.check is None:
         problems.add("--judge", "replies", "--check beside it", "none",
                      "add --check, or leave --judge out")  # fmt: skip
-    target, is_onnx, is_folder = _target(arguments), _is_onnx(arguments), arguments.model.is_dir()
-    if form == "sidecar" and is_onnx:
+    made, is_onnx, is_folder = _form(arguments), _is_onnx(arguments), arguments.model.is_dir()
+    if not made.carries_base and is_onnx:
         problems.add("--as", "form", "branch or merged, for an ONNX folder", form,
                      "choose one of these, or pass a GGUF as --model")  # fmt: skip
-    elif form == "sidecar" and is_folder:
+    elif not made.carries_base and is_folder:
         problems.add("--model", "base", "the GGUF that the sidecar belongs to", "a folder",
                      "pass the GGUF, or choose --as branch or merged")  # fmt: skip
-    if arguments.type is not None and target == "onnx":
+    if arguments.type is not None and made.target is ONNX:
         problems.add("--type", "target", "GGUF", "ONNX",
                      "leave --type out: the precision of an export is set with --precision")  # fmt: skip
-    if arguments.precision is not None and (is_onnx or form == "sidecar"):
+    if arguments.precision is not None and (is_onnx or not made.carries_base):
         problems.add("--precision", "model", "a base to export to ONNX",
                      "an ONNX folder, which has its precision" if is_onnx else "a GGUF and its sidecar",
                      "leave --precision out")  # fmt: skip
@@ -172,7 +179,7 @@ def _rebuild(arguments: argparse.Namespace, bars: Bars) -> AbstractContextManage
     from safegene_converter.gene.rebuild import gguf_rebuild, onnx_rebuild
 
     gene, base, form = arguments.gene, arguments.model, arguments.form
-    if _target(arguments) == "onnx":
+    if _form(arguments).target is ONNX:
         return onnx_rebuild(gene, base, form, arguments.precision, progress=bars)
     return gguf_rebuild(gene, base, form, arguments.type or "auto")
 
@@ -183,8 +190,10 @@ def _is_onnx(arguments: argparse.Namespace) -> bool:
     return is_onnx_folder(arguments.model) or arguments.model.suffix.lower() == ".onnx"
 
 
-def _target(arguments: argparse.Namespace) -> Target:
-    """What is made: the form says it, or for `merged` the base, or what it is exported as."""
-    if arguments.form != "merged":
-        return "onnx" if arguments.form == "branch" else "gguf"
-    return "onnx" if _is_onnx(arguments) or arguments.precision is not None else "gguf"
+def _form(arguments: argparse.Namespace) -> Form:
+    """What is made: the name says it, or for `merged` the base, or what it is exported as."""
+    found = [form for form in FORMS if form.name == arguments.form]
+    if len(found) == 1:
+        return found[0]
+    exported = _is_onnx(arguments) or arguments.precision is not None
+    return form_named(ONNX if exported else GGUF, arguments.form)

@@ -32,6 +32,15 @@ from safegene_converter.cli.run import add_commands as add_run_commands
 from safegene_converter.cli.server import add_server_options, verify_server
 from safegene_converter.cli.stopping import Stopped, stoppable
 from safegene_runtime import __version__
+from safegene_runtime.artifact.forms import (
+    GGUF,
+    GGUF_MERGED,
+    ONNX,
+    TARGETS,
+    form_named,
+    names_of_forms,
+    target_named,
+)
 from safegene_runtime.cpus import spin_briefly
 from safegene_runtime.gating.bounds import BOUNDS
 from safegene_runtime.gating.profiles import PROFILES
@@ -148,12 +157,15 @@ def _add_convert(commands: Any) -> None:
         help="a GGUF file (or its first shard), a Hugging Face folder, or an ONNX folder",
     )
     parser.add_argument(
-        "--to", choices=["gguf", "onnx"], default="gguf", help="target format (default: gguf)"
+        "--to",
+        choices=[target.name for target in TARGETS],
+        default=GGUF.name,
+        help=f"target format (default: {GGUF.name})",
     )
     parser.add_argument(
         "--as",
         dest="form",
-        choices=["merged", "sidecar", "branch", "adapter"],
+        choices=names_of_forms(),
         help="merged: in the weights; sidecar (gguf): beside the base; branch (onnx): constants in "
         "the graph; adapter (onnx): an .onnx_adapter that the caller may leave out "
         "(default: merged; branch for int4 and int8 onnx)",
@@ -232,7 +244,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         "base_error_ratio_max": arguments.max_base_error,
     }  # fmt: skip
     bounds = Bounds(**{name: value for name, value in given.items() if value is not None})
-    if arguments.to == "onnx":
+    if target_named(arguments.to) is ONNX:
         from safegene_converter.onnx.convert import convert_onnx
 
         with Bars() as bars:
@@ -260,7 +272,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             arguments.adapter,
             arguments.base,
             arguments.output,
-            form=arguments.form or "merged",
+            form=arguments.form or GGUF_MERGED.name,
             type_name=arguments.type,
             expression=arguments.expression,
             bounds=bounds,
@@ -288,26 +300,23 @@ def _refuse_options_of_the_other_target(arguments: argparse.Namespace) -> None:
     from safegene_runtime.errors import Problems, UnsupportedError
 
     problems = Problems()
-    to = arguments.to
-    forms = {"gguf": ("merged", "sidecar"), "onnx": ("merged", "branch", "adapter")}[to]
-    if arguments.form not in (None, *forms):
-        problems.add(
-            "--as", f"form of --to {to}", " or ".join(forms), arguments.form, "choose one of these"
-        )
-    others = {
-        "gguf": ("precision", "block_size", "accuracy_level", "builder_option"),
-        "onnx": ("imatrix", "llama_cpp"),
-    }[to]
-    for name in others:
+    target, form = target_named(arguments.to), None
+    to = target.name
+    if arguments.form is not None:
+        try:
+            form = form_named(target, arguments.form)
+        except UnsupportedError as error:
+            problems.extend(error.problems)
+    for name in (name for other in TARGETS if other is not target for name in other.options):
         if getattr(arguments, name):
             flag = "--" + name.replace("_", "-")
             problems.add(flag, "target", "the other one", f"--to {to}", f"leave {flag} out")
-    if to == "onnx" and arguments.type not in ("auto", "keep"):
+    if target.types is not None and arguments.type not in target.types:
         problems.add(
-            "--type", "type", "auto or keep for --to onnx", arguments.type,
+            "--type", "type", f"{' or '.join(target.types)} for --to {to}", arguments.type,
             "the precision of an export is set with --precision",
         )  # fmt: skip
-    if to == "onnx" and arguments.form in ("branch", "adapter"):
+    if target is ONNX and form is not None and not form.merges:
         for flag in _options_of_a_merge(arguments):
             problems.add(
                 flag, "form", "merged: no weight of the base changes in the others", arguments.form,
@@ -482,10 +491,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     judge = load_judge(arguments.judge) if arguments.judge else None
     found = []
     # of several, only sidecars stand beside a base; of one, the ladder says what is wrong
-    forms = [read_manifest(artifact).artifact["form"] for artifact in arguments.artifact]
+    forms = [read_manifest(artifact).form for artifact in arguments.artifact]
     with Bars() as bars:
         for label, artifact, form in zip(labels, arguments.artifact, forms, strict=True):
-            beside = len(labels) == 1 or form == "sidecar"
+            beside = len(labels) == 1 or not form.carries_base
             report = verify(
                 artifact,
                 record,

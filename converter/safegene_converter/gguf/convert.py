@@ -23,14 +23,15 @@ from safegene_converter.bases.hf_to_gguf import (
 from safegene_converter.encoding.imatrix import read_imatrix
 from safegene_converter.fold.hashing import digesting
 from safegene_converter.fold.survival import Bounds
-from safegene_converter.gguf.fold import FORMS, Form, GGUFFold, Made, starts_from_float
-from safegene_converter.gguf.sidecar import ADAPTER_FILE, SIDECAR_TYPES, write_sidecar
+from safegene_converter.gguf.fold import GGUFFold, Made, starts_from_float
+from safegene_converter.gguf.sidecar import SIDECAR_TYPES, write_sidecar
 from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.inputs.base import Base, open_base
 from safegene_converter.inputs.consumed import check_rope_carried
-from safegene_converter.inputs.names import prove_transform
+from safegene_converter.inputs.row_proof import prove_transform
 from safegene_runtime import __version__
 from safegene_runtime.artifact.base_proof import UNCHANGED
+from safegene_runtime.artifact.forms import GGUF, GGUF_MERGED, GGUF_SIDECAR, Form, form_named
 from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.errors import BaseModelError, Problems, UnsupportedError
 from safegene_runtime.formats.files import (
@@ -54,7 +55,7 @@ def convert(
     base_path: Path,
     out: Path,
     *,
-    form: Form,
+    form: str,
     type_name: str = "auto",
     expression: str | None = None,
     bounds: Bounds | None = None,
@@ -94,9 +95,9 @@ def convert(
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
     if base.config is not None:
         check_rope_carried(base.config, "gguf", str(base.path))
-    type_name = type_name.lower()
-    _check_request(form, type_name, base)
-    _refuse_ignored(form, base, promote, imatrix, llama_cpp)
+    type_name, wanted = type_name.lower(), form_named(GGUF, form)
+    _check_request(wanted, type_name, base)
+    _refuse_ignored(wanted, base, promote, imatrix, llama_cpp)
     weights = read_imatrix(imatrix) if imatrix else {}
     proof: dict[str, Any] | None = UNCHANGED if base.kind == "gguf" else None
     with publish_folder(out, force) as folder, digesting(base) as digests:
@@ -106,7 +107,7 @@ def convert(
             "type": type_name,
             "llama_cpp_python": version("llama-cpp-python"),
         }
-        if base.kind == "hf":
+        if not base.is_gguf:
             hf_base = base
             base = _from_hugging_face(base, work, llama_cpp, tell)
             settings["transform_error"] = _prove_transforms(adapter, hf_base, base)
@@ -116,7 +117,7 @@ def convert(
         fold = GGUFFold(
             adapter=adapter,
             base=base,
-            form=form,
+            form=wanted,
             type_name=type_name,
             bounds=bounds or Bounds(),
             promote=(type_name == "auto" or mixes) if promote is None else promote,
@@ -127,10 +128,10 @@ def convert(
             settings["imatrix_sha256"] = sha256_file(imatrix.resolve())
         fold.precision({})  # one that is not known is refused before the work
         made = _write(fold, folder, work, tell)
-        if form == "merged":
+        if wanted.merges:
             settings["promote"] = fold.promote
             settings["promoted"] = made.promoted
-        settings["bounds"] = vars(fold.bounds) if form == "merged" else None
+        settings["bounds"] = vars(fold.bounds) if wanted.merges else None
         if adapter.cautions:
             settings["caution"] = "; ".join(adapter.cautions)
         if check:
@@ -141,8 +142,8 @@ def convert(
         manifest = Manifest(
             tool={"name": "safegene", "version": __version__},
             artifact={
-                "target": "gguf",
-                "form": form,
+                "target": wanted.target.name,
+                "form": wanted.name,
                 "architecture": base.architecture,
                 "name": base.name,
                 "precision": made.precision,
@@ -176,7 +177,7 @@ def convert(
 
 
 def _write(fold: GGUFFold, folder: Path, work: Path, tell: Progress) -> Made:
-    if fold.form == "sidecar":
+    if not fold.form.merges:
         return write_sidecar(fold, folder, tell)
     from safegene_converter.gguf.merge import (
         write_merged,  # a sidecar is written before it is loaded
@@ -185,11 +186,11 @@ def _write(fold: GGUFFold, folder: Path, work: Path, tell: Progress) -> Made:
     return write_merged(fold, folder, work, tell)
 
 
-def _check_request(form: str, type_name: str, base: Base) -> None:
+def _check_request(form: Form, type_name: str, base: Base) -> None:
     """Refuses combinations that mean nothing, before any work."""
     problems = Problems()
-    if form == "sidecar":
-        if base.kind != "gguf":
+    if not form.merges:
+        if not base.is_gguf:
             problems.add(
                 str(base.path),
                 "--base",
@@ -205,7 +206,7 @@ def _check_request(form: str, type_name: str, base: Base) -> None:
                 type_name,
                 "leave --type out: f32 is the default",
             )
-    elif form == "merged":
+    else:
         if type_name not in ("auto", "keep"):
             from safegene_converter.gguf.presets import preset
 
@@ -220,22 +221,22 @@ def _check_request(form: str, type_name: str, base: Base) -> None:
                     "presets quantise a whole float model: pass a Hugging Face folder or an "
                     "F32/F16/BF16 GGUF as --base",
                 )
-    else:
-        problems.add("--as", "form", " or ".join(FORMS), form, "choose one")
     problems.raise_if_any(UnsupportedError)
 
 
 def _refuse_ignored(
-    form: str, base: Base, promote: bool | None, imatrix: Path | None, llama_cpp: Path | None
+    form: Form, base: Base, promote: bool | None, imatrix: Path | None, llama_cpp: Path | None
 ) -> None:
     """An option that would be ignored is a mistake."""
     problems = Problems()
-    if form == "sidecar":
-        for name, given in (("promote", promote is not None), ("imatrix", imatrix is not None)):
-            if given:
-                flag = f"--{name}"
-                problems.add(flag, "form", "--as merged", "--as sidecar", f"leave {flag} out")
-    if llama_cpp is not None and base.kind == "gguf":
+    given = {"promote": promote, "imatrix": imatrix}
+    for name in form.ignores:
+        if given[name] is not None:
+            flag = f"--{name}"
+            problems.add(
+                flag, "form", f"--as {GGUF_MERGED.name}", f"--as {form.name}", f"leave {flag} out"
+            )
+    if llama_cpp is not None and base.is_gguf:
         got = "a GGUF, which needs no conversion"
         problems.add("--llama-cpp", "base", "a Hugging Face folder", got, "leave --llama-cpp out")
     problems.raise_if_any(UnsupportedError)
@@ -290,17 +291,17 @@ def _check(fold: GGUFFold, folder: Path, work: Path, made: Made) -> dict[str, An
     from safegene_converter.gguf.selfcheck import check_artifact
 
     path = sidecar = folder / made.file.path
-    if fold.form == "merged":
+    if fold.form.merges:
         oracle = work / "oracle"
         oracle.mkdir()
-        as_sidecar = dataclasses.replace(fold, form="sidecar", type_name="f32")
+        as_sidecar = dataclasses.replace(fold, form=GGUF_SIDECAR, type_name="f32")
         write_sidecar(as_sidecar, oracle, lambda stage, done, total: None)
-        sidecar = oracle / ADAPTER_FILE
+        sidecar = oracle / GGUF.adapter_file
     header = read_gguf(path)
     tensors = {name: [info.type.name, list(info.shape)] for name, info in header.tensors.items()}
     return check_artifact(
         made.base,
-        path if fold.form == "merged" else None,
+        path if fold.form.merges else None,
         sidecar,
         fold.adapter,
         {

@@ -31,6 +31,7 @@ from safegene_converter.gguf.fold import (
 from safegene_converter.gguf.presets import PRESETS, preset, quantize_gguf
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_converter.inputs.adapter import Module
+from safegene_runtime.artifact.forms import GGUF
 from safegene_runtime.artifact.manifest import FileEntry
 from safegene_runtime.cpus import usable_cpus
 from safegene_runtime.errors import (
@@ -48,9 +49,8 @@ from safegene_runtime.formats.gguf.types import GGMLType, Value, ValueType, nbyt
 from safegene_runtime.formats.gguf.weights import elements_by_type
 from safegene_runtime.progress import Progress
 
-__all__ = ["MODEL_FILE", "write_merged"]
+__all__ = ["write_merged"]
 
-MODEL_FILE = "model.gguf"
 QUANTISED_FILE = "quantised.gguf"
 ENCODERS = 4
 """Tensors encoded at a time: each holds some ten operands."""
@@ -94,7 +94,7 @@ def write_merged(fold: GGUFFold, folder: Path, work: Path, tell: Progress) -> Ma
     if any(type_traits(tensor.type)[0] > 1 for tensor in tensors):
         metadata.setdefault("general.quantization_version", Value(ValueType.UINT32, 2, None))
     metadata.update(fold.provenance())
-    path = folder / MODEL_FILE
+    path = folder / str(GGUF.model_file)
     total, done = sum(nbytes(tensor.shape, tensor.type) for tensor in tensors), 0
 
     def step(count: int) -> None:

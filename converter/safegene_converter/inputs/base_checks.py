@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safegene_converter.inputs import names
 from safegene_converter.inputs.safetensors_reader import SafetensorsFile, read_safetensors
+from safegene_runtime.architecture.table import Architecture
 from safegene_runtime.errors import (
     BaseModelError,
     Problem,
@@ -181,6 +181,7 @@ def _shown(names: Sequence[str]) -> str:
 
 def check_layers(
     where: str,
+    architecture: Architecture,
     n_layers: int,
     shapes: Mapping[str, tuple[int, int]],
     problems: Problems,
@@ -189,11 +190,7 @@ def check_layers(
     """Checks that every layer has its linear modules, then raises what was collected."""
     refused.raise_if_any(UnsupportedError)
     if not problems:
-        expected = {
-            f"model.layers.{layer}.{module}"
-            for layer in range(n_layers)
-            for module in names.BLOCK_MODULES
-        }
+        expected = set(architecture.modules(n_layers))
         missing, extra = sorted(expected - shapes.keys()), sorted(shapes.keys() - expected)
         if missing:
             problems.add(

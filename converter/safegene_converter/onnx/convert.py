@@ -31,12 +31,10 @@ from safegene_converter.fold.hashing import digesting
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.inputs.base import Base
-from safegene_converter.inputs.onnx_base import ADAPTER_FILE, OnnxBase, open_onnx_base
+from safegene_converter.inputs.onnx_base import OnnxBase, open_onnx_base
 from safegene_converter.inputs.onnx_proto import load_proto
 from safegene_converter.onnx.branch import branch, slot_entries, slot_names, write_adapter
 from safegene_converter.onnx.fold import (
-    FORMS,
-    Form,
     OnnxFold,
     Touched,
     prove_weights,
@@ -48,6 +46,7 @@ from safegene_converter.onnx.unchanged import METADATA_PREFIX
 from safegene_converter.onnx.writer import Change, write_onnx
 from safegene_runtime import __version__
 from safegene_runtime.artifact.base_proof import UNCHANGED
+from safegene_runtime.artifact.forms import ONNX, ONNX_BRANCH, ONNX_MERGED, Form, form_named
 from safegene_runtime.artifact.manifest import FileEntry, Manifest, ModuleEntry
 from safegene_runtime.artifact.onnx_checks import precision_class
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, adapter_digest
@@ -65,10 +64,10 @@ from safegene_runtime.formats.onnx.tensor import DataType
 from safegene_runtime.gating.bounds import precision_of
 from safegene_runtime.progress import Progress
 
-__all__ = ["FORMS", "OnnxBase", "convert_onnx", "default_form", "open_onnx_base", "write_fold"]
+__all__ = ["OnnxBase", "convert_onnx", "default_form", "open_onnx_base", "write_fold"]
 
 CAUTION = (
-    f"any caller can leave {ADAPTER_FILE} out, and is served the base; ONNX Runtime itself ignores an "
+    f"any caller can leave {ONNX.adapter_file} out, and is served the base; ONNX Runtime itself ignores an "
     "active adapter under I/O binding and in async runs"
 )
 """What the manifest says of the adapter form; measured in tests/test_onnx_adapter_runs.py."""
@@ -80,7 +79,7 @@ def convert_onnx(
     base_path: Path,
     out: Path,
     *,
-    form: Form | None = None,
+    form: str | None = None,
     precision: str | None = None,
     block_size: int | None = None,
     accuracy_level: int | None = None,
@@ -116,10 +115,7 @@ def convert_onnx(
     """
     tell: Progress = progress or (lambda stage, done, total: None)
     check_output_free(out, force, [adapter_path, base_path])
-    if form is not None and form not in FORMS:
-        raise UnsupportedError(
-            Problem("--as", "form of --to onnx", " or ".join(FORMS), form, "choose one of these")
-        )
+    wanted = None if form is None else form_named(ONNX, form)
     adapter = read_adapter(adapter_path, expression)
     export = Export(precision, block_size, accuracy_level, tuple(builder_options))
     source = open_source(base_path, export)
@@ -140,9 +136,9 @@ def convert_onnx(
         touched = touched_weights(adapter, opened)
         if hf is not None:
             settings["weight_error"] = prove_weights(touched, opened, hf)
-        chosen = form or default_form(opened, touched)
+        chosen = wanted or default_form(opened, touched)
         fold = OnnxFold(adapter, opened, hf, chosen, touched, bounds or Bounds(), promote)
-        if chosen == "merged":
+        if chosen.merges:
             settings["bounds"], settings["promote"] = vars(fold.bounds), promote
         if cautions := [*adapter.cautions, *_cautions(chosen, opened)]:
             settings["caution"] = "; ".join(cautions)
@@ -154,14 +150,14 @@ def convert_onnx(
         manifest = Manifest(
             tool={"name": "safegene", "version": __version__},
             artifact={
-                "target": "onnx",
-                "form": chosen,
+                "target": chosen.target.name,
+                "form": chosen.name,
                 "architecture": opened.architecture,
                 "name": source.name,
                 "precision": served_class,
             },
             base={
-                "kind": "onnx" if isinstance(source, OnnxBase) else source.kind,
+                "kind": ONNX.name if isinstance(source, OnnxBase) else source.kind,
                 "name": base_path.resolve().name,
                 "files": digests.result(),
                 "proof": proof,
@@ -180,7 +176,7 @@ def convert_onnx(
             settings=settings,
             files=tuple(files),
             modules=tuple(modules),
-            slots=slot_entries(fold) if chosen == "adapter" else (),
+            slots=slot_entries(fold) if chosen.has_slots else (),
         )
         shutil.rmtree(work)
         (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
@@ -189,7 +185,7 @@ def convert_onnx(
 
 def _cautions(form: Form, base: OnnxBase) -> list[str]:
     """What whoever ships the artifact has to know."""
-    cautions = [CAUTION] if form == "adapter" else []
+    cautions = [CAUTION] if form.has_slots else []
     if not (base.folder / "genai_config.json").is_file():
         cautions.append(NO_GENAI)
     return cautions
@@ -221,7 +217,7 @@ def _check_runnable(source: Base | OnnxBase, export: Export) -> None:
 def default_form(base: OnnxBase, touched: Sequence[Touched]) -> Form:
     """`branch` where a weight that changes is stored in 8 or 4 bits, else `merged`."""
     packed = any(one.linear.layout == "nbits" for one in touched)
-    return "branch" if packed else "merged"
+    return ONNX_BRANCH if packed else ONNX_MERGED
 
 
 def write_fold(
@@ -244,7 +240,7 @@ def write_fold(
     proto = load_proto(model)
     change = Change()
     files: list[FileEntry] = []
-    write = merge if fold.form == "merged" else branch
+    write = merge if fold.form.merges else branch
     modules = write(fold, proto, change, tell)
     _provenance(fold, proto)
     total, done = sum(path.stat().st_size for path in model.files), 0
@@ -258,8 +254,8 @@ def write_fold(
     for name, digest in sorted(digests.items()):
         role = "model" if name == model.path.name else "data"
         files.append(FileEntry(name, role, (folder / name).stat().st_size, digest))
-    if fold.form == "adapter":
-        path = folder / ADAPTER_FILE
+    if fold.form.has_adapter:
+        path = folder / ONNX.adapter_file
         write_adapter(fold, path)
         files.append(FileEntry(path.name, "adapter", path.stat().st_size, sha256_file(path)))
     for source in fold.base.companions:
@@ -277,7 +273,7 @@ def _provenance(fold: OnnxFold, proto: Any) -> None:
     for key, value in (
         *copies,
         ("safegene.version", __version__),
-        ("safegene.form", fold.form),
+        ("safegene.form", fold.form.name),
         ("safegene.expression", fold.adapter.expression),
         (ADAPTER_KEY, adapter_digest(fold.adapter.digests)),
         ("safegene.modules", str(len(fold.adapter.modules))),
@@ -288,7 +284,7 @@ def _provenance(fold: OnnxFold, proto: Any) -> None:
 def _rounding(fold: OnnxFold) -> str:
     """The class of what a merge rounds; what else is written computes as the branch does."""
     packed = [one.linear for one in fold.touched if one.linear.layout == "nbits"]
-    if fold.form != "merged" or not packed:
+    if not fold.form.merges or not packed:
         return "f16"
     return precision_of({linear.type: math.prod(linear.shape) for linear in packed})
 
@@ -296,10 +292,10 @@ def _rounding(fold: OnnxFold) -> str:
 def _check(fold: OnnxFold, folder: Path, work: Path) -> dict[str, Any]:
     """Re-opens the artifact in a child process, beside a branch made for the check."""
     oracle = folder
-    if fold.form != "branch":
+    if fold.form is not ONNX_BRANCH:
         oracle = work / "oracle"
         oracle.mkdir()
-        branch = dataclasses.replace(fold, form="branch")
+        branch = dataclasses.replace(fold, form=ONNX_BRANCH)
         write_fold(branch, oracle, lambda stage, done, total: None)
     slots = {
         one.linear.weight.name: {
@@ -312,7 +308,7 @@ def _check(fold: OnnxFold, folder: Path, work: Path) -> dict[str, Any]:
     return check_onnx(
         base=fold.base.model.path,
         artifact=folder / name,
-        adapter_file=folder / ADAPTER_FILE if fold.form == "adapter" else None,
+        adapter_file=folder / ONNX.adapter_file if fold.form.has_adapter else None,
         oracle=oracle / name,
         adapter=fold.adapter,
         form=fold.form,

@@ -45,7 +45,7 @@ def load_model(base: Base) -> tuple[Any, Any]:
     transformers.logging.disable_progress_bar()
     where: dict[str, Any] = {"trust_remote_code": False}
     folder = base.path
-    if base.kind == "gguf":
+    if base.is_gguf:
         if len(base.files) > 1:
             raise BaseModelError(
                 Problem(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safegene_runtime.artifact.forms import ONNX
 from safegene_runtime.artifact.manifest import Manifest, check_files
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, check_provenance
 from safegene_runtime.errors import EngineError, ManifestError, Problem, Problems, RecordError
@@ -61,16 +62,13 @@ def check_integrity(
     if record is not None:
         _check_same_adapter(manifest, folder, record)
     problems = Problems()
-    needed = {"sidecar": ("adapter",), "adapter": ("model", "adapter")}.get(
-        manifest.artifact["form"], ("model",)
-    )
-    entries = {role: manifest.file(role) for role in needed}
+    entries = {role: manifest.file(role) for role in manifest.form.roles}
     for role, entry in entries.items():
         if entry is None:
             problems.add(str(folder), "files", f"a file of role {role}", "none", "convert again")
     problems.raise_if_any(ManifestError)
     paths = {role: folder / entry.path for role, entry in entries.items() if entry is not None}
-    if base is not None and "model" in paths:
+    if base is not None and manifest.form.carries_base:
         raise EngineError(
             Problem(
                 "--base",
@@ -80,12 +78,12 @@ def check_integrity(
                 "leave --base out",
             )
         )
-    if manifest.artifact["target"] == "onnx":
+    if manifest.form.target is ONNX:
         from safegene_runtime.artifact.onnx_checks import check_onnx_artifact
 
         precision = check_onnx_artifact(manifest, paths["model"])
         return ServedModel(paths["model"], paths.get("adapter"), precision)
-    if "model" in paths:
+    if manifest.form.carries_base:
         header = open_model(paths["model"])
         check_provenance(manifest, header.get(ADAPTER_KEY), str(paths["model"]), problems)
         _check_touched(manifest, header, str(paths["model"]), problems)

@@ -40,7 +40,8 @@ from pathlib import Path
 from typing import Any
 
 from safegene_runtime.artifact.base_proof import check_base_proof
-from safegene_runtime.errors import FormatError, ManifestError, Problems
+from safegene_runtime.artifact.forms import FORMS, GGUF, ONNX, Form, find_form
+from safegene_runtime.errors import FormatError, ManifestError, Problem, Problems
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.fields import (
     INTEGER,
@@ -66,11 +67,11 @@ __all__ = [
 ]  # fmt: skip
 
 FORMAT_VERSION = 1
+BASE_KINDS = (GGUF.name, "hf", ONNX.name)
 MAX_MANIFEST_BYTES = 32 << 20
 RESTORE = "the manifest was edited or damaged: restore it, or convert again"
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
-_FORMS = {"gguf": ("merged", "sidecar"), "onnx": ("merged", "branch", "adapter")}
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,14 @@ class Manifest:
     modules: tuple[ModuleEntry, ...]
     slots: tuple[SlotEntry, ...] = ()
     verification: dict[str, Any] | None = field(default=None)
+
+    @property
+    def form(self) -> Form:
+        """What the artifact is, and what follows from it."""
+        found = find_form(self.artifact["target"], self.artifact["form"])
+        if found is None:
+            raise ManifestError(Problem("artifact", "form", "a form we know", str(self.artifact)))
+        return found
 
     def to_json(self) -> bytes:
         """The bytes of manifest.json; equal manifests give equal bytes."""
@@ -358,14 +367,14 @@ def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
     if verification and verification["verdict"] not in tuple(Verdict):
         wanted = ", ".join(Verdict)
         problems.add(where, "verification.verdict", wanted, verification["verdict"])
-    if raw["base"]["kind"] not in ("gguf", "hf", "onnx"):
-        problems.add(where, "base.kind", "gguf, hf or onnx", raw["base"]["kind"])
+    if raw["base"]["kind"] not in BASE_KINDS:
+        problems.add(where, "base.kind", "{}, {} or {}".format(*BASE_KINDS), raw["base"]["kind"])
     artifact = raw["artifact"]
-    if artifact["form"] not in _FORMS.get(artifact["target"], ()):
+    if find_form(artifact["target"], artifact["form"]) is None:
         problems.add(
             where,
             "artifact.form",
-            f"a form of {sorted(_FORMS)}",
+            ", ".join(map(str, FORMS)),
             f"{artifact['target']} {artifact['form']}",
         )
     unchanged = raw["base"]["kind"] == artifact["target"]
@@ -395,7 +404,8 @@ def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
 
 def _check_slots(raw: dict[str, Any], where: str, problems: Problems) -> None:
     slots = raw.get("slots", [])
-    if bool(slots) != (raw["artifact"]["form"] == "adapter"):
+    form = find_form(raw["artifact"]["target"], raw["artifact"]["form"])
+    if bool(slots) != (form is not None and form.has_slots):
         got = f"{len(slots)} in an artifact of form {raw['artifact']['form']}"
         problems.add(where, "slots", "slots in the adapter form, and nowhere else", got)
     names: set[str] = set()

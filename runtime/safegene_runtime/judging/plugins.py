@@ -65,10 +65,11 @@ def load_judge(spec: str) -> Judge:
     kind, colon, argument = spec.partition(":")
     if spec == JUDGE_NAME:
         return RulesAndNgram()
-    if kind in ("gguf", "onnx") and argument:
-        return GgufJudge(Path(argument)) if kind == "gguf" else OnnxJudge(Path(argument))
+    models = {judge.name: judge for judge in (GgufJudge, OnnxJudge)}
+    if kind in models and argument:
+        return models[kind](Path(argument))
     found = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-    if kind not in found or kind in ("gguf", "onnx", JUDGE_NAME) or (colon and not argument):
+    if kind not in found or kind in (*models, JUDGE_NAME) or (colon and not argument):
         names = [JUDGE_NAME, "gguf:PATH", "onnx:PATH", *sorted(found)]
         raise UnsupportedError(
             Problem(

@@ -129,9 +129,7 @@ def after_reasoning(text: str) -> str | None:
     Returns:
         None where the reasoning has no end, or nothing follows it.
     """
-    final = None
-    for final in _FINAL.finditer(text):
-        pass
+    final = max(_FINAL.finditer(text), key=lambda found: found.start(), default=None)
     if final is not None:
         text = text[final.end() :]
     elif _BARE_CHANNEL.match(text) or _CHANNEL.search(text):

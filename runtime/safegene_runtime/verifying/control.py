@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from safegene_runtime.artifact.forms import GGUF_MERGED
 from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.artifact.provenance import ADAPTER_KEY
 from safegene_runtime.artifact.served_gguf import decoded
@@ -60,14 +61,14 @@ def check_takes_control(manifest: Manifest, control: Path) -> None:
     Raises:
         EngineError: the artifact runs beside its own base, or is of ONNX; or the control is no GGUF file.
     """
-    target, form = manifest.artifact["target"], manifest.artifact["form"]
+    form = manifest.form
     leave_out = f"leave {OPTION} out"
     problems = Problems()
-    if form in ("sidecar", "adapter"):
-        got = f"{form}: its own base is run anyway"
+    if form.has_adapter:
+        got = f"{form.name}: its own base is run anyway"
         problems.add(OPTION, "form", "a merged GGUF", got, leave_out)
-    elif (target, form) != ("gguf", "merged"):
-        got = f"{target} {form}: graphs are not compared with one another"
+    elif form is not GGUF_MERGED:
+        got = f"{form}: graphs are not compared with one another"
         problems.add(OPTION, "form", "a merged GGUF", got, leave_out)
     elif not control.is_file() or control.suffix.lower() != ".gguf":
         got = "a folder" if control.is_dir() else "another one" if control.exists() else "no file"

@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safegene_runtime.architecture.table import module_kinds, parse_module
+from safegene_runtime.artifact.forms import ONNX
 from safegene_runtime.artifact.manifest import Manifest, ModuleEntry
 from safegene_runtime.artifact.served import Found, ServedWeights
 from safegene_runtime.artifact.served_gguf import GGUFWeights
@@ -122,7 +124,7 @@ class StaticProof:
     def heat_map(self) -> dict[str, Any]:
         """Beta by layer and kind: {"layers", "kinds", "beta": rows by layer, null where untouched}."""
         layers = sorted({one.layer for one in self.modules})
-        kinds = list(dict.fromkeys(kind for kind in _KINDS if kind in self._kinds()))
+        kinds = list(dict.fromkeys(kind for kind in module_kinds() if kind in self._kinds()))
         kinds += sorted(self._kinds() - set(kinds))
         by_place = {(one.layer, one.kind): one.beta for one in self.modules}
         rows = [[by_place.get((layer, kind)) for kind in kinds] for layer in layers]
@@ -142,9 +144,6 @@ class StaticProof:
             "problems": [str(problem) for problem in self.problems],
             "heat_map": self.heat_map(),
         }
-
-
-_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def static_proof(
@@ -171,7 +170,7 @@ def static_proof(
     """
     pairs = _pair(manifest, record)
     served: ServedWeights
-    if manifest.artifact["target"] == "onnx":
+    if manifest.form.target is ONNX:
         from safegene_runtime.artifact.served_onnx import OnnxWeights
 
         served = OnnxWeights(model, adapter)
@@ -190,7 +189,7 @@ def static_proof(
                 problems.add(entry.tensor, added.module, "no delta", "one", "convert again")
         else:
             # a branch stands beside a base that may have been rounded since it was recorded
-            same = same_files and (found.carried is None or manifest.artifact["form"] == "sidecar")
+            same = same_files and (found.carried is None or not manifest.form.carries_base)
             judged.append(_module(entry.tensor, added, found, same))
     for name in served.unexpected():
         problems.add(
@@ -257,8 +256,8 @@ def _pair(manifest: Manifest, record: Reference) -> list[tuple[ModuleEntry, Modu
     for name in sorted(recorded.keys() & listed.keys()):
         if recorded[name].shape != tuple(listed[name].shape):
             problems.add(where, name, tuple(listed[name].shape), recorded[name].shape)
-        if _place(name) is None:
-            problems.add(where, name, "model.layers.N...", "another name")
+        if parse_module(name) is None:
+            problems.add(where, name, "a linear module of a block", "another name")
     if not any(one.norm > 0 for one in record.factors):
         problems.add(where, "factors", "a delta that is not zero", "only zeros", "record again")
     problems.raise_if_any(RecordError)
@@ -303,7 +302,8 @@ def _module(tensor: str, added: ModuleFactors, found: Found, same: bool) -> _Jud
     else:
         bands = COARSE_SAME_BASE if same else COARSE_OTHER_BASE
     floor = SURVIVAL if found.carried is None and share > LARGE_NOISE else 0.0
-    layer, kind = _place(added.module) or (0, added.module)
+    place = parse_module(added.module)
+    layer, kind = (place.layer, place.kind) if place else (0, added.module)
     proof = ModuleProof(
         module=added.module,
         tensor=tensor,
@@ -379,16 +379,9 @@ def _hold(
         problems.add(where, what, expected, f"{beta:.3f}", fix)
 
 
-def _place(module: str) -> tuple[int, str] | None:
-    """(block, kind) of a module name."""
-    parts = module.split(".")
-    if len(parts) < 4 or parts[:2] != ["model", "layers"] or not parts[2].isdecimal():
-        return None
-    return int(parts[2]), parts[-1]
-
-
 def _order(kind: str) -> int:
-    return _KINDS.index(kind) if kind in _KINDS else len(_KINDS)
+    known = module_kinds()
+    return known.index(kind) if kind in known else len(known)
 
 
 def _meaning(beta: float) -> str:
