@@ -253,7 +253,9 @@ def _mergeds(
             made[name] = out / str(forms.GGUF.model_file), None
             if name in DROPPED:  # no merge of nothing: the converter refuses a delta of zeros
                 out.mkdir()
-                _without(DROPPED[name], made[UNPROMOTED][0], control, out / str(forms.GGUF.model_file))
+                _without(
+                    DROPPED[name], made[UNPROMOTED][0], control, out / str(forms.GGUF.model_file)
+                )
                 continue
             if name == GENUINE:
                 asked = {"type_name": "auto" if kind == "given" else kind}

@@ -69,7 +69,7 @@ def test_a_form_is_found_by_its_names(form: Form) -> None:
 def test_what_a_form_implies_agrees(form: Form) -> None:
     assert form.carries_base or form.has_adapter
     assert not form.merges or form.roles == ("model",)
-    assert not form.has_slots or form.carries_base and form.has_adapter
+    assert not form.has_slots or (form.carries_base and form.has_adapter)
     # only what changes the weights can be promoted, or weighed by importance
     assert not (form.merges and form.ignores)
 
