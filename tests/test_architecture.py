@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import tiny
+import tiny_architectures
 from safetensors import safe_open
+from test_exactness import check_exact
 
 import safegene_converter
 import safegene_runtime
+from safegene_converter.inputs.base import open_base
 from safegene_converter.inputs.row_proof import prove_transform
 from safegene_runtime.architecture import table
 from safegene_runtime.architecture.row_order import Transform
@@ -141,6 +145,31 @@ def test_only_the_table_knows_an_architecture() -> None:
                 if isinstance(node, ast.Constant) and isinstance(node.value, str)
             }
             assert path == home or not strings & known, path
+
+
+def test_contributing_adds_an_architecture_by_a_row_and_a_tiny_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (tiny.REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.split("## A new dense architecture")[1].split("\n## ")[0]
+    row_text, model_text = re.findall(r"```python\n(.*?)```", section, re.S)
+    row = eval(row_text, vars(table))
+    base = tiny.gguf_model(row.name)
+    known = TABLE[row.name], tiny_architectures.MODELS[row.name]
+    monkeypatch.delitem(TABLE, row.name)
+    monkeypatch.delitem(tiny_architectures.MODELS, row.name)
+    with pytest.raises(UnsupportedError, match=f"got {row.name}"):
+        open_base(base)
+    monkeypatch.setitem(TABLE, row.name, row)
+    with pytest.raises(LookupError, match=f"{row.name} has no tiny model"):
+        tiny.hf_model(row.name)
+    (model,) = eval(model_text, vars(tiny_architectures)).items()
+    monkeypatch.setitem(tiny_architectures.MODELS, *model)
+    assert (row, model[1]) == known
+    adapter = tiny.peft_adapter(
+        row.name, tmp_path / "adapter", scale=0.1, target_modules=tiny.kinds(row.name)
+    )
+    check_exact(adapter, row.name, tmp_path, None)
 
 
 def test_paths_in_a_graph_are_found_however_the_exporter_writes_them() -> None:
