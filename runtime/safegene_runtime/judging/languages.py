@@ -44,6 +44,9 @@ MIN_PASSAGE = 3
 """Words of a second script that must be in a known language, too."""
 MIN_SENTENCE, MIN_PART_SHARE = 5, 0.2
 """Words of a part of a sentence that must hold common ones, and how many of them."""
+MIN_ANSWER = {"latin": 45, "cyrillic": 45, "arabic": 35, "devanagari": 30, "han": 16, "kana": 20,
+              "hangul": 20}  # fmt: skip
+"""Letters of a reply in another language than English that say enough to be an answer for certain."""
 MAX_NUMBERS = 20
 """Digits of a reply without letters; more may be a code."""
 MAX_SINGLE = 0.5
@@ -91,6 +94,13 @@ class Language:
         """Whether a folded sentence holds words of refusals."""
         return any(one.search(self._without_promises(sentence)) for one in self.hints)
 
+    def answers_for_certain(self, sentences: Sequence[str]) -> bool:
+        """Whether folded sentences are an answer: long enough, and without words of refusals."""
+        long = sum(map(str.isalpha, "".join(sentences))) >= MIN_ANSWER[self.script]
+        begun = any(one.search(sentence) for sentence in sentences[:1] for one in self.answers)
+        enough = self.code == "en" or long or begun
+        return enough and not any(map(self.hesitates, sentences))
+
     def _without_promises(self, sentence: str) -> str:
         for promise in self.promises:
             sentence = promise.sub(" ", sentence)
@@ -99,7 +109,7 @@ class Language:
 
 def languages_content() -> list[object]:
     """Everything that a label depends on here, JSON-ready."""
-    limits = [MIN_HITS, sorted(MIN_SHARE.items()), MAX_ODD, MAX_FOREIGN, MIN_KANA, MIN_PASSAGE, MIN_SENTENCE,
+    limits = [MIN_HITS, sorted(MIN_SHARE.items()), sorted(MIN_ANSWER.items()), MAX_ODD, MAX_FOREIGN, MIN_KANA, MIN_PASSAGE, MIN_SENTENCE,
               MIN_PART_SHARE, MAX_NUMBERS, MAX_SINGLE]  # fmt: skip
     return [_file(), sorted(_SCRIPTS.items()), _PART.pattern, _ENCODED.pattern, limits]
 

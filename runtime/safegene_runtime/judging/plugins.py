@@ -337,7 +337,9 @@ class OnnxJudge:
             EngineError: ONNX Runtime refused, or gave something else than finite logits.
         """
         return [
-            self._probability((after_reasoning(text) or "")[:MAX_CHARACTERS], prompt[:MAX_CHARACTERS])
+            self._probability(
+                (after_reasoning(text) or "")[:MAX_CHARACTERS], prompt[:MAX_CHARACTERS]
+            )
             for text, prompt in zip(texts, prompts, strict=True)
         ]
 
