@@ -137,8 +137,10 @@ def times() -> None:
         "JSON, 4,000 characters": json.dumps({"response": (text * 9)[:3980]}),
     }
     for name, unit in {
-        "one letter": "a", "white space": " ", "new lines": "\n \n", "quotation marks": '"', "brackets": "{[<",
-        "open tags": "<think>", "tags cut off": "<think ", "channels": "<|channel|>", "marks": "a\u0301\u0323",
+        "one letter": "a", "white space": " ", "new lines": "\n \n", "quotation marks": '"',
+        "brackets": "{[<",
+        "open tags": "<think>", "tags cut off": "<think ", "channels": "<|channel|>",
+        "marks": "a\u0301\u0323",
         "marks alone": "\u0301\u0323", "backslashes": "\\", "entities": "&lt;", "fences": "```\n",
         "negations": "I can't not ", "commas": ", i", "Han": "不", "sorry": "sorry, i ",
     }.items():  # fmt: skip

@@ -6,10 +6,10 @@
     n-gram       a linear model over hashed English words, learnt from examples       ngram.py
 
 A label is certain where rules and n-gram model agree; in other languages than English, which the
-model does not know, where an answer is long enough and holds no word that refusals use. All else is `uncertain`, and the
-gate counts it both ways: a language that is not known, reasoning that has no end, a refusal that goes
-on with an answer. Form comes first: a reply that is empty, a loop or no language is `degenerate`, and
-the rules alone decide that.
+model does not know, where an answer is long enough and holds no word that refusals use. All else is
+`uncertain`, and the gate counts it both ways: a language that is not known, reasoning that has no
+end, a refusal that goes on with an answer. Form comes first: a reply that is empty, a loop or no
+language is `degenerate`, and the rules alone decide that.
 
 A reference and what is compared with it must be judged by one judge. Its name, version and digest
 are part of every reference, and `check_same_judge` refuses another. Other judges: plugins.py.
