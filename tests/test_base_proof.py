@@ -12,12 +12,16 @@ from typing import Any
 import bases
 import gguf
 import numpy as np
+import onnx
+import onnx_tools
 import pytest
 import tiny
+from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from safegene_converter.bases.hf_to_gguf import limited_to_window
-from safegene_converter.bases.onnx_source import Export, export_base, open_source, prove_export
+from safegene_converter.bases.onnx_proof import check_twin, prove_export
+from safegene_converter.bases.onnx_source import Export, export_base, open_source
 from safegene_converter.bases.proof import (
     Asked,
     Reach,
@@ -29,7 +33,8 @@ from safegene_converter.bases.proof import (
 )
 from safegene_converter.gguf.convert import convert
 from safegene_converter.gguf.presets import quantize_gguf
-from safegene_converter.inputs.base import open_base
+from safegene_converter.inputs.base import Base, open_base
+from safegene_converter.inputs.onnx_base import open_onnx_base
 from safegene_converter.recording.base_logits import asked_in_torch
 from safegene_converter.recording.loading import load_model
 from safegene_converter.recording.recorder import record
@@ -117,15 +122,16 @@ def test_a_loader_that_reads_something_else_is_caught_on_the_logits(
     """Whatever the lists of names let pass: here the loader forgets the epsilon of the norms."""
     import transformers
 
+    adapter = tiny.peft_adapter("llama", tmp_path / "adapter")
     original = transformers.AutoConfig.from_pretrained
 
     def forgetful(*arguments: Any, **options: Any) -> Any:
         config = original(*arguments, **options)
-        config.rms_norm_eps = 1e-2
+        if "return_unused_kwargs" not in options:
+            config.rms_norm_eps = 1e-2
         return config
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", forgetful)
-    adapter = tiny.peft_adapter("llama", tmp_path / "adapter")
     with pytest.raises(BaseModelError, match="logits of the plain base"):
         record(adapter, tiny.gguf_model("llama"), tmp_path / "out", prompts=PROMPTS)
 
@@ -270,8 +276,10 @@ def test_without_that_limit_the_logits_differ(kind: str, tmp_path: Path) -> None
 
 def test_a_gguf_with_biases_goes_to_onnx_as_its_folder_answers(tmp_path: Path) -> None:
     source = open_source(bases.gguf(**BIASED), Export())
-    _, made, _ = export_base(source, tmp_path, Export(), quiet)
-    assert prove_export(source, made, quiet).kl_worst < 1e-8  # type: ignore[arg-type]
+    assert isinstance(source, Base)
+    hf, made, _ = export_base(source, tmp_path, Export(), quiet)
+    assert hf is not None
+    assert prove_export(source, hf, made, tmp_path, quiet).kl_worst < 1e-8
     folder = bases.folder(**BIASED)
     found = proved(in_torch(folder), onnx_side(made.model.path), reach_of(open_base(folder)))
     assert "ONNX Runtime" in found.target or "onnx" in found.target.lower()
@@ -285,6 +293,27 @@ def test_an_export_with_another_rope_is_caught(tmp_path: Path) -> None:
     target = onnx_side(bases.onnx(rope_parameters=YARN) / "model.onnx")
     with pytest.raises(BaseModelError, match="logits of the plain base"):
         proved(in_torch(folder), target, reach_of(open_base(folder)))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_a_rounded_graph_has_the_constants_of_its_twin(precision: str, tmp_path: Path) -> None:
+    hf = open_base(tiny.hf_model("qwen2"))
+    twin, made = (
+        open_onnx_base(tiny.onnx_model("qwen2", one)).model for one in ("fp32", precision)
+    )
+    check_twin(twin, made, hf)
+
+    def scale(model: onnx.ModelProto) -> None:
+        (found,) = [one for one in model.graph.initializer if one.name == wrong]
+        values = numpy_helper.to_array(found)
+        found.CopyFrom(numpy_helper.from_array((values * 1.5).astype(values.dtype), wrong))
+
+    for wrong in ("cos_cache", "model.layers.1.attn.qkv_proj.Add.bias"):
+        edited = onnx_tools.edited(tiny.onnx_model("qwen2", precision), tmp_path / wrong, scale)
+        with pytest.raises(BaseModelError, match=wrong):
+            check_twin(twin, open_onnx_base(edited).model, hf)
+    with pytest.raises(BaseModelError, match="products"):
+        check_twin(open_onnx_base(tiny.onnx_model("qwen3")).model, made, hf)
 
 
 # --- the manifest and the ladder -------------------------------------------------------------------

@@ -15,7 +15,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from safegene_converter.inputs.base import open_base
-from safegene_converter.inputs.consumed import check_rope_carried, window_of
+from safegene_converter.inputs.consumed import check_carried, window_of
 from safegene_converter.inputs.consumed_gguf import check_gguf_for_torch, gguf_config
 from safegene_runtime.errors import BaseModelError, SafeGeneError, UnsupportedError
 from safegene_runtime.formats.gguf.header import Value, ValueType
@@ -198,19 +198,36 @@ BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
         ("Llama", {"rope_type": "dynamic", "factor": 4.0}, set()),
         ("Llama", {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}, set()),
         ("Qwen3", {"rope_type": "ntk"}, set()),
+        ("Llama", {**YARN, "attention_factor": 1.3}, set()),
     ],
 )
 def test_a_scaled_rope_goes_only_where_the_converter_carries_it(
     name: str, rope: dict[str, Any], targets: set[str]
 ) -> None:
     """F3 and its like: what each converter drops, it drops without a word."""
-    config = {"architectures": [f"{name}ForCausalLM"], "rope_parameters": rope}
+    config = {
+        "architectures": [f"{name}ForCausalLM"], "rope_parameters": rope, "sliding_window": None,
+    }  # fmt: skip
     for target in ("gguf", "onnx"):
         if target in targets:
-            check_rope_carried(config, target, "config.json")
+            check_carried(config, target, "config.json")
         else:
             with pytest.raises(BaseModelError, match="rope"):
-                check_rope_carried(config, target, "config.json")
+                check_carried(config, target, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "target"),
+    [
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 8}, "onnx"),
+        ({"architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, "gguf"),
+    ],
+)
+def test_what_else_a_converter_would_drop_is_named(config: dict[str, Any], target: str) -> None:
+    other = {"onnx": "gguf", "gguf": "onnx"}[target]
+    check_carried(config, other, "config.json")
+    with pytest.raises(BaseModelError, match=f"--to {other}"):
+        check_carried(config, target, "config.json")
 
 
 @pytest.mark.parametrize(

@@ -15,18 +15,15 @@ from typing import Any
 
 from safegene_converter.bases.gguf_to_hf import check_decodable, gguf_to_hf
 from safegene_converter.bases.onnx_build import build_onnx, check_build_options
-from safegene_converter.bases.proof import gguf_side, onnx_side, prove_base, reach_of, torch_side
 from safegene_converter.inputs.adapter import Adapter, check_base_fits
 from safegene_converter.inputs.base import Base, open_base
-from safegene_converter.inputs.consumed import check_rope_carried
+from safegene_converter.inputs.consumed import check_carried
 from safegene_converter.inputs.onnx_base import OnnxBase, open_onnx_base
-from safegene_runtime.artifact.base_proof import BaseProof
-from safegene_runtime.artifact.onnx_checks import precision_class
 from safegene_runtime.errors import BaseModelError, Problem, UnsupportedError
 from safegene_runtime.progress import Progress
 
 __all__ = [
-    "Export", "check_source_fits", "export_base", "is_onnx_folder", "open_source", "prove_export",
+    "Export", "check_source_fits", "export_base", "is_onnx_folder", "open_source",
 ]  # fmt: skip
 
 _WIDTH = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.1, "int4": 0.6}
@@ -101,7 +98,7 @@ def open_source(path: Path, export: Export) -> Base | OnnxBase:
         return open_onnx_base(path)
     base = open_base(path)
     if base.config is not None:
-        check_rope_carried(base.config, "onnx", str(base.path))
+        check_carried(base.config, "onnx", str(base.path))
     else:
         check_decodable(base)
     check_build_options(
@@ -177,21 +174,3 @@ def export_base(
         if (base.path / name).is_file() and not (target / name).exists():
             shutil.copy(base.path / name, target / name)
     return base, open_onnx_base(target), settings
-
-
-def prove_export(given: Base, made: OnnxBase, tell: Progress) -> BaseProof:
-    """Proves that ONNX Runtime answers with an exported graph as the base does in its own engine.
-
-    Args:
-        given: the folder or the GGUF; the folder made of a GGUF on the way is no witness.
-        made: the graph.
-        tell: told how far it is.
-
-    Raises:
-        BaseModelError: it does not.
-    """
-    source = torch_side(given.path) if given.model is None else gguf_side(given.model)[0]
-    return prove_base(
-        source, onnx_side(made.model.path), precision=precision_class(made.model),
-        reach=reach_of(given), where=f"{given.path}: the onnxruntime-genai builder", tell=tell,
-    )  # fmt: skip

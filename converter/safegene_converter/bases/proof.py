@@ -30,7 +30,7 @@ from safegene_converter.inputs.base import Base
 from safegene_converter.inputs.consumed import rope_of, window_of
 from safegene_runtime.artifact.base_proof import BaseProof
 from safegene_runtime.artifact.integrity import model_precision
-from safegene_runtime.child import answer_job, run_job
+from safegene_runtime.child import answer_job, deadline_for, run_job
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.llama_native import library
 from safegene_runtime.engines.registry import open_engine
@@ -42,7 +42,7 @@ from safegene_runtime.progress import Progress
 from safegene_runtime.verifying.compare import logsumexp
 
 __all__ = [
-    "Answer", "Asked", "Reach", "answer_proof", "ask_engine", "gguf_side", "kept", "onnx_side",
+    "F32_BYTES", "Answer", "Asked", "Reach", "answer_proof", "ask_engine", "gguf_side", "kept", "onnx_side",
     "prove_base", "reach_of", "torch_side",
 ]  # fmt: skip
 
@@ -167,7 +167,14 @@ def reach_of(base: Base, limit: int | None = None) -> Reach:
 
 
 def prove_base(
-    source: Asked, target: Asked, *, precision: str, reach: Reach, where: str, tell: Progress
+    source: Asked,
+    target: Asked,
+    *,
+    precision: str,
+    reach: Reach,
+    where: str,
+    tell: Progress,
+    why: str = "",
 ) -> BaseProof:
     """Runs the plain base on both sides and compares.
 
@@ -178,6 +185,7 @@ def prove_base(
         reach: of `reach_of`.
         where: the base, for the message.
         tell: told how far it is.
+        why: what else is to be known of the target.
 
     Raises:
         BaseModelError: other logits than rounding explains, NaN, or another vocabulary.
@@ -210,7 +218,7 @@ def prove_base(
         kl_worst=max(float(one.mean()) for one in kls),
         kl_max=float(every.max()),
         bound=bound,
-        why=f"{precision} weights; {reach.why}",
+        why=f"{why}{precision} weights; {reach.why}",
     )
     if not proof.kl_worst <= bound:
         got = (
@@ -276,7 +284,10 @@ def _child(module: str, model: Path, engine: str, *, copied: bool = False) -> As
                 "model": str(model), "ids": ids, "length": length, "copied": copied,
                 "out": str(Path(folder) / "logits.npy"),
             }  # fmt: skip
-            told = run_job(module, job, what=f"{engine} on {model}", error=BaseModelError)
+            told = run_job(
+                module, job, what=f"{engine} on {model}", error=BaseModelError,
+                deadline_s=deadline_for(model),
+            )  # fmt: skip
             rows = np.load(str(job["out"]))
             ends = np.cumsum([kept(row) for row in told["ids"]])[:-1]
             return Answer(told["engine"], told["ids"], np.split(rows, ends))

@@ -27,7 +27,7 @@ from safegene_converter.gguf.fold import GGUFFold, Made, starts_from_float
 from safegene_converter.gguf.sidecar import SIDECAR_TYPES, write_sidecar
 from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.inputs.base import Base, open_base
-from safegene_converter.inputs.consumed import check_rope_carried
+from safegene_converter.inputs.consumed import check_carried
 from safegene_converter.inputs.row_proof import prove_transform
 from safegene_runtime import __version__
 from safegene_runtime.artifact.base_proof import UNCHANGED
@@ -94,7 +94,7 @@ def convert(
     base = given = open_base(base_path)
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
     if base.config is not None:
-        check_rope_carried(base.config, "gguf", str(base.path))
+        check_carried(base.config, "gguf", str(base.path))
     type_name, wanted = type_name.lower(), form_named(GGUF, form)
     _check_request(wanted, type_name, base)
     _refuse_ignored(wanted, base, promote, imatrix, llama_cpp)

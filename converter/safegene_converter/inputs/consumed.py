@@ -25,7 +25,12 @@ from safegene_runtime.errors import BaseModelError, Problems
 from safegene_runtime.formats.files import open_regular
 
 __all__ = [
-    "CLASSES", "ModelClass", "check_config", "check_folder_tensors", "check_rope_carried", "rope_of",
+    "CLASSES",
+    "ModelClass",
+    "check_carried",
+    "check_config",
+    "check_folder_tensors",
+    "rope_of",
     "window_of",
 ]  # fmt: skip
 
@@ -108,8 +113,7 @@ _CARRIED_KEYS = {
     "linear": _EVERY_ROPE | {"factor"},
     "llama3": _EVERY_ROPE
     | {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": _EVERY_ROPE
-    | {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"},
+    "yarn": _EVERY_ROPE | {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"},
 }
 _CARRIED = {
     "gguf": {
@@ -224,15 +228,25 @@ def rope_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return str(kind), {key: value for key, value in rope.items() if value is not None}
 
 
-def check_rope_carried(config: Mapping[str, Any], target: str, where: str) -> None:
-    """Refuses a rotary embedding that the converter to `target`, gguf or onnx, would not carry over.
+def check_carried(config: Mapping[str, Any], target: str, where: str) -> None:
+    """Refuses what the converter to `target`, gguf or onnx, would not carry over.
 
     Raises:
-        BaseModelError: it names the kind, or the parameter.
+        BaseModelError: it names the kind of rotary embedding or its parameter, the bias, or the window.
     """
     kind, parameters = rope_of(config)
     carried = _CARRIED[target][config["architectures"][0]]
     problems = Problems()
+    if target == "gguf" and config.get("attention_bias") and _class(config).qk_norm:
+        problems.add(
+            where, "attention_bias", "none: llama.cpp has no biases in this architecture", True,
+            "use --to onnx",
+        )  # fmt: skip
+    if target == "onnx" and (window := window_of(config)) is not None:
+        problems.add(
+            where, "sliding_window", "none: the graph would attend to all tokens, or run in one runtime only",
+            window, "use --to gguf, whose context ends where the window does",
+        )  # fmt: skip
     if kind not in carried:
         problems.add(
             where, "rope_type", f"one that the converter to {target} carries: {', '.join(carried)}",

@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safegene_converter.bases.onnx_proof import prove_export
 from safegene_converter.bases.onnx_source import (
     Export,
     check_source_fits,
     export_base,
     open_source,
-    prove_export,
 )
 from safegene_converter.fold.hashing import digesting
 from safegene_converter.fold.survival import Bounds
@@ -129,8 +129,8 @@ def convert_onnx(
         settings: dict[str, Any] = {"form": form or "auto", **about}
         check_source_fits(adapter, opened)
         proof: dict[str, Any] | None = UNCHANGED if isinstance(source, OnnxBase) else None
-        if check and isinstance(source, Base):
-            proof = prove_export(source, opened, tell).to_dict()
+        if check and isinstance(source, Base) and hf is not None:
+            proof = prove_export(source, hf, opened, work, tell).to_dict()
         precision_class(opened.model)  # one that is not known is refused before the work
         text = read_text_files(opened.folder)
         touched = touched_weights(adapter, opened)
