@@ -538,7 +538,7 @@ def test_without_llama_cpp_the_message_says_what_to_install(model: Path) -> None
     code = (
         "import sys; sys.path[:] = eval(sys.argv[2]); sys.modules['llama_cpp'] = None\n"
         "from pathlib import Path\n"
-        "from safegene_runtime.engines.engine import open_engine\n"
+        "from safegene_runtime.engines.opening import open_engine\n"
         "from safegene_runtime.errors import EngineError\n"
         "try: open_engine(Path(sys.argv[1]))\n"
         "except EngineError as error: print(error)\n"
