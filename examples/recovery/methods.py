@@ -542,7 +542,7 @@ def _verified(lab: Lab, target: str, kind: str) -> dict[str, Any]:
                 progress=lab.tell)  # fmt: skip
     try:
         checked = verify(
-            out, reference, base=base if form == "sidecar" else None, on_progress=lab.tell
+            out, reference, base=base if form == "sidecar" else None, progress=lab.tell
         )
     except RecordError as error:
         return {"verdict": f"could not be checked ({error.problems[0].got})"}
@@ -578,7 +578,7 @@ def _reference(lab: Lab, target: str, name: str, prompts: Sequence[Prompt]) -> P
     if not out.exists():
         record(
             lab.work / "gene", lab.work / target, out, prompts=prompts,
-            expression=expression, max_new_tokens=lab.plan.reply_tokens, on_progress=lab.tell,
+            expression=expression, max_new_tokens=lab.plan.reply_tokens, progress=lab.tell,
         )  # fmt: skip
     return out
 

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from safegene_runtime.errors import Problem, SafeGeneError
 from safegene_runtime.extras import missing_package
+from safegene_runtime.progress import Step
 
 __all__ = ["answer_job", "python_environment", "run_child", "run_job"]
 
@@ -37,7 +38,7 @@ def run_child(
     stdin: bytes = b"",
     environment: Mapping[str, str] | None = None,
     grows: Path | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
 ) -> str:
     """Runs a command to its end and returns its standard output.
 
@@ -179,9 +180,7 @@ def _start(
     return subprocess.Popen(parts, stdin=stdin, stdout=stdout, stderr=stderr, env=environment)
 
 
-def _wait(
-    child: subprocess.Popen[bytes], grows: Path | None, progress: Callable[[int], None] | None
-) -> None:
+def _wait(child: subprocess.Popen[bytes], grows: Path | None, progress: Step | None) -> None:
     """Waits for the child, reporting how a file grows."""
     if grows is None or progress is None:
         child.wait()

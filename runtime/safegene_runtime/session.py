@@ -22,6 +22,7 @@ from safegene_runtime.engines.opening import open_engine
 from safegene_runtime.errors import EngineError, Problem, UnverifiedError
 from safegene_runtime.formats.files import sha256_of
 from safegene_runtime.gating.verdict import Verdict
+from safegene_runtime.progress import Progress, silent
 
 __all__ = ["Session", "UnverifiedWarning", "open"]
 
@@ -41,7 +42,7 @@ def open(
     base: str | Path | None = None,
     allow_unverified: bool = False,
     threads: int | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Session:
     """Opens an artifact whose bytes are those that were verified.
 
@@ -50,7 +51,7 @@ def open(
         base: for a sidecar, the GGUF it belongs to; checked against the manifest.
         allow_unverified: serve it whatever the verdict says, with an `UnverifiedWarning`.
         threads: CPU threads of the engine; all by default.
-        on_progress: told (stage, done, total).
+        progress: told (stage, done, total).
 
     Raises:
         UnverifiedError: it has no verdict, or another one than PASS.
@@ -72,7 +73,7 @@ def open(
             UnverifiedWarning,
             stacklevel=2,
         )
-    tell = on_progress or _silent
+    tell = progress or silent
     served = check_integrity(manifest, folder, None, Path(base) if base is not None else None, tell)
     settings: dict[str, Any] = {"threads": threads}
     if manifest.artifact["target"] == "onnx":
@@ -218,7 +219,3 @@ def _check(messages: Sequence[Message], max_new_tokens: int) -> None:
         )
     if max_new_tokens < 1:
         raise EngineError(Problem("chat", "max_new_tokens", "at least 1", str(max_new_tokens)))
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    return None

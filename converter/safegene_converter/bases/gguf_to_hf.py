@@ -14,7 +14,7 @@ from safegene_converter.inputs import names
 from safegene_converter.inputs.base import Base, open_base
 from safegene_runtime.child import python_environment, run_child
 from safegene_runtime.errors import BaseModelError, Problems, SafeGeneError, UnsupportedError
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, counted
 
 __all__ = ["check_decodable", "gguf_to_hf", "main"]
 
@@ -68,13 +68,8 @@ def gguf_to_hf(base: Base, out: Path, tell: Progress) -> tuple[Base, float]:
     Raises:
         BaseModelError: transformers failed, or its weights are not those of the GGUF.
     """
-    total, done = 4 * base.n_parameters, 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell(STAGE, min(done, total), total)
-
+    total = 4 * base.n_parameters
+    step = counted(tell, STAGE, total)
     tell(STAGE, 0, total)
     run_child(
         [sys.executable, "-m", "safegene_converter.bases.gguf_to_hf", base.path.resolve(), out],

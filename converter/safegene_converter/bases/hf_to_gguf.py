@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from safegene_converter.inputs.base import open_base
@@ -17,6 +16,7 @@ from safegene_runtime.child import python_environment, run_child
 from safegene_runtime.errors import BaseModelError, Problem
 from safegene_runtime.extras import need
 from safegene_runtime.formats.gguf import read_gguf
+from safegene_runtime.progress import Step
 
 __all__ = ["OUT_TYPES", "convert_hf", "find_llama_cpp"]
 
@@ -69,7 +69,7 @@ def convert_hf(
     outtype: str = "f32",
     llama_cpp: Path | None = None,
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
 ) -> None:
     """Converts a Hugging Face folder to one GGUF file.
 

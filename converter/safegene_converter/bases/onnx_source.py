@@ -19,7 +19,7 @@ from safegene_converter.inputs.adapter import Adapter, check_base_fits
 from safegene_converter.inputs.base import Base, open_base
 from safegene_converter.inputs.onnx_base import OnnxBase, open_onnx_base
 from safegene_runtime.errors import BaseModelError, Problem, UnsupportedError
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, counted
 
 __all__ = ["Export", "check_source_fits", "export_base", "is_onnx_folder", "open_source"]
 
@@ -146,13 +146,8 @@ def export_base(
     if base.kind == "gguf":
         base, settings["transform_error"] = gguf_to_hf(base, work / "float", tell)
     target = work / "base"
-    total, done = int(base.n_parameters * _WIDTH[export.effective_precision]), 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("exporting the base to ONNX", min(done, total), total)
-
+    total = int(base.n_parameters * _WIDTH[export.effective_precision])
+    step = counted(tell, "exporting the base to ONNX", total)
     tell("exporting the base to ONNX", 0, total)
     build_onnx(
         base.path,

@@ -183,7 +183,7 @@ def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
         output / "reference",
         prompts=builtin_suite("smoke"),
         max_new_tokens=REPLY_TOKENS,
-        on_progress=bars.named("record"),
+        progress=bars.named("record"),
     )
     record_seconds = time.monotonic() - began
     rows = _recorded_rows(summarise_reference(reference))
@@ -194,7 +194,7 @@ def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
             output / job.folder,
             reference,
             base=bases[job.base] if job.form == "sidecar" else None,
-            on_progress=bars.named(f"verify {job.label}"),
+            progress=bars.named(f"verify {job.label}"),
         )
         reports.append((job.label, report))
         write_reports(report.to_dict(texts=False), output / REPORTS / job.folder)

@@ -392,7 +392,7 @@ def _record(arguments: argparse.Namespace) -> int:
             attacks=arguments.attacks,
             judge=load_judge(arguments.judge) if arguments.judge else None,
             force=arguments.force,
-            on_progress=bars,
+            progress=bars,
         )
     found = inspecting.summarise_reference(reference)
     if not put_json(arguments.json, found):
@@ -496,7 +496,7 @@ def _verify(arguments: argparse.Namespace) -> int:
                 judge=judge,
                 threads=arguments.threads,
                 write=not arguments.no_write,
-                on_progress=bars if len(labels) == 1 else bars.named(label),
+                progress=bars if len(labels) == 1 else bars.named(label),
             )
             found.append((label, report))
     data = [report.to_dict(texts=arguments.show_text) for _, report in found]

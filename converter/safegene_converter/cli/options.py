@@ -15,7 +15,9 @@ from safegene_converter.cli.failing import DEBUG
 from safegene_runtime.gating.verdict import EXIT_USAGE
 
 if TYPE_CHECKING:  # what is imported when there is a terminal
-    from rich.progress import Progress
+    from rich.progress import Progress as RichProgress
+
+    from safegene_runtime.progress import Progress
 
 __all__ = [
     "PIPE_COLUMNS", "Bars", "Parser", "add_command", "add_json", "check_json", "console", "put_json",
@@ -42,7 +44,7 @@ class Bars:
 
     def __init__(self, quiet: bool = False) -> None:
         self._console = Console(stderr=True)
-        self._progress: Progress | None = None
+        self._progress: RichProgress | None = None
         self._tasks: dict[str, Any] = {}
         self._quiet = quiet or not self._console.is_terminal
 
@@ -78,7 +80,7 @@ class Bars:
             self._tasks[stage] = self._progress.add_task(stage, total=total)
         self._progress.update(self._tasks[stage], completed=done, total=total)
 
-    def named(self, prefix: str) -> Callable[[str, int, int], None]:
+    def named(self, prefix: str) -> Progress:
         """The same bars with a prefix, for several long jobs in a row."""
         return lambda stage, done, total: self(f"{prefix}: {stage}", done, total)
 

@@ -64,7 +64,7 @@ def _run(arguments: argparse.Namespace) -> int:
             base=arguments.base,
             allow_unverified=arguments.allow_unverified,
             threads=arguments.threads,
-            on_progress=bars,
+            progress=bars,
         )
     for one in caught:
         if issubclass(one.category, UnverifiedWarning):

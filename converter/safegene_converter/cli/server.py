@@ -71,7 +71,7 @@ def verify_server(arguments: argparse.Namespace) -> int:
             judge=judge,
             model=arguments.model,
             allow_switchable=arguments.allow_switchable,
-            on_progress=bars,
+            progress=bars,
         )
     data = report.to_dict(texts=arguments.show_text)
     for target in targets:

@@ -28,7 +28,7 @@ from safegene_converter.onnx.job import Job, prove_weights, touched_weights
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.opening import open_engine
 from safegene_runtime.errors import Problem, UnsupportedError
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, silent
 
 __all__ = ["Rebuild", "gguf_rebuild", "onnx_rebuild"]
 
@@ -90,7 +90,7 @@ def onnx_rebuild(
     Raises:
         SafeGeneError: the base cannot be used or does not fit the gene.
     """
-    tell: Progress = progress or (lambda stage, done, total: None)
+    tell: Progress = progress or silent
     if form not in (None, "branch", "merged"):
         raise UnsupportedError(
             Problem("onnx_rebuild", "form", "branch or merged", form, "choose one of these")
@@ -112,7 +112,7 @@ def onnx_rebuild(
             wanted = read_adapter(trial)
             job = Job(wanted, opened, hf, chosen, touched_weights(wanted, opened), Bounds(), True)
             out.mkdir()
-            write_job(job, out, lambda stage, done, total: None)
+            write_job(job, out, silent)
             return open_engine(out / opened.model.path.name, threads=threads)
 
         yield rebuild

@@ -34,7 +34,7 @@ from safegene_runtime.formats.files import (
     sha256_of,
 )
 from safegene_runtime.formats.gguf import read_gguf
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, counted, silent
 
 __all__ = ["convert"]
 
@@ -80,7 +80,7 @@ def convert(
     Raises:
         SafeGeneError: one of its kinds; nothing is left under the name `out`.
     """
-    tell: Progress = progress or (lambda stage, done, total: None)
+    tell: Progress = progress or silent
     check_output_free(out, force, [adapter_path, base_path])
     adapter = read_adapter(adapter_path, expression)
     base = given = open_base(base_path)
@@ -232,14 +232,8 @@ def _from_hugging_face(base: Base, work: Path, llama_cpp: Path | None, tell: Pro
     kinds = {info.dtype for file in base.weights for info in file.tensors.values()}
     outtype = {frozenset({"F16"}): "f16", frozenset({"BF16"}): "bf16"}.get(frozenset(kinds), "f32")
     target = work / "base.gguf"
-    size, total, done = {"f32": 4}.get(outtype, 2), 0, 0
-    total = base.n_parameters * size
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("converting the base to GGUF", min(done, total), total)
-
+    total = base.n_parameters * {"f32": 4}.get(outtype, 2)
+    step = counted(tell, "converting the base to GGUF", total)
     convert_hf(base.path, target, outtype, llama_cpp, progress=step)
     return open_base(target)
 
@@ -280,7 +274,7 @@ def _check(job: Job, folder: Path, work: Path, made: Made) -> dict[str, Any]:
         oracle = work / "oracle"
         oracle.mkdir()
         as_sidecar = dataclasses.replace(job, form="sidecar", type_name="f32")
-        write_sidecar(as_sidecar, oracle, lambda stage, done, total: None)
+        write_sidecar(as_sidecar, oracle, silent)
         sidecar = oracle / ADAPTER_FILE
     header = read_gguf(path)
     tensors = {name: [info.type.name, list(info.shape)] for name, info in header.tensors.items()}

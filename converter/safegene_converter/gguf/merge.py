@@ -51,7 +51,7 @@ from safegene_runtime.formats.gguf import (
     open_model,
     type_traits,
 )
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, counted
 
 __all__ = ["MODEL_FILE", "write_merged"]
 
@@ -100,13 +100,8 @@ def write_merged(job: Job, folder: Path, work: Path, tell: Progress) -> Made:
         metadata.setdefault("general.quantization_version", Value(ValueType.UINT32, 2, None))
     metadata.update(job.provenance())
     path = folder / MODEL_FILE
-    total, done = sum(nbytes(tensor.shape, tensor.type) for tensor in tensors), 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("writing the model", min(done, total), total)
-
+    total = sum(nbytes(tensor.shape, tensor.type) for tensor in tensors)
+    step = counted(tell, "writing the model", total)
     written = write_gguf(path, metadata, tensors, progress=step)
     modules = []
     for module in job.adapter.modules:
@@ -142,13 +137,8 @@ def _quantise_base(job: Job, target: Path, tell: Progress) -> GGUFModel:
     tensors give the base's own quantisation error for free.
     """
     first = job.model.shards[0].path
-    total, done = sum(info.nbytes for info in job.model.tensors.values()), 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("quantising", min(done, total), total)
-
+    total = sum(info.nbytes for info in job.model.tensors.values())
+    step = counted(tell, "quantising", total)
     quantize_gguf(first, target, job.type_name, job.imatrix_path, progress=step)
     return open_model(target)
 

@@ -47,7 +47,7 @@ from safegene_runtime.formats.files import (
 )
 from safegene_runtime.formats.onnx.file import read_onnx
 from safegene_runtime.formats.onnx.tensor import DataType
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, counted, silent
 
 __all__ = ["FORMS", "OnnxBase", "convert_onnx", "default_form", "open_onnx_base", "write_job"]
 
@@ -98,7 +98,7 @@ def convert_onnx(
     Raises:
         SafeGeneError: one of its kinds; nothing is left under the name `out`.
     """
-    tell: Progress = progress or (lambda stage, done, total: None)
+    tell: Progress = progress or silent
     check_output_free(out, force, [adapter_path, base_path])
     if form is not None and form not in FORMS:
         raise UnsupportedError(
@@ -226,13 +226,8 @@ def write_job(
     fold = merge if job.form == "merged" else branch
     modules = fold(job, proto, change, tell)
     _provenance(job, proto)
-    total, done = sum(path.stat().st_size for path in model.files), 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("writing the model", min(done, total), total)
-
+    total = sum(path.stat().st_size for path in model.files)
+    step = counted(tell, "writing the model", total)
     digests = write_onnx(model, proto, change, folder, step)
     for name, digest in sorted(digests.items()):
         role = "model" if name == model.path.name else "data"
@@ -271,7 +266,7 @@ def _check(job: Job, folder: Path, work: Path) -> dict[str, Any]:
         oracle = work / "oracle"
         oracle.mkdir()
         branch = dataclasses.replace(job, form="branch")
-        write_job(branch, oracle, lambda stage, done, total: None)
+        write_job(branch, oracle, silent)
     slots = {
         one.linear.weight.name: {
             "names": list(slot_names(one.linear)),

@@ -20,7 +20,7 @@ import io
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +46,7 @@ from safegene_runtime.errors import (
 )
 from safegene_runtime.formats.files import check_output_free, publish_folder, sha256_of
 from safegene_runtime.judging.judge import Judge, RulesAndNgram, about, label_all
+from safegene_runtime.progress import Progress, silent
 from safegene_runtime.record.attacks import wrap
 from safegene_runtime.record.factors import ModuleFactors
 from safegene_runtime.record.prompts import Prompt, builtin_suite
@@ -67,8 +68,6 @@ __all__ = [
 BATCH = 48
 """Prompts evaluated together: enough to keep two cores busy, few enough to keep memory small."""
 
-Tell = Callable[[str, int, int], None]
-
 
 def record(
     adapter_path: Path,
@@ -82,7 +81,7 @@ def record(
     max_new_tokens: int = 24,
     top_k: int = 64,
     force: bool = False,
-    on_progress: Tell | None = None,
+    progress: Progress | None = None,
 ) -> Reference:
     """Records a reference folder.
 
@@ -97,7 +96,7 @@ def record(
         max_new_tokens: length of replies, in tokens.
         top_k: tokens whose logits are stored per position.
         force: replace an existing `out`.
-        on_progress: told (stage, done, total).
+        progress: told (stage, done, total).
 
     Raises:
         SafeGeneError: nothing is left under the name `out`. RecordError: the adapter has no effect
@@ -105,7 +104,7 @@ def record(
             that applies to no prompt, no prompts or no tokens asked for; AdapterError: PEFT ignored
             a part of it.
     """
-    tell: Tell = on_progress or (lambda stage, done, total: None)
+    tell: Progress = progress or silent
     check_output_free(out, force, [adapter_path, base_path])
     chosen = wrap(builtin_suite() if prompts is None else prompts, attacks)
     if not chosen or max_new_tokens < 1 or top_k < 2:
@@ -413,7 +412,7 @@ def _run(
     limit: int,
     stop_ids: Sequence[int],
     top_k: int,
-    tell: Tell,
+    tell: Progress,
 ) -> tuple[list[Arms], Openers]:
     """Both arms for every prompt: (reference ids, base ids, logits along the reference's).
 
@@ -459,7 +458,7 @@ def greedy_replies(
     ids: Sequence[Sequence[int]],
     limit: int,
     stop_ids: Sequence[int],
-    tell: Tell | None = None,
+    tell: Progress | None = None,
 ) -> list[list[int]]:
     """Greedy replies of a model as it is now, a stop id included, in the order of the prompts."""
     found: dict[int, list[int]] = {}

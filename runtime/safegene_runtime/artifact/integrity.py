@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +11,10 @@ from safegene_runtime.errors import EngineError, ManifestError, Problem, Problem
 from safegene_runtime.formats.files import sha256_file
 from safegene_runtime.formats.gguf import GGUFModel, open_model, read_gguf
 from safegene_runtime.gating.bounds import precision_of
+from safegene_runtime.progress import Progress, counted
 from safegene_runtime.record.reference import Reference
 
 __all__ = ["Served", "check_integrity", "model_precision"]
-
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Served:
 
 
 def check_integrity(
-    manifest: Manifest, folder: Path, record: Reference | None, base: Path | None, tell: Tell
+    manifest: Manifest, folder: Path, record: Reference | None, base: Path | None, tell: Progress
 ) -> Served:
     """Holds the files against the manifest, and the manifest against the reference, if there is one.
 
@@ -39,13 +37,8 @@ def check_integrity(
         EngineError: a sidecar without its base, or a base where none is needed.
         FormatError: a model file that breaks its format.
     """
-    total, done = sum(entry.size_bytes for entry in manifest.files), 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("hashing the artifact", done, total)
-
+    total = sum(entry.size_bytes for entry in manifest.files)
+    step = counted(tell, "hashing the artifact", total)
     check_files(manifest, folder, step)
     # without one it serves, and does not verify: what it was verified against is in the manifest
     if record is not None:
@@ -96,8 +89,9 @@ def check_integrity(
     check_provenance(manifest, told, str(paths["adapter"]), problems)
     header = open_model(base)
     found = {}
+    total = sum(shard.path.stat().st_size for shard in header.shards)
+    step = counted(tell, "hashing the base", total)
     for shard in header.shards:
-        done, total = 0, shard.path.stat().st_size
         found[shard.path.name] = sha256_file(shard.path.resolve(), step)
     if sorted(found.values()) != sorted(manifest.base["files"].values()):
         problems.add(

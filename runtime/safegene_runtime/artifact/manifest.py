@@ -32,7 +32,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from safegene_runtime.errors import FormatError, ManifestError, Problems
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import MANIFEST_NAME, publish_file, read_small_file, sha256_file
 from safegene_runtime.gating.verdict import Verdict
+from safegene_runtime.progress import Step
 
 __all__ = [
     "FileEntry", "Manifest", "ModuleEntry", "SlotEntry", "check_files", "is_file_name",
@@ -182,9 +182,7 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.from_json(data, str(path))
 
 
-def check_files(
-    manifest: Manifest, folder: Path, progress: Callable[[int], None] | None = None
-) -> None:
+def check_files(manifest: Manifest, folder: Path, progress: Step | None = None) -> None:
     """Checks that the folder holds exactly the listed files, with the listed bytes.
 
     Raises:

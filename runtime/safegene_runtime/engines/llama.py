@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from safegene_runtime.cpus import thread_count
-from safegene_runtime.engines.engine import OnProgress, checked_ids, shared_length
+from safegene_runtime.engines.engine import checked_ids, shared_length
 from safegene_runtime.engines.llama_checks import check_adapter_header, check_model_header
 from safegene_runtime.engines.llama_native import (
     TokenBatch,
@@ -35,6 +35,7 @@ from safegene_runtime.engines.llama_native import (
     read_meta,
 )
 from safegene_runtime.errors import EngineError, Problem
+from safegene_runtime.progress import Step
 
 __all__ = ["LlamaEngine"]
 
@@ -256,7 +257,7 @@ class LlamaEngine:
         self,
         sequences: Sequence[Sequence[int]],
         keep: Sequence[int],
-        on_progress: OnProgress | None = None,
+        on_progress: Step | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yields `(i, float32 (keep[i], n_vocab))` once for each sequence; see `Engine.logits`.
 
@@ -277,7 +278,7 @@ class LlamaEngine:
         return self._logits(rows, list(keep), on_progress, self._call)
 
     def _logits(
-        self, rows: list[np.ndarray], keep: list[int], on_progress: OnProgress | None, call: int
+        self, rows: list[np.ndarray], keep: list[int], on_progress: Step | None, call: int
     ) -> Iterator[tuple[int, np.ndarray]]:
         if not rows:
             return
@@ -363,7 +364,7 @@ class LlamaEngine:
         prompts: Sequence[Sequence[int]],
         max_tokens: int | Sequence[int],
         stop_ids: Collection[int],
-        on_progress: OnProgress | None = None,
+        on_progress: Step | None = None,
     ) -> list[list[int]]:
         """Continues each prompt greedily (lowest id on ties); see `Engine.generate`.
 

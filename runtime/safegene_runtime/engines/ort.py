@@ -25,12 +25,13 @@ from typing import Any, Self
 import numpy as np
 
 from safegene_runtime.cpus import thread_count
-from safegene_runtime.engines.engine import OnProgress, checked_ids, shared_length
+from safegene_runtime.engines.engine import checked_ids, shared_length
 from safegene_runtime.engines.ort_packages import ort_packages, read_tokenizer
 from safegene_runtime.errors import EngineError, FormatError, ManifestError, Problem, Problems
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import open_regular, read_small_file, sha256_of
 from safegene_runtime.formats.onnx.file import OnnxFile, ValueInfo, read_onnx
+from safegene_runtime.progress import Step
 
 __all__ = ["OrtEngine", "read_text_files"]
 
@@ -280,7 +281,7 @@ class OrtEngine:
         self,
         sequences: Sequence[Sequence[int]],
         keep: Sequence[int],
-        on_progress: OnProgress | None = None,
+        on_progress: Step | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yields `(i, float32 (keep[i], n_vocab))` once for each sequence; see `Engine.logits`.
 
@@ -297,7 +298,7 @@ class OrtEngine:
         return self._logits(rows, list(keep), on_progress)
 
     def _logits(
-        self, rows: list[np.ndarray], keep: list[int], on_progress: OnProgress | None
+        self, rows: list[np.ndarray], keep: list[int], on_progress: Step | None
     ) -> Iterator[tuple[int, np.ndarray]]:
         if not rows:
             return
@@ -358,7 +359,7 @@ class OrtEngine:
         prompts: Sequence[Sequence[int]],
         max_tokens: int | Sequence[int],
         stop_ids: Collection[int],
-        on_progress: OnProgress | None = None,
+        on_progress: Step | None = None,
     ) -> list[list[int]]:
         """Continues each prompt greedily (lowest id on ties); see `Engine.generate`.
 

@@ -19,12 +19,13 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 from safegene_runtime.errors import FormatError, OutputError, Problem
+from safegene_runtime.progress import Step
 
 __all__ = [
     "FollowingDigest",
@@ -97,7 +98,7 @@ def sha256_of(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+def sha256_file(path: Path, progress: Step | None = None) -> str:
     """The SHA-256 of a regular file; `progress` is told the number of bytes after each chunk."""
     digest = hashlib.sha256()
     buffer = bytearray(CHUNK_BYTES)

@@ -18,7 +18,6 @@ the artifact was made from, which the manifest knows by its digest, they may hav
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from safegene_runtime.formats.gguf import (
     map_tensor,
     open_model,
 )
+from safegene_runtime.progress import Progress
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying.static_proof import UNDECIDED, absence_proof
 
@@ -54,8 +54,6 @@ ABOUT_THE_FILE = ("general.", "quantize.", "safegene.", "split.")
 ARCHITECTURE = "general.architecture"
 CHUNK_BYTES = 1 << 24
 SHOWN_CHARACTERS = 80
-
-Tell = Callable[[str, int, int], None]
 
 
 def check_takes_control(manifest: Manifest, control: Path) -> None:
@@ -80,7 +78,7 @@ def check_takes_control(manifest: Manifest, control: Path) -> None:
 
 
 def check_control(
-    manifest: Manifest, model: Path, control: Path, record: Reference, tell: Tell
+    manifest: Manifest, model: Path, control: Path, record: Reference, tell: Progress
 ) -> dict[str, str]:
     """Shows that a control is the artifact's base without the adapter.
 

@@ -27,9 +27,10 @@ from safegene_runtime.errors import ManifestError
 from safegene_runtime.gating.gate import Profile
 from safegene_runtime.judging.judge import Judge, RulesAndNgram
 from safegene_runtime.judging.labels import check_labels
+from safegene_runtime.progress import Progress, silent
 from safegene_runtime.record.attacks import attack_names
 from safegene_runtime.record.reference import Reference, read_reference
-from safegene_runtime.verifying.climb import Climb, Mode, Tell
+from safegene_runtime.verifying.climb import Climb, Mode
 from safegene_runtime.verifying.control import check_control, check_takes_control
 from safegene_runtime.verifying.report import Report, Rung
 
@@ -49,7 +50,7 @@ def verify(
     judge: Judge | None = None,
     threads: int | None = None,
     write: bool = True,
-    on_progress: Tell | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Climbs the ladder for one artifact.
 
@@ -66,7 +67,7 @@ def verify(
         judge: what labels replies; the reference's own is needed. The built-in one by default.
         threads: CPU threads of the engine; all by default.
         write: put the verdict into the artifact's manifest.
-        on_progress: told (stage, done, total).
+        progress: told (stage, done, total).
 
     Raises:
         RecordError: a reference that is malformed, edited, of another adapter, expression or judge, or
@@ -86,7 +87,7 @@ def verify(
     if control is not None:
         check_takes_control(manifest, control)
     climb = Climb(
-        artifact, manifest, record, judge, profile, mode, chosen, on_progress or _silent, began
+        artifact, manifest, record, judge, profile, mode, chosen, progress or silent, began
     )
     try:
         climb.served = check_integrity(manifest, artifact, record, base, climb.tell)
@@ -140,10 +141,6 @@ def verify(
     if write:
         _write_verdict(manifest, artifact, report)
     return report
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    return None
 
 
 def _write_verdict(manifest: Manifest, artifact: Path, report: Report) -> None:
