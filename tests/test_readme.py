@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from safegene_converter.cli import demo, main, options
+from safegene_converter.cli import demo, main, options, smollm2
 from safegene_converter.inputs.base import open_base
 from safegene_converter.recording.recorder import save_as_folder
 from safegene_runtime.child import python_environment
@@ -45,7 +45,7 @@ def test_every_linked_file_exists() -> None:
 def test_the_table_is_the_demos() -> None:
     block = re.search(r"<!-- demo output.*?```\n(.*?)```", README, re.S)
     assert block
-    for job in demo.JOBS:
+    for job in demo.ARTIFACTS:
         assert all(word in block[1] for word in job.label.split()), job.label
     assert "SmolLM2-135M-Instruct" in block[1]
     assert not [line for line in block[1].splitlines() if len(line) > options.PIPE_COLUMNS]
@@ -76,8 +76,8 @@ def test_the_documented_bounds_are_those_of_the_code() -> None:
 @pytest.mark.xdist_group("demo")
 def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(tiny.REPOSITORY / "examples")
-    (tmp_path / "smollm2.gguf").symlink_to(demo.find_smollm2())
-    save_as_folder(open_base(demo.find_smollm2()), tmp_path / "smollm2-hf")
+    (tmp_path / "smollm2.gguf").symlink_to(smollm2.find_smollm2())
+    save_as_folder(open_base(smollm2.find_smollm2()), tmp_path / "smollm2-hf")
     for command in COMMANDS:
         done = subprocess.run(
             [sys.executable, "-m", "safegene_converter", *command[1:]],

@@ -22,16 +22,15 @@ import onnxruntime
 import pytest
 import tiny
 from onnx import numpy_helper
+from onnx_tools import convert_onnx
 from safetensors import safe_open
 from test_exactness import PROMPTS, VARIANTS, with_coefficients
 
+from safegene import convert, record
 from safegene_converter.encoding import ggml
 from safegene_converter.fold.survival import Bounds
-from safegene_converter.gguf.convert import convert
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_converter.inputs import onnx_base
-from safegene_converter.onnx.convert import convert_onnx
-from safegene_converter.recording.recorder import record
 from safegene_runtime.architecture.row_order import transform_for
 from safegene_runtime.artifact.manifest import Manifest, read_manifest
 from safegene_runtime.errors import FormatError, ManifestError, Problems, RecordError

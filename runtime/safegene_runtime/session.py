@@ -20,7 +20,7 @@ from safegene_runtime.engines.chat import render
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.opening import open_engine
 from safegene_runtime.errors import EngineError, Problem, UnverifiedError
-from safegene_runtime.formats.files import sha256_of
+from safegene_runtime.formats.files import StrPath, sha256_of
 from safegene_runtime.gating.verdict import Verdict
 from safegene_runtime.progress import Progress, silent
 
@@ -37,9 +37,9 @@ class UnverifiedWarning(UserWarning):
 
 
 def open(
-    artifact: str | Path,
+    artifact: StrPath,
     *,
-    base: str | Path | None = None,
+    base: StrPath | None = None,
     allow_unverified: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,

@@ -88,7 +88,8 @@ def convert_hf(
         raise BaseModelError(
             Problem(SCRIPT, "outtype", f"one of {', '.join(OUT_TYPES)}", outtype, "choose one")
         )
-    need("torch", "transformers", "sentencepiece", "google.protobuf")
+    need("sentencepiece", "google.protobuf")
+    need("torch", "transformers")
     tree = find_llama_cpp(llama_cpp)
     open_base(hf_dir)
     environment = python_environment()

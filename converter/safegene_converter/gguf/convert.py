@@ -1,8 +1,8 @@
 """Folding an adapter into GGUF: a sidecar beside the base, or merged into the weights.
 
-adapter + base -> Job (checked, nothing written yet)         gguf_job.py
-  sidecar: factors with every scale baked into B             gguf_sidecar.py -> adapter.gguf
-  merged:  touched tensors encoded and measured, the rest    gguf_merge.py   -> model.gguf
+adapter + base -> Job (checked, nothing written yet)         job.py
+  sidecar: factors with every scale baked into B             sidecar.py -> adapter.gguf
+  merged:  touched tensors encoded and measured, the rest    merge.py   -> model.gguf
            copied in the kernel
 -> self-check in a child process -> manifest.json -> one rename
 """
@@ -13,16 +13,16 @@ import dataclasses
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safegene_converter.encoding.imatrix import read_imatrix
 from safegene_converter.fold.hashing import digesting
-from safegene_converter.fold.survival import Bounds
-from safegene_converter.gguf.job import FORMS, Form, Job, Made, starts_from_float
+from safegene_converter.gguf.job import Form, Job, Made, starts_from_float
 from safegene_converter.gguf.sidecar import ADAPTER_FILE, SIDECAR_TYPES, write_sidecar
 from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.inputs.base import Base, open_base
 from safegene_converter.inputs.names import prove_transform
+from safegene_converter.requests import ConvertRequest
 from safegene_runtime import __version__
 from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.errors import BaseModelError, Problems, UnsupportedError
@@ -42,54 +42,26 @@ TRANSFORM_ERROR_MAX = 0.5
 """A right row order leaves the rounding of the type (0.1 for 4 bits), a wrong one about 1.4."""
 
 
-def convert(
-    adapter_path: Path,
-    base_path: Path,
-    out: Path,
-    *,
-    form: Form,
-    type_name: str = "auto",
-    expression: str | None = None,
-    bounds: Bounds | None = None,
-    promote: bool | None = None,
-    imatrix: Path | None = None,
-    llama_cpp: Path | None = None,
-    force: bool = False,
-    check: bool = True,
-    progress: Progress | None = None,
-) -> Manifest:
+def convert(request: ConvertRequest, progress: Progress | None = None) -> Manifest:
     """Converts an adapter to a GGUF artifact.
 
     Args:
-        adapter_path: the adapter folder.
-        base_path: a GGUF file (or its first shard), or a Hugging Face folder.
-        out: the folder to create.
-        form: `merged` or `sidecar`.
-        type_name: `auto` (keep types, promote what would lose the delta), `keep` (refuse instead),
-            or a type or preset of llama.cpp.
-        expression: which set of layer coefficients; the adapter's default when None.
-        bounds: what counts as surviving.
-        promote: promote tensors out of bounds instead of refusing; None: for `auto` and presets
-            that mix types.
-        imatrix: an importance matrix for the types that want one.
-        llama_cpp: a llama.cpp source tree, for a Hugging Face base.
-        force: replace an existing `out`.
-        check: re-open the result in a child process and compare it with what was meant.
+        request: what is wanted, with `to` "gguf".
         progress: told what is being done.
 
     Raises:
         SafeGeneError: one of its kinds; nothing is left under the name `out`.
     """
-    tell: Progress = progress or silent
-    check_output_free(out, force, [adapter_path, base_path])
-    adapter = read_adapter(adapter_path, expression)
+    tell = progress or silent
+    base_path, form = request.base, cast(Form, request.form or "merged")
+    check_output_free(request.out, request.force, [request.adapter, base_path])
+    adapter = read_adapter(request.adapter, request.expression)
     base = given = open_base(base_path)
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
-    type_name = type_name.lower()
-    _check_request(form, type_name, base)
-    _refuse_ignored(form, base, promote, imatrix, llama_cpp)
+    type_name, imatrix = request.type.lower(), request.imatrix
+    _check_type(form, type_name, base)
     weights = read_imatrix(imatrix) if imatrix else {}
-    with publish_folder(out, force) as folder, digesting(base) as digests:
+    with publish_folder(request.out, request.force) as folder, digesting(base) as digests:
         work = folder / ".work"
         work.mkdir()
         settings: dict[str, Any] = {
@@ -98,7 +70,7 @@ def convert(
         }
         if base.kind == "hf":
             hf_base = base
-            base = _from_hugging_face(base, work, llama_cpp, tell)
+            base = _from_hugging_face(base, work, request.llama_cpp, tell)
             settings["transform_error"] = _prove_transforms(adapter, hf_base, base)
         mixes = type_name not in ("keep", "auto") and starts_from_float(base, type_name)
         job = Job(
@@ -106,8 +78,8 @@ def convert(
             base=base,
             form=form,
             type_name=type_name,
-            bounds=bounds or Bounds(),
-            promote=(type_name == "auto" or mixes) if promote is None else promote,
+            bounds=request.survival,
+            promote=(type_name == "auto" or mixes) if request.promote is None else request.promote,
             imatrix_path=imatrix,
             imatrix=weights,
         )
@@ -118,7 +90,7 @@ def convert(
             settings["promote"] = job.promote
             settings["promoted"] = made.promoted
         settings["bounds"] = vars(job.bounds) if form == "merged" else None
-        if check:
+        if request.check:
             tell("checking what was written", 0, 1)
             settings["self_check"] = _check(job, folder, work, made)
             tell("checking what was written", 1, 1)
@@ -134,11 +106,11 @@ def convert(
             },
             base={
                 "kind": given.kind,
-                "name": Path(base_path).resolve().name,
+                "name": base_path.resolve().name,
                 "files": digests.result(),
             },
             adapter={
-                "name": Path(adapter_path).resolve().name,
+                "name": request.adapter.resolve().name,
                 "files": dict(adapter.digests),
                 "expression": adapter.expression,
                 "n_parameters": adapter.n_parameters,
@@ -169,59 +141,31 @@ def _write(job: Job, folder: Path, work: Path, tell: Progress) -> Made:
     return write_merged(job, folder, work, tell)
 
 
-def _check_request(form: str, type_name: str, base: Base) -> None:
-    """Refuses combinations that mean nothing, before any work."""
+def _check_type(form: str, type_name: str, base: Base) -> None:
+    """Refuses a type that the form does not have, or that the base is too coarse for already."""
     problems = Problems()
-    if form == "sidecar":
-        if base.kind != "gguf":
-            problems.add(
-                str(base.path),
-                "--base",
-                "the GGUF that the sidecar is loaded beside",
-                "a Hugging Face folder",
-                "convert the base to GGUF first, or use --as merged",
-            )
-        if type_name not in ("auto", *SIDECAR_TYPES):
+    if form == "sidecar" and type_name not in ("auto", *SIDECAR_TYPES):
+        problems.add(
+            "--type",
+            "type of a sidecar",
+            f"auto or one of {', '.join(SIDECAR_TYPES)}",
+            type_name,
+            "leave --type out: f32 is the default",
+        )
+    elif form == "merged" and type_name not in ("auto", "keep"):
+        from safegene_converter.gguf.presets import preset
+
+        wanted = preset(type_name)
+        pure = wanted.name == wanted.type.name.lower()
+        if not base.is_float and not pure:
             problems.add(
                 "--type",
-                "type of a sidecar",
-                f"auto or one of {', '.join(SIDECAR_TYPES)}",
-                type_name,
-                "leave --type out: f32 is the default",
+                "type",
+                "auto, keep or a plain type such as q8_0",
+                f"the preset {type_name} on a base that is quantised already",
+                "presets quantise a whole float model: pass a Hugging Face folder or an "
+                "F32/F16/BF16 GGUF as --base",
             )
-    elif form == "merged":
-        if type_name not in ("auto", "keep"):
-            from safegene_converter.gguf.presets import preset
-
-            wanted = preset(type_name)
-            pure = wanted.name == wanted.type.name.lower()
-            if not base.is_float and not pure:
-                problems.add(
-                    "--type",
-                    "type",
-                    "auto, keep or a plain type such as q8_0",
-                    f"the preset {type_name} on a base that is quantised already",
-                    "presets quantise a whole float model: pass a Hugging Face folder or an "
-                    "F32/F16/BF16 GGUF as --base",
-                )
-    else:
-        problems.add("--as", "form", " or ".join(FORMS), form, "choose one")
-    problems.raise_if_any(UnsupportedError)
-
-
-def _refuse_ignored(
-    form: str, base: Base, promote: bool | None, imatrix: Path | None, llama_cpp: Path | None
-) -> None:
-    """An option that would be ignored is a mistake."""
-    problems = Problems()
-    if form == "sidecar":
-        for name, given in (("promote", promote is not None), ("imatrix", imatrix is not None)):
-            if given:
-                flag = f"--{name}"
-                problems.add(flag, "form", "--as merged", "--as sidecar", f"leave {flag} out")
-    if llama_cpp is not None and base.kind == "gguf":
-        got = "a GGUF, which needs no conversion"
-        problems.add("--llama-cpp", "base", "a Hugging Face folder", got, "leave --llama-cpp out")
     problems.raise_if_any(UnsupportedError)
 
 

@@ -18,7 +18,7 @@ from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import MANIFEST_NAME, sha256_file
 from safegene_runtime.formats.onnx.file import OnnxFile, read_onnx
 
-__all__ = ["ADAPTER_FILE", "OnnxBase", "open_onnx_base"]
+__all__ = ["ADAPTER_FILE", "OnnxBase", "is_onnx_folder", "open_onnx_base"]
 
 ADAPTER_FILE = "adapter.onnx_adapter"
 SLOT_MARK = ".safegene.lora_"
@@ -57,6 +57,17 @@ class OnnxBase:
         beside = self.weights.files if self.weights is not None else ()
         files = sorted({*self.model.files, *self.companions, *beside})
         return {file.name: sha256_file(file.resolve(), progress) for file in files}
+
+
+def is_onnx_folder(path: Path) -> bool:
+    """A graph makes a folder an ONNX one, whatever lies beside it; an onnx/ below does not."""
+    if not path.is_dir():
+        return False
+    if any(path.glob("*.onnx")) or (path / "genai_config.json").exists():
+        return True
+    return (path / "onnx").is_dir() and not any(
+        file.suffix in (".safetensors", ".bin") for file in path.iterdir()
+    )
 
 
 def open_onnx_base(folder: Path) -> OnnxBase:

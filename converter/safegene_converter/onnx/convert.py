@@ -17,11 +17,10 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safegene_converter.bases.onnx_source import Export, check_source_fits, export_base, open_source
 from safegene_converter.fold.hashing import digesting
-from safegene_converter.fold.survival import Bounds
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.inputs.base import Base
 from safegene_converter.inputs.onnx_base import ADAPTER_FILE, OnnxBase, open_onnx_base
@@ -32,6 +31,7 @@ from safegene_converter.onnx.merge import merge
 from safegene_converter.onnx.selfcheck import check_onnx
 from safegene_converter.onnx.unchanged import METADATA_PREFIX
 from safegene_converter.onnx.writer import Change, write_onnx
+from safegene_converter.requests import ConvertRequest
 from safegene_runtime import __version__
 from safegene_runtime.artifact.manifest import FileEntry, Manifest, ModuleEntry
 from safegene_runtime.artifact.onnx_checks import precision_class
@@ -49,7 +49,7 @@ from safegene_runtime.formats.onnx.file import read_onnx
 from safegene_runtime.formats.onnx.tensor import DataType
 from safegene_runtime.progress import Progress, counted, silent
 
-__all__ = ["FORMS", "OnnxBase", "convert_onnx", "default_form", "open_onnx_base", "write_job"]
+__all__ = ["FORMS", "OnnxBase", "convert", "default_form", "open_onnx_base", "write_job"]
 
 CAUTION = (
     f"any caller can leave {ADAPTER_FILE} out, and is served the base; ONNX Runtime itself ignores an "
@@ -59,58 +59,32 @@ CAUTION = (
 NO_GENAI = "the base has no genai_config.json: ONNX Runtime GenAI cannot load this folder"
 
 
-def convert_onnx(
-    adapter_path: Path,
-    base_path: Path,
-    out: Path,
-    *,
-    form: Form | None = None,
-    precision: str | None = None,
-    block_size: int | None = None,
-    accuracy_level: int | None = None,
-    builder_options: Sequence[str] = (),
-    expression: str | None = None,
-    bounds: Bounds | None = None,
-    promote: bool = True,
-    force: bool = False,
-    check: bool = True,
-    progress: Progress | None = None,
-) -> Manifest:
+def convert(request: ConvertRequest, progress: Progress | None = None) -> Manifest:
     """Converts an adapter to an ONNX artifact.
 
     Args:
-        adapter_path: the adapter folder.
-        base_path: an ONNX folder, or a Hugging Face folder or float GGUF to export first.
-        out: the folder to create.
-        form: `merged`, `branch` or `adapter`; None: `branch` beside int4 and int8 weights, else
-            `merged`.
-        precision: what to export a Hugging Face folder as; fp32 when None.
-        block_size: of int4 and int8 weights, for the export.
-        accuracy_level: of int4 and int8 activations, for the export.
-        builder_options: KEY=VALUE options for the export.
-        expression: which set of layer coefficients; the adapter's default when None.
-        bounds: what counts as surviving a merge.
-        promote: give weights out of bounds a wider type instead of refusing.
-        force: replace an existing `out`.
-        check: re-open the result in a child process and compare it with what was meant.
+        request: what is wanted, with `to` "onnx".
         progress: told what is being done.
 
     Raises:
         SafeGeneError: one of its kinds; nothing is left under the name `out`.
     """
-    tell: Progress = progress or silent
-    check_output_free(out, force, [adapter_path, base_path])
-    if form is not None and form not in FORMS:
-        raise UnsupportedError(
-            Problem("--as", "form of --to onnx", " or ".join(FORMS), form, "choose one of these")
-        )
-    adapter = read_adapter(adapter_path, expression)
-    export = Export(precision, block_size, accuracy_level, tuple(builder_options))
+    tell = progress or silent
+    base_path, form = request.base, cast(Form | None, request.form)
+    promote = request.promote is not False and request.type != "keep"
+    check_output_free(request.out, request.force, [request.adapter, base_path])
+    adapter = read_adapter(request.adapter, request.expression)
+    export = Export(
+        request.precision,
+        request.block_size,
+        request.accuracy_level,
+        tuple(request.builder_options),
+    )
     source = open_source(base_path, export)
     check_source_fits(adapter, source)
-    if check:
+    if request.check:
         _check_runnable(source, export)
-    with publish_folder(out, force) as folder, digesting(source) as digests:
+    with publish_folder(request.out, request.force) as folder, digesting(source) as digests:
         work = folder / ".work"
         work.mkdir()
         hf, opened, about = export_base(source, work, export, tell)
@@ -121,13 +95,13 @@ def convert_onnx(
         if hf is not None:
             settings["weight_error"] = prove_weights(touched, opened, hf)
         chosen = form or default_form(opened, touched)
-        job = Job(adapter, opened, hf, chosen, touched, bounds or Bounds(), promote)
+        job = Job(adapter, opened, hf, chosen, touched, request.survival, promote)
         if chosen == "merged":
             settings["bounds"], settings["promote"] = vars(job.bounds), promote
         if cautions := _cautions(chosen, opened):
             settings["caution"] = "; ".join(cautions)
         files, modules, precision_class = write_job(job, folder, tell)
-        if check:
+        if request.check:
             tell("checking what was written", 0, 1)
             settings["self_check"] = _check(job, folder, work)
             tell("checking what was written", 1, 1)
@@ -146,7 +120,7 @@ def convert_onnx(
                 "files": digests.result(),
             },
             adapter={
-                "name": adapter_path.resolve().name,
+                "name": request.adapter.resolve().name,
                 "files": dict(adapter.digests),
                 "expression": adapter.expression,
                 "n_parameters": adapter.n_parameters,

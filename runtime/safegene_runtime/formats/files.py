@@ -29,6 +29,7 @@ from safegene_runtime.progress import Step
 
 __all__ = [
     "FollowingDigest",
+    "StrPath",
     "check_output_free",
     "check_writable",
     "open_regular",
@@ -38,6 +39,9 @@ __all__ = [
     "sha256_file",
     "sha256_of",
 ]
+
+StrPath = str | os.PathLike[str]
+"""What a function that people call takes for a path."""
 
 CHUNK_BYTES = 4 << 20
 MANIFEST_NAME = "manifest.json"

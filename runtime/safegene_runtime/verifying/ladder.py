@@ -15,7 +15,7 @@ pass it too.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from safegene_runtime.artifact.manifest import Manifest, read_manifest
 from safegene_runtime.cpus import thread_count
 from safegene_runtime.engines.opening import open_engine
 from safegene_runtime.errors import ManifestError
+from safegene_runtime.formats.files import StrPath
 from safegene_runtime.gating.gate import Profile
 from safegene_runtime.judging.judge import Judge, RulesAndNgram
 from safegene_runtime.judging.labels import check_labels
@@ -33,21 +34,22 @@ from safegene_runtime.record.reference import Reference, read_reference
 from safegene_runtime.verifying.climb import Climb, Mode
 from safegene_runtime.verifying.control import check_control, check_takes_control
 from safegene_runtime.verifying.report import Report, Rung
+from safegene_runtime.verifying.request import VerifyRequest
 
-__all__ = ["Mode", "verify"]
+__all__ = ["Mode", "verify", "verify_each"]
 
 
 def verify(
-    artifact: Path,
-    reference: Path | Reference,
+    artifact: StrPath,
+    reference: StrPath | Reference,
     *,
-    base: Path | None = None,
-    control: Path | None = None,
+    base: StrPath | None = None,
+    control: StrPath | None = None,
     profile: str | Profile = "smoke",
     sequential: bool = False,
     attacks: Sequence[str] = (),
     mode: Mode = "strict",
-    judge: Judge | None = None,
+    judge: Judge | str | None = None,
     threads: int | None = None,
     write: bool = True,
     progress: Progress | None = None,
@@ -64,7 +66,7 @@ def verify(
         sequential: take the prompts in their recorded order and stop when it is decided.
         attacks: names of attacks to gate under, too, as they were recorded; `all` for all of them.
         mode: `strict` compares arithmetic (F32 KV cache), `as-shipped` runs llama.cpp as people do.
-        judge: what labels replies; the reference's own is needed. The built-in one by default.
+        judge: what labels replies, or its name; the reference's own is needed. The built-in one by default.
         threads: CPU threads of the engine; all by default.
         write: put the verdict into the artifact's manifest.
         progress: told (stage, done, total).
@@ -74,23 +76,76 @@ def verify(
             holds no attacks.
         BaseModelError: a control that is not the artifact's base without the adapter.
         SafeGeneError: it could not be checked, which is no verdict.
-        ValueError: an unknown profile.
     """
+    request = VerifyRequest(
+        reference if isinstance(reference, Reference) else Path(reference),
+        (Path(artifact),),
+        base=None if base is None else Path(base),
+        control=None if control is None else Path(control),
+        profile=profile,
+        sequential=sequential,
+        attacks=attacks,
+        mode=mode,
+        judge=judge,
+        threads=threads,
+        write=write,
+    )
+    ((_, report),) = verify_each(request, progress)
+    return report
+
+
+def verify_each(
+    request: VerifyRequest, progress: Progress | None = None
+) -> Iterator[tuple[str, Report]]:
+    """Climbs the ladder for every artifact of a request, and yields each with its label.
+
+    Raises:
+        SafeGeneError: as from `verify`.
+    """
+    given, tell = request.reference, progress or silent
+    record = given if isinstance(given, Reference) else read_reference(given)
+    judge = request.judge
+    if isinstance(judge, str):
+        from safegene_runtime.judging.plugins import load_judge  # most need none
+
+        judge = load_judge(judge)
+    # of several, the last must not be the first that turns out to have no manifest
+    manifests = [read_manifest(artifact) for artifact in request.artifacts]
+    for label, artifact, manifest in zip(request.labels, request.artifacts, manifests, strict=True):
+        told = tell if len(manifests) == 1 else _named(tell, label)
+        yield label, _verify(request, artifact, manifest, record, judge or RulesAndNgram(), told)
+
+
+def _named(tell: Progress, label: str) -> Progress:
+    return lambda stage, done, total: tell(f"{label}: {stage}", done, total)
+
+
+def _verify(
+    request: VerifyRequest,
+    artifact: Path,
+    manifest: Manifest,
+    record: Reference,
+    judge: Judge,
+    tell: Progress,
+) -> Report:
     began = time.monotonic()
-    threads = thread_count(threads)
-    judge = judge if judge is not None else RulesAndNgram()
-    record = reference if isinstance(reference, Reference) else read_reference(reference)
-    names = attack_names(attacks)
+    threads, control, sequential = (
+        thread_count(request.threads),
+        request.control,
+        request.sequential,
+    )
+    names = attack_names(request.attacks)
     check_labels(record, judge)
     chosen = record.under(names)
-    manifest = read_manifest(artifact)
     if control is not None:
         check_takes_control(manifest, control)
     climb = Climb(
-        artifact, manifest, record, judge, profile, mode, chosen, progress or silent, began
+        artifact, manifest, record, judge, request.profile, request.mode, chosen, tell, began
     )
     try:
-        climb.served = check_integrity(manifest, artifact, record, base, climb.tell)
+        climb.served = check_integrity(
+            manifest, artifact, record, request.base_of(manifest.artifact["form"]), climb.tell
+        )
     except ManifestError as error:
         climb.add(
             Rung(
@@ -113,7 +168,7 @@ def verify(
     if manifest.artifact["target"] == "onnx":
         settings["digests"] = {entry.path: entry.sha256 for entry in manifest.files}
     else:
-        settings["kv_type"] = "f32" if mode == "strict" else "f16"
+        settings["kv_type"] = "f32" if request.mode == "strict" else "f16"
     climb.tell("loading the artifact", 0, 1)
     opened = time.monotonic()
     with open_engine(climb.served.model, climb.served.adapter, **settings) as engine:
@@ -138,7 +193,7 @@ def verify(
     climb.compare()
     climb.gate(sequential)
     report = climb.report()
-    if write:
+    if request.write:
         _write_verdict(manifest, artifact, report)
     return report
 

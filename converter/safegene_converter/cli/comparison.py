@@ -150,7 +150,7 @@ def show_comparison(found: dict[str, Any], console: Console) -> None:
         table.add_row(head, *cells)
     console.print(table)
     differing = found["disagreements"]
-    names = ", ".join(one["id"] for one in differing[:SHOWN_DISAGREEMENTS])
+    names = ", ".join(prompt["id"] for prompt in differing[:SHOWN_DISAGREEMENTS])
     more = ", ..." if len(differing) > SHOWN_DISAGREEMENTS else ""
     console.print(
         f"verdicts of the artifacts differ among themselves on {len(differing)} prompts"
