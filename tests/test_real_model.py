@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 from safegene import convert
-from safegene_converter.cli.demo import ARTIFACTS
+from safegene_converter.cli.showcase import ARTIFACTS
 from safegene_converter.cli.smollm2 import find_adapter, find_smollm2
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_runtime.artifact.manifest import FileEntry, read_manifest

@@ -59,7 +59,7 @@ def compare(reference: Reference, reports: Sequence[tuple[str, Report]]) -> dict
         "what": "comparison",
         "reference_sha256": reference.digest,
         "prompts": len(reference.prompts),
-        "columns": [_recorded(reference), *(_column(label, one) for label, one in reports)],
+        "columns": [_recorded(reference), *(_column(label, report) for label, report in reports)],
         "diverged": next((name for name in rungs if name in broken), None),
         "disagreements": _disagreements(reference, reports),
     }
