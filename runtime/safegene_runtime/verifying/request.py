@@ -70,10 +70,6 @@ class VerifyRequest:
             problems.add("--profile", "name", " or ".join(PROFILES), self.profile, "choose one")
         if self.mode not in (modes := get_args(Mode)):
             problems.add("--mode", "name", " or ".join(modes), self.mode, "choose one")
-        try:
-            thread_count(self.threads)
-        except EngineError as error:
-            problems.extend(error.problems)
         problems.raise_if_any(EngineError)
 
     @property
@@ -108,6 +104,11 @@ class VerifyRequest:
             if getattr(self, name):
                 flag = "--" + name.replace("_", "-")
                 problems.add(flag, "target", "--server URL", "an artifact", f"leave {flag} out")
+
+        try:
+            thread_count(self.threads)
+        except EngineError as error:
+            problems.extend(error.problems)
 
     def _check_server(self, problems: Problems) -> None:
         for artifact in self.artifacts:
