@@ -257,9 +257,9 @@ def _mergeds(
                 _without(DROPPED[name], made[UNPROMOTED][0], control, out / MODEL_FILE)
                 continue
             if name == GENUINE:
-                asked = {"type_name": "auto" if kind == "given" else kind}
+                asked = {"type": "auto" if kind == "given" else kind}
             else:
-                asked = {"type_name": "q8_0" if kind == "given" else kind, "promote": False,
+                asked = {"type": "q8_0" if kind == "given" else kind, "promote": False,
                          "bounds": NO_BOUNDS}  # fmt: skip
             convert(adapter, base, out, form="merged", check=False, **asked)
         kinds = model_precision(open_model(made[GENUINE][0]))

@@ -462,14 +462,14 @@ def test_the_file_type_is_that_of_most_weights_also_after_promotion(tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "hint"),
     [
-        ({"type_name": "keep"}, "--type auto"),
-        ({"type_name": "q4_0", "promote": False}, "--promote"),
+        ({"type": "keep"}, "--type auto"),
+        ({"type": "q4_0", "promote": False}, "--promote"),
     ],
 )
 def test_what_is_said_to_help_is_what_helps(
     options: dict[str, Any], hint: str, wide_adapter: Path, q4_1_base: Path, tmp_path: Path
 ) -> None:
-    base = q4_1_base if options["type_name"] == "keep" else tiny.gguf_model("llama", 256)
+    base = q4_1_base if options["type"] == "keep" else tiny.gguf_model("llama", 256)
     with pytest.raises(SurvivalError, match=hint):
         quick(
             wide_adapter, base, tmp_path / "out", form="merged", **options,
