@@ -19,6 +19,7 @@ import tiny
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
+from safegene import convert, record
 from safegene_converter.bases.hf_to_gguf import limited_to_window
 from safegene_converter.bases.onnx_proof import check_twin, prove_export
 from safegene_converter.bases.onnx_source import Export, export_base, open_source
@@ -31,13 +32,11 @@ from safegene_converter.bases.proof import (
     prove_base,
     reach_of,
 )
-from safegene_converter.gguf.convert import convert
 from safegene_converter.gguf.presets import quantize_gguf
 from safegene_converter.inputs.base import Base, open_base
 from safegene_converter.inputs.onnx_base import open_onnx_base
 from safegene_converter.recording.base_logits import asked_in_torch
 from safegene_converter.recording.loading import load_model
-from safegene_converter.recording.recorder import record
 from safegene_runtime.artifact.base_proof import (
     NOT_PROVED,
     UNCHANGED,
@@ -96,7 +95,7 @@ def test_a_record_of_a_gguf_with_biases_is_that_of_its_folder(tmp_path: Path) ->
     made = {
         path: record(
             adapter, path, tmp_path / path.name, prompts=PROMPTS, max_new_tokens=3,
-            on_progress=lambda stage, done, total: told.append(stage),
+            progress=lambda stage, done, total: told.append(stage),
         )
         for path in (folder, model)
     }  # fmt: skip

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter.gguf.convert import convert
-from safegene_converter.recording.recorder import record
+from safegene import convert, record
 from safegene_runtime.engines.llama import LlamaEngine
 from safegene_runtime.record.prompts import Prompt
 from safegene_runtime.record.reference import Reference

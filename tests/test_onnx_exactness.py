@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from onnx_tools import FORMS
+from onnx_tools import FORMS, convert_onnx
 from test_exactness import PROMPTS, VARIANTS, with_coefficients
 
-from safegene_converter.onnx.convert import convert_onnx
-from safegene_converter.recording.recorder import record
+from safegene import record
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.engines.ort import OrtEngine
 from safegene_runtime.record.reference import Reference

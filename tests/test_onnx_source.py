@@ -159,7 +159,7 @@ GIB = 1 << 30
 PEAK_KIB = """
 import json, resource, sys
 from pathlib import Path
-from safegene_converter.onnx.convert import convert_onnx
+from onnx_tools import convert_onnx
 adapter, base, out = sys.argv[1:]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert_onnx(Path(adapter), Path(base), Path(out), form="merged", check=False)

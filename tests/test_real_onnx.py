@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from onnx_tools import FORMS, feeds, session
+from onnx_tools import FORMS, convert_onnx, feeds, session
 from test_onnx_genai import N_NEW, genai, without_end
 
+from safegene import record
 from safegene_converter.bases.gguf_to_hf import gguf_to_hf
 from safegene_converter.bases.onnx_build import build_onnx
-from safegene_converter.cli.demo import find_adapter, find_smollm2, write_float_base
+from safegene_converter.cli.smollm2 import find_adapter, find_smollm2, write_float_base
 from safegene_converter.inputs.base import open_base
-from safegene_converter.onnx.convert import convert_onnx
-from safegene_converter.recording.recorder import record
 from safegene_runtime.artifact.onnx_checks import check_onnx_artifact
 from safegene_runtime.engines.ort import OrtEngine
 from safegene_runtime.gating.bounds import bounds_for

@@ -14,7 +14,7 @@ from safegene_converter.inputs.consumed_gguf import check_gguf_for_torch
 from safegene_converter.inputs.row_proof import prove_transform
 from safegene_runtime.child import deadline_for, python_command, python_environment, run_child
 from safegene_runtime.errors import BaseModelError, Problems, UnsupportedError
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, counted
 
 __all__ = ["check_decodable", "gguf_to_hf"]
 
@@ -63,13 +63,8 @@ def gguf_to_hf(base: Base, out: Path, tell: Progress) -> tuple[Base, float]:
     Raises:
         BaseModelError: transformers failed, or its weights are not those of the GGUF.
     """
-    total, done = 4 * base.n_parameters, 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell(STAGE, min(done, total), total)
-
+    total = 4 * base.n_parameters
+    step = counted(tell, STAGE, total)
     tell(STAGE, 0, total)
     run_child(
         python_command("-m", "safegene_converter.recording.save_folder", base.path.resolve(), out),

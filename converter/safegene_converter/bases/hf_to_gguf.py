@@ -8,7 +8,6 @@ names code of its own is refused before the script sees it (`open_base`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from safegene_converter.bases.proof import gguf_side, prove_base, reach_of, torch_side
@@ -19,7 +18,7 @@ from safegene_runtime.child import deadline_for, python_command, python_environm
 from safegene_runtime.errors import BaseModelError, Problem
 from safegene_runtime.extras import need
 from safegene_runtime.formats.gguf.header import read_gguf
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, Step
 
 __all__ = [
     "OUT_TYPES", "convert_hf", "find_llama_cpp", "limited_to_window", "prove_gguf_of_folder",
@@ -74,7 +73,7 @@ def convert_hf(
     outtype: str = "f32",
     llama_cpp: Path | None = None,
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
 ) -> None:
     """Converts a Hugging Face folder to one GGUF file.
 
@@ -93,7 +92,8 @@ def convert_hf(
         raise BaseModelError(
             Problem(SCRIPT, "outtype", f"one of {', '.join(OUT_TYPES)}", outtype, "choose one")
         )
-    need("torch", "transformers", "sentencepiece", "google.protobuf")
+    need("sentencepiece", "google.protobuf")
+    need("torch", "transformers")
     tree = find_llama_cpp(llama_cpp)
     open_base(hf_dir)
     environment = python_environment()

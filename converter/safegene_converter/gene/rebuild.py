@@ -22,11 +22,12 @@ from safegene_converter.gguf.convert import convert
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.onnx.convert import default_form, write_fold
 from safegene_converter.onnx.fold import OnnxFold, prove_weights, touched_weights
+from safegene_converter.requests import ConvertRequest
 from safegene_runtime.artifact.forms import GGUF, ONNX, form_named, forms_of
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import Problem, UnsupportedError
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, silent
 
 __all__ = ["Rebuild", "gguf_rebuild", "onnx_rebuild"]
 
@@ -56,7 +57,7 @@ def gguf_rebuild(
 
         def rebuild(coefficients: dict[int, float]) -> Engine:
             trial, out = _trial(gene, work, coefficients)
-            convert(trial, base, out, form=form, type_name=type_name, check=False)
+            convert(ConvertRequest(trial, base, out, form=form, type=type_name, check=False))
             if made.carries_base:
                 return open_engine(out / str(GGUF.model_file), threads=threads)
             return open_engine(base, out / GGUF.adapter_file, threads=threads)
@@ -75,7 +76,7 @@ def onnx_rebuild(
 ) -> Iterator[Rebuild]:
     """An ONNX artifact for any coefficients, inside a `with`.
 
-    What is run for coefficients is what `convert_onnx` writes for them. The branch and the adapter
+    What is run for coefficients is what `convert` writes for them. The branch and the adapter
     file compute the same, so `branch` stands for `--as adapter`, too.
 
     Args:
@@ -89,7 +90,7 @@ def onnx_rebuild(
     Raises:
         SafeGeneError: the base cannot be used or does not fit the gene.
     """
-    tell: Progress = progress or (lambda stage, done, total: None)
+    tell: Progress = progress or silent
     wanted = None if form is None else form_named(ONNX, form)
     if wanted is not None and wanted.has_slots:
         known = " or ".join(one.name for one in forms_of(ONNX) if not one.has_slots)
@@ -115,7 +116,7 @@ def onnx_rebuild(
                 wanted, opened, hf, chosen, touched_weights(wanted, opened), Bounds(), True
             )
             out.mkdir()
-            write_fold(fold, out, lambda stage, done, total: None)
+            write_fold(fold, out, silent)
             return open_engine(out / opened.model.path.name, threads=threads)
 
         yield rebuild

@@ -22,13 +22,13 @@ from safegene_converter.bases.hf_to_gguf import (
 )
 from safegene_converter.encoding.imatrix import read_imatrix
 from safegene_converter.fold.hashing import digesting
-from safegene_converter.fold.survival import Bounds
 from safegene_converter.gguf.fold import GGUFFold, Made, starts_from_float
 from safegene_converter.gguf.sidecar import SIDECAR_TYPES, write_sidecar
 from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.inputs.base import Base, open_base
 from safegene_converter.inputs.consumed import check_carried
 from safegene_converter.inputs.row_proof import prove_transform
+from safegene_converter.requests import ConvertRequest
 from safegene_runtime import __version__
 from safegene_runtime.artifact.base_proof import UNCHANGED
 from safegene_runtime.artifact.forms import GGUF, GGUF_MERGED, GGUF_SIDECAR, Form, form_named
@@ -42,7 +42,7 @@ from safegene_runtime.formats.files import (
     sha256_of,
 )
 from safegene_runtime.formats.gguf.header import read_gguf
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, counted, silent
 
 __all__ = ["convert"]
 
@@ -50,57 +50,29 @@ TRANSFORM_ERROR_MAX = 0.5
 """A right row order leaves the rounding of the type (0.1 for 4 bits), a wrong one about 1.4."""
 
 
-def convert(
-    adapter_path: Path,
-    base_path: Path,
-    out: Path,
-    *,
-    form: str,
-    type_name: str = "auto",
-    expression: str | None = None,
-    bounds: Bounds | None = None,
-    promote: bool | None = None,
-    imatrix: Path | None = None,
-    llama_cpp: Path | None = None,
-    force: bool = False,
-    check: bool = True,
-    progress: Progress | None = None,
-) -> Manifest:
+def convert(request: ConvertRequest, progress: Progress | None = None) -> Manifest:
     """Converts an adapter to a GGUF artifact.
 
     Args:
-        adapter_path: the adapter folder.
-        base_path: a GGUF file (or its first shard), or a Hugging Face folder.
-        out: the folder to create.
-        form: `merged` or `sidecar`.
-        type_name: `auto` (keep types, promote what would lose the delta), `keep` (refuse instead),
-            or a type or preset of llama.cpp.
-        expression: which set of layer coefficients; the adapter's default when None.
-        bounds: what counts as surviving.
-        promote: promote tensors out of bounds instead of refusing; None: for `auto` and presets
-            that mix types.
-        imatrix: an importance matrix for the types that want one.
-        llama_cpp: a llama.cpp source tree, for a Hugging Face base.
-        force: replace an existing `out`.
-        check: re-open the result in a child process and compare it with what was meant.
+        request: what is wanted, with `to` "gguf".
         progress: told what is being done.
 
     Raises:
         SafeGeneError: one of its kinds; nothing is left under the name `out`.
     """
-    tell: Progress = progress or (lambda stage, done, total: None)
-    check_output_free(out, force, [adapter_path, base_path])
-    adapter = read_adapter(adapter_path, expression)
+    tell = progress or silent
+    base_path, form = request.base, form_named(GGUF, request.form or GGUF_MERGED.name)
+    check_output_free(request.out, request.force, [request.adapter, base_path])
+    adapter = read_adapter(request.adapter, request.expression)
     base = given = open_base(base_path)
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
     if base.config is not None:
         check_carried(base.config, "gguf", str(base.path))
-    type_name, wanted = type_name.lower(), form_named(GGUF, form)
-    _check_request(wanted, type_name, base)
-    _refuse_ignored(wanted, base, promote, imatrix, llama_cpp)
+    type_name, imatrix = request.type.lower(), request.imatrix
+    _check_type(form, type_name, base)
     weights = read_imatrix(imatrix) if imatrix else {}
     proof: dict[str, Any] | None = UNCHANGED if base.kind == "gguf" else None
-    with publish_folder(out, force) as folder, digesting(base) as digests:
+    with publish_folder(request.out, request.force) as folder, digesting(base) as digests:
         work = folder / ".work"
         work.mkdir()
         settings: dict[str, Any] = {
@@ -109,18 +81,18 @@ def convert(
         }
         if not base.is_gguf:
             hf_base = base
-            base = _from_hugging_face(base, work, llama_cpp, tell)
+            base = _from_hugging_face(base, work, request.llama_cpp, tell)
             settings["transform_error"] = _prove_transforms(adapter, hf_base, base)
-            if check:
+            if request.check:
                 proof = prove_gguf_of_folder(hf_base, base, tell).to_dict()
         mixes = type_name not in ("keep", "auto") and starts_from_float(base, type_name)
         fold = GGUFFold(
             adapter=adapter,
             base=base,
-            form=wanted,
+            form=form,
             type_name=type_name,
-            bounds=bounds or Bounds(),
-            promote=(type_name == "auto" or mixes) if promote is None else promote,
+            bounds=request.survival,
+            promote=(type_name == "auto" or mixes) if request.promote is None else request.promote,
             imatrix_path=imatrix,
             imatrix=weights,
         )
@@ -128,13 +100,13 @@ def convert(
             settings["imatrix_sha256"] = sha256_file(imatrix.resolve())
         fold.precision({})  # one that is not known is refused before the work
         made = _write(fold, folder, work, tell)
-        if wanted.merges:
+        if form.merges:
             settings["promote"] = fold.promote
             settings["promoted"] = made.promoted
-        settings["bounds"] = vars(fold.bounds) if wanted.merges else None
+        settings["bounds"] = vars(fold.bounds) if form.merges else None
         if adapter.cautions:
             settings["caution"] = "; ".join(adapter.cautions)
-        if check:
+        if request.check:
             tell("checking what was written", 0, 1)
             settings["self_check"] = _check(fold, folder, work, made)
             tell("checking what was written", 1, 1)
@@ -142,20 +114,20 @@ def convert(
         manifest = Manifest(
             tool={"name": "safegene", "version": __version__},
             artifact={
-                "target": wanted.target.name,
-                "form": wanted.name,
+                "target": form.target.name,
+                "form": form.name,
                 "architecture": base.architecture,
                 "name": base.name,
                 "precision": made.precision,
             },
             base={
                 "kind": given.kind,
-                "name": Path(base_path).resolve().name,
+                "name": base_path.resolve().name,
                 "files": digests.result(),
                 "proof": proof,
             },
             adapter={
-                "name": Path(adapter_path).resolve().name,
+                "name": request.adapter.resolve().name,
                 "files": dict(adapter.digests),
                 "expression": adapter.expression,
                 "n_parameters": adapter.n_parameters,
@@ -186,59 +158,31 @@ def _write(fold: GGUFFold, folder: Path, work: Path, tell: Progress) -> Made:
     return write_merged(fold, folder, work, tell)
 
 
-def _check_request(form: Form, type_name: str, base: Base) -> None:
-    """Refuses combinations that mean nothing, before any work."""
+def _check_type(form: Form, type_name: str, base: Base) -> None:
+    """Refuses a type that the form does not have, or that the base is too coarse for already."""
     problems = Problems()
-    if not form.merges:
-        if not base.is_gguf:
-            problems.add(
-                str(base.path),
-                "--base",
-                "the GGUF that the sidecar is loaded beside",
-                "a Hugging Face folder",
-                "convert the base to GGUF first, or use --as merged",
-            )
-        if type_name not in ("auto", *SIDECAR_TYPES):
+    if not form.merges and type_name not in ("auto", *SIDECAR_TYPES):
+        problems.add(
+            "--type",
+            "type of a sidecar",
+            f"auto or one of {', '.join(SIDECAR_TYPES)}",
+            type_name,
+            "leave --type out: f32 is the default",
+        )
+    elif form.merges and type_name not in ("auto", "keep"):
+        from safegene_converter.gguf.presets import preset
+
+        wanted = preset(type_name)
+        pure = wanted.name == wanted.type.name.lower()
+        if not base.is_float and not pure:
             problems.add(
                 "--type",
-                "type of a sidecar",
-                f"auto or one of {', '.join(SIDECAR_TYPES)}",
-                type_name,
-                "leave --type out: f32 is the default",
+                "type",
+                "auto, keep or a plain type such as q8_0",
+                f"the preset {type_name} on a base that is quantised already",
+                "presets quantise a whole float model: pass a Hugging Face folder or an "
+                "F32/F16/BF16 GGUF as --base",
             )
-    else:
-        if type_name not in ("auto", "keep"):
-            from safegene_converter.gguf.presets import preset
-
-            wanted = preset(type_name)
-            pure = wanted.name == wanted.type.name.lower()
-            if not base.is_float and not pure:
-                problems.add(
-                    "--type",
-                    "type",
-                    "auto, keep or a plain type such as q8_0",
-                    f"the preset {type_name} on a base that is quantised already",
-                    "presets quantise a whole float model: pass a Hugging Face folder or an "
-                    "F32/F16/BF16 GGUF as --base",
-                )
-    problems.raise_if_any(UnsupportedError)
-
-
-def _refuse_ignored(
-    form: Form, base: Base, promote: bool | None, imatrix: Path | None, llama_cpp: Path | None
-) -> None:
-    """An option that would be ignored is a mistake."""
-    problems = Problems()
-    given = {"promote": promote, "imatrix": imatrix}
-    for name in form.ignores:
-        if given[name] is not None:
-            flag = f"--{name}"
-            problems.add(
-                flag, "form", f"--as {GGUF_MERGED.name}", f"--as {form.name}", f"leave {flag} out"
-            )
-    if llama_cpp is not None and base.is_gguf:
-        got = "a GGUF, which needs no conversion"
-        problems.add("--llama-cpp", "base", "a Hugging Face folder", got, "leave --llama-cpp out")
     problems.raise_if_any(UnsupportedError)
 
 
@@ -247,14 +191,8 @@ def _from_hugging_face(base: Base, work: Path, llama_cpp: Path | None, tell: Pro
     kinds = {info.dtype for file in base.weights for info in file.tensors.values()}
     outtype = {frozenset({"F16"}): "f16", frozenset({"BF16"}): "bf16"}.get(frozenset(kinds), "f32")
     target = work / "base.gguf"
-    size, total, done = {"f32": 4}.get(outtype, 2), 0, 0
-    total = base.n_parameters * size
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("converting the base to GGUF", min(done, total), total)
-
+    total = base.n_parameters * {"f32": 4}.get(outtype, 2)
+    step = counted(tell, "converting the base to GGUF", total)
     convert_hf(base.path, target, outtype, llama_cpp, progress=step)
     return limited_to_window(base, open_base(target))
 
@@ -295,7 +233,7 @@ def _check(fold: GGUFFold, folder: Path, work: Path, made: Made) -> dict[str, An
         oracle = work / "oracle"
         oracle.mkdir()
         as_sidecar = dataclasses.replace(fold, form=GGUF_SIDECAR, type_name="f32")
-        write_sidecar(as_sidecar, oracle, lambda stage, done, total: None)
+        write_sidecar(as_sidecar, oracle, silent)
         sidecar = oracle / GGUF.adapter_file
     header = read_gguf(path)
     tensors = {name: [info.type.name, list(info.shape)] for name, info in header.tensors.items()}

@@ -8,7 +8,7 @@ which shape, and which files it consists of.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ from safegene_runtime.formats.files import MANIFEST_NAME, sha256_file
 from safegene_runtime.formats.gguf.model import GGUFModel, open_model
 from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
 from safegene_runtime.formats.gguf.weights import head_counts
+from safegene_runtime.progress import Step
 
 __all__ = ["Base", "open_base"]
 
@@ -126,7 +127,7 @@ class Base:
         """The row order of a module's GGUF tensor relative to its Hugging Face weight."""
         return self.row.transform(module, self.n_head, self.n_head_kv)
 
-    def digests(self, progress: Callable[[int], None] | None = None) -> dict[str, str]:
+    def digests(self, progress: Step | None = None) -> dict[str, str]:
         """SHA-256 of every file, by file name; `progress` is told bytes as they are read."""
         return {file.name: sha256_file(file.resolve(), progress) for file in self.files}
 

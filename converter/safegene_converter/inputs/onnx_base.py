@@ -24,7 +24,7 @@ from safegene_runtime.formats.files import MANIFEST_NAME, sha256_file
 from safegene_runtime.formats.onnx.config import first_count, head_size
 from safegene_runtime.formats.onnx.file import OnnxFile, read_onnx
 
-__all__ = ["OnnxBase", "open_onnx_base"]
+__all__ = ["OnnxBase", "is_onnx_folder", "open_onnx_base"]
 
 COMPANIONS = (".json", ".jinja", ".model", ".txt")
 """Suffixes of the small files beside a model that runtimes read: configuration, tokenizer, template."""
@@ -66,6 +66,17 @@ class OnnxBase:
         beside = self.weights.files if self.weights is not None else ()
         files = sorted({*self.model.files, *self.companions, *beside})
         return {file.name: sha256_file(file.resolve(), progress) for file in files}
+
+
+def is_onnx_folder(path: Path) -> bool:
+    """A graph makes a folder an ONNX one, whatever lies beside it; an onnx/ below does not."""
+    if not path.is_dir():
+        return False
+    if any(path.glob("*.onnx")) or (path / "genai_config.json").exists():
+        return True
+    return (path / "onnx").is_dir() and not any(
+        file.suffix in (".safetensors", ".bin") for file in path.iterdir()
+    )
 
 
 def open_onnx_base(folder: Path) -> OnnxBase:

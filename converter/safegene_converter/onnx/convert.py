@@ -28,7 +28,6 @@ from safegene_converter.bases.onnx_source import (
     open_source,
 )
 from safegene_converter.fold.hashing import digesting
-from safegene_converter.fold.survival import Bounds
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.inputs.base import Base
 from safegene_converter.inputs.onnx_base import OnnxBase, open_onnx_base
@@ -44,6 +43,7 @@ from safegene_converter.onnx.merge import merge
 from safegene_converter.onnx.selfcheck import check_onnx
 from safegene_converter.onnx.unchanged import METADATA_PREFIX
 from safegene_converter.onnx.writer import Change, write_onnx
+from safegene_converter.requests import ConvertRequest
 from safegene_runtime import __version__
 from safegene_runtime.artifact.base_proof import UNCHANGED
 from safegene_runtime.artifact.forms import ONNX, ONNX_BRANCH, ONNX_MERGED, Form, form_named
@@ -62,9 +62,9 @@ from safegene_runtime.formats.files import (
 from safegene_runtime.formats.onnx.file import read_onnx
 from safegene_runtime.formats.onnx.tensor import DataType
 from safegene_runtime.gating.bounds import precision_of
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, counted, silent
 
-__all__ = ["OnnxBase", "convert_onnx", "default_form", "open_onnx_base", "write_fold"]
+__all__ = ["OnnxBase", "convert", "default_form", "open_onnx_base", "write_fold"]
 
 CAUTION = (
     f"any caller can leave {ONNX.adapter_file} out, and is served the base; ONNX Runtime itself ignores an "
@@ -74,62 +74,40 @@ CAUTION = (
 NO_GENAI = "the base has no genai_config.json: ONNX Runtime GenAI cannot load this folder"
 
 
-def convert_onnx(
-    adapter_path: Path,
-    base_path: Path,
-    out: Path,
-    *,
-    form: str | None = None,
-    precision: str | None = None,
-    block_size: int | None = None,
-    accuracy_level: int | None = None,
-    builder_options: Sequence[str] = (),
-    expression: str | None = None,
-    bounds: Bounds | None = None,
-    promote: bool = True,
-    force: bool = False,
-    check: bool = True,
-    progress: Progress | None = None,
-) -> Manifest:
+def convert(request: ConvertRequest, progress: Progress | None = None) -> Manifest:
     """Converts an adapter to an ONNX artifact.
 
     Args:
-        adapter_path: the adapter folder.
-        base_path: an ONNX folder, or a Hugging Face folder or float GGUF to export first.
-        out: the folder to create.
-        form: `merged`, `branch` or `adapter`; None: `branch` beside int4 and int8 weights, else
-            `merged`.
-        precision: what to export a Hugging Face folder as; fp32 when None.
-        block_size: of int4 and int8 weights, for the export.
-        accuracy_level: of int4 and int8 activations, for the export.
-        builder_options: KEY=VALUE options for the export.
-        expression: which set of layer coefficients; the adapter's default when None.
-        bounds: what counts as surviving a merge.
-        promote: give weights out of bounds a wider type instead of refusing.
-        force: replace an existing `out`.
-        check: re-open the result in a child process and compare it with what was meant.
+        request: what is wanted, with `to` "onnx".
         progress: told what is being done.
 
     Raises:
         SafeGeneError: one of its kinds; nothing is left under the name `out`.
     """
-    tell: Progress = progress or (lambda stage, done, total: None)
-    check_output_free(out, force, [adapter_path, base_path])
-    wanted = None if form is None else form_named(ONNX, form)
-    adapter = read_adapter(adapter_path, expression)
-    export = Export(precision, block_size, accuracy_level, tuple(builder_options))
+    tell = progress or silent
+    base_path = request.base
+    wanted = None if request.form is None else form_named(ONNX, request.form)
+    promote = request.promote is not False and request.type != "keep"
+    check_output_free(request.out, request.force, [request.adapter, base_path])
+    adapter = read_adapter(request.adapter, request.expression)
+    export = Export(
+        request.precision,
+        request.block_size,
+        request.accuracy_level,
+        tuple(request.builder_options),
+    )
     source = open_source(base_path, export)
     check_source_fits(adapter, source)
-    if check:
+    if request.check:
         _check_runnable(source, export)
-    with publish_folder(out, force) as folder, digesting(source) as digests:
+    with publish_folder(request.out, request.force) as folder, digesting(source) as digests:
         work = folder / ".work"
         work.mkdir()
         hf, opened, about = export_base(source, work, export, tell)
-        settings: dict[str, Any] = {"form": form or "auto", **about}
+        settings: dict[str, Any] = {"form": request.form or "auto", **about}
         check_source_fits(adapter, opened)
         proof: dict[str, Any] | None = UNCHANGED if isinstance(source, OnnxBase) else None
-        if check and isinstance(source, Base) and hf is not None:
+        if request.check and isinstance(source, Base) and hf is not None:
             proof = prove_export(source, hf, opened, work, tell).to_dict()
         precision_class(opened.model)  # one that is not known is refused before the work
         text = read_text_files(opened.folder)
@@ -137,13 +115,13 @@ def convert_onnx(
         if hf is not None:
             settings["weight_error"] = prove_weights(touched, opened, hf)
         chosen = wanted or default_form(opened, touched)
-        fold = OnnxFold(adapter, opened, hf, chosen, touched, bounds or Bounds(), promote)
+        fold = OnnxFold(adapter, opened, hf, chosen, touched, request.survival, promote)
         if chosen.merges:
             settings["bounds"], settings["promote"] = vars(fold.bounds), promote
         if cautions := [*adapter.cautions, *_cautions(chosen, opened)]:
             settings["caution"] = "; ".join(cautions)
         files, modules, served_class = write_fold(fold, folder, tell)
-        if check:
+        if request.check:
             tell("checking what was written", 0, 1)
             settings["self_check"] = _check(fold, folder, work)
             tell("checking what was written", 1, 1)
@@ -163,7 +141,7 @@ def convert_onnx(
                 "proof": proof,
             },
             adapter={
-                "name": adapter_path.resolve().name,
+                "name": request.adapter.resolve().name,
                 "files": dict(adapter.digests),
                 "expression": adapter.expression,
                 "n_parameters": adapter.n_parameters,
@@ -243,13 +221,8 @@ def write_fold(
     write = merge if fold.form.merges else branch
     modules = write(fold, proto, change, tell)
     _provenance(fold, proto)
-    total, done = sum(path.stat().st_size for path in model.files), 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("writing the model", min(done, total), total)
-
+    total = sum(path.stat().st_size for path in model.files)
+    step = counted(tell, "writing the model", total)
     digests = write_onnx(model, proto, change, folder, step)
     for name, digest in sorted(digests.items()):
         role = "model" if name == model.path.name else "data"
@@ -296,7 +269,7 @@ def _check(fold: OnnxFold, folder: Path, work: Path) -> dict[str, Any]:
         oracle = work / "oracle"
         oracle.mkdir()
         branch = dataclasses.replace(fold, form=ONNX_BRANCH)
-        write_fold(branch, oracle, lambda stage, done, total: None)
+        write_fold(branch, oracle, silent)
     slots = {
         one.linear.weight.name: {
             "names": list(slot_names(one.linear)),

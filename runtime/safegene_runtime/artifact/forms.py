@@ -95,7 +95,7 @@ GGUF = Target(
     model_file="model.gguf",
 )  # fmt: skip
 ONNX = Target(
-    "onnx", "ONNX", ("precision", "block_size", "accuracy_level", "builder_option"),
+    "onnx", "ONNX", ("precision", "block_size", "accuracy_level", "builder_options"),
     ("auto", "keep"), adapter_file="adapter.onnx_adapter", model_file=None,
 )  # fmt: skip
 TARGETS = (GGUF, ONNX)

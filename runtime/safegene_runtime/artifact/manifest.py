@@ -34,7 +34,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +59,7 @@ from safegene_runtime.formats.fields import (
 from safegene_runtime.formats.files import MANIFEST_NAME, publish_file, read_small_file, sha256_file
 from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.verdict import Verdict
+from safegene_runtime.progress import Step
 
 __all__ = [
     "FileEntry", "Manifest", "ModuleEntry", "SlotEntry", "check_files", "is_file_name",
@@ -210,7 +210,7 @@ def read_manifest(folder: Path) -> Manifest:
 def check_files(
     manifest: Manifest,
     folder: Path,
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
     sealed: SealedFiles | None = None,
 ) -> None:
     """Checks that the folder holds exactly the listed files, with the listed bytes.

@@ -18,7 +18,6 @@ the artifact was made from, which the manifest knows by its digest, they may hav
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from safegene_runtime.formats.gguf.header import TensorInfo
 from safegene_runtime.formats.gguf.model import GGUFModel, open_model
 from safegene_runtime.formats.gguf.tensors import map_tensor
 from safegene_runtime.formats.gguf.types import Value, ValueType
+from safegene_runtime.progress import Progress
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying.static_proof import UNDECIDED, absence_proof
 
@@ -51,8 +51,6 @@ ABOUT_THE_FILE = ("general.", "quantize.", "safegene.", "split.")
 ARCHITECTURE = "general.architecture"
 CHUNK_BYTES = 1 << 24
 SHOWN_CHARACTERS = 80
-
-Tell = Callable[[str, int, int], None]
 
 
 def check_takes_control(manifest: Manifest, control: Path) -> None:
@@ -77,7 +75,7 @@ def check_takes_control(manifest: Manifest, control: Path) -> None:
 
 
 def check_control(
-    manifest: Manifest, model: Path, control: Path, record: Reference, tell: Tell
+    manifest: Manifest, model: Path, control: Path, record: Reference, tell: Progress
 ) -> dict[str, str]:
     """Shows that a control is the artifact's base without the adapter.
 

@@ -19,7 +19,7 @@ and its norm is bounded as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from safegene_runtime.artifact.served import Found, ServedWeights
 from safegene_runtime.artifact.served_gguf import GGUFWeights
 from safegene_runtime.errors import Problem, Problems, RecordError
 from safegene_runtime.gating.bounds import class_of
+from safegene_runtime.progress import Progress
 from safegene_runtime.record.added_weights import ModuleFactors, inner
 from safegene_runtime.record.reference import Reference
 
@@ -57,8 +58,6 @@ FACTOR_ERROR = {"F32": 1e-3, "F16": 1e-2, "BF16": 3e-2}
 FACTOR_ERROR_COARSE = 5e-2
 """‖P − ΔW‖ / ‖ΔW‖ of factors, by their type."""
 FLOATS = ("F32", "F16", "BF16")
-
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def static_proof(
     model: Path,
     adapter: Path | None,
     record: Reference,
-    tell: Tell | None = None,
+    tell: Progress | None = None,
 ) -> StaticProof:
     """Looks for the recorded delta in what an artifact serves.
 
@@ -200,7 +199,7 @@ def static_proof(
 
 
 def absence_proof(
-    manifest: Manifest, plain: Path, record: Reference, tell: Tell | None = None
+    manifest: Manifest, plain: Path, record: Reference, tell: Progress | None = None
 ) -> StaticProof:
     """Looks for the recorded delta where none may be: beta 0 is meant, of every module.
 
@@ -222,7 +221,7 @@ def absence_proof(
 def _measured(
     served: ServedWeights,
     pairs: Sequence[tuple[ModuleEntry, ModuleFactors]],
-    tell: Tell | None,
+    tell: Progress | None,
     stage: str,
 ) -> Iterator[tuple[ModuleEntry, ModuleFactors, Found]]:
     """What is stored of each module, as it is asked for; `stage` is told once it was dealt with."""
