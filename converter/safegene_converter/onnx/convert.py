@@ -284,7 +284,7 @@ def _check(fold: OnnxFold, folder: Path, work: Path) -> dict[str, Any]:
         adapter_file=folder / ONNX.adapter_file if fold.form.has_adapter else None,
         oracle=oracle / name,
         adapter=fold.adapter,
-        form=fold.form,
+        form=fold.form.name,
         slots=slots,
         survived=(fold.bounds.gain_min, fold.bounds.gain_max),
         precision=_rounding(fold),
