@@ -14,6 +14,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
+from safegene_converter import formula
 from safegene_converter.inputs.adapter import check_base_fits, read_adapter
 from safegene_converter.inputs.base import open_base
 from safegene_runtime.errors import AdapterError, FormatError, SafeGeneError, UnsupportedError
@@ -39,7 +40,8 @@ class Folder:
             for name in ("q_proj", "k_proj"):
                 key = f"{PREFIX}model.layers.{layer}.self_attn.{name}"
                 self.tensors[f"{key}.lora_A.weight"] = random.standard_normal((2, 8), np.float32)
-                self.tensors[f"{key}.lora_B.weight"] = random.standard_normal((6, 2), np.float32)
+                b = random.standard_normal((6, 2), np.float32)
+                self.tensors[f"{key}.lora_B.weight"] = b * np.float32(0.01)
         self.safegene: dict[str, Any] = {
             "format_version": 1,
             "base_model": {"name": "tiny", "architecture": "llama", "n_layers": 2},
@@ -92,7 +94,7 @@ def test_what_peft_saves_is_a_plain_lora(architecture: str, tmp_path: Path) -> N
     assert adapter.base_model is None
     assert {module.coefficient for module in adapter.modules} == {1.0}
     assert {module.scaling for module in adapter.modules} == {4.0}
-    assert len(adapter.modules) == 6
+    assert len(adapter.modules) == 3 * tiny.n_layers(architecture)
     base = open_base(tiny.gguf_model(architecture))
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
 
@@ -200,8 +202,6 @@ HOSTILE: dict[str, tuple[Change, type[SafeGeneError], str]] = {
     "not targeted": (config(target_modules=["k_proj"]), AdapterError, "PEFT would ignore"),
     "excluded": (config(exclude_modules=["q_proj"]), AdapterError, "PEFT would ignore"),
     "layer not to transform": (config(layers_to_transform=[0]), AdapterError, "would ignore"),
-    "target without tensors": (
-        config(target_modules=["q_proj", "k_proj", "v_proj"]), AdapterError, "v_proj"),
     "pattern without tensors": (config(alpha_pattern={"v_proj": 2}), AdapterError, "v_proj"),
     "layer without tensors": (config(layers_to_transform=[0, 1, 7]), AdapterError, "7"),
     "no prefix": (renamed(lambda key: key.removeprefix(PREFIX)), AdapterError, "another name"),
@@ -222,12 +222,55 @@ HOSTILE: dict[str, tuple[Change, type[SafeGeneError], str]] = {
         extra(f"{PREFIX}model.norm.modules_to_save.weight"), UnsupportedError, "norm"),
     "another block": (extra(f"{PREFIX}transformer.h.0.attn.c_attn.lora_A.weight"),
                       UnsupportedError, "linear module"),
-    "scale too large": (config(lora_alpha=1e39), AdapterError, "float32"),
+    "DistributedDataParallel": (
+        renamed(lambda key: key.replace(PREFIX, f"{PREFIX}module.")), AdapterError, "`module.`"),
+    "DistributedDataParallel outside": (
+        renamed(lambda key: f"module.{key}"), AdapterError, "`module.`"),
+    "FSDP": (renamed(lambda key: key.replace(".self_attn", "._fsdp_wrapped_module.self_attn")),
+             AdapterError, "FSDP"),
+    "checkpointing": (
+        renamed(lambda key: key.replace(".self_attn", "._checkpoint_wrapped_module.self_attn")),
+        AdapterError, "activation checkpointing"),
+    "compiled layers": (renamed(lambda key: key.replace(".self_attn", "._orig_mod.self_attn")),
+                        AdapterError, "on a part of the model"),
+    "compiled twice": (renamed(lambda key: key.replace(PREFIX, f"{PREFIX}_orig_mod._orig_mod.")),
+                       AdapterError, "`_orig_mod.`"),
+    "compiled beside plain": (
+        extra(f"{PREFIX}_orig_mod.{Q0}.lora_A.weight"), AdapterError, "one lora_A"),
+    "layers of two models": (
+        renamed(lambda key: key.replace("model.layers.0", "model.language_model.layers.0")),
+        AdapterError, "the layers of one model"),
+    "one module of two models": (
+        extra(f"{PREFIX}language_model.{Q0}.lora_A.weight"), AdapterError, "one lora_A"),
+    "image part": (extra(f"{PREFIX}model.vision_tower.layers.0.self_attn.q_proj.lora_A.weight"),
+                   UnsupportedError, "the image part"),
+    "a layer with a leading zero": (
+        renamed(lambda key: key.replace("layers.0", "layers.00")), UnsupportedError, "layers.00"),
+    "a layer below zero": (
+        renamed(lambda key: key.replace("layers.0", "layers.-1")), AdapterError, "another name"),
+    "a third factor": (extra(f"{PREFIX}{Q0}.lora_C.weight"), AdapterError, "another name"),
+    "one dimension": (tensor(Q0, "A", np.ones(8)), AdapterError, "factors"),
+    "a number": (tensor(Q0, "B", np.float32(1)), AdapterError, "factors"),
+    "A the wrong way round": (tensor(Q0, "A", np.ones((8, 2))), AdapterError, "rank 2"),
+    "factors of integers": (
+        lambda folder: folder.tensors.update({folder.key(Q0, "A"): np.ones((2, 8), np.int64)}),
+        AdapterError, "float type"),
+    "-Inf": (tensor(Q0, "A", np.full((2, 8), -np.inf)), AdapterError, "NaN or Inf"),
+    "a name of a space": (extra(f"{PREFIX}model.layers.0 .x.lora_A.weight"), AdapterError, "another"),
+    "a name of NUL": (extra(f"{PREFIX}{Q0}\0.lora_A.weight"), AdapterError, "another"),
+    "empty name": (extra(""), AdapterError, "another name"),
+    "default of a list": (notes("default_expression", value=[]), AdapterError, "default_expression"),
+    "layers below zero": (notes("base_model", "n_layers", value=-1), AdapterError, "n_layers"),
+    "scale too large": (config(lora_alpha=1e42), AdapterError, "float32"),
     "scale too small": (config(lora_alpha=1e-60), AdapterError, "float32"),
     "selected without tensors": (
         notes("selected_layers", value=[0, 1, 5]), AdapterError, "layer 5"),
     "tensors not selected": (notes("selected_layers", value=[0]), AdapterError, "layer 1"),
     "selected twice": (notes("selected_layers", value=[0, 1, 1]), AdapterError, "each once"),
+    "selected lists": (notes("selected_layers", value=[[0]]), AdapterError, "selected_layers"),
+    "expressions of a list": (notes("expressions", value=["default"]), AdapterError, "expressions"),
+    "an expression of a number": (
+        notes("expressions", "other", value=3), AdapterError, "expressions.other"),
     "selected nothing": (notes("selected_layers", value=[]), AdapterError, "selected_layers"),
     "coefficient for no layer": (notes(*COEFFICIENTS, "9", value=1.0), AdapterError, "layer 9"),
     "coefficient missing": (without(*COEFFICIENTS, "1"), AdapterError, "coefficient for layer 1"),
@@ -337,11 +380,134 @@ def test_without_notes_it_is_a_plain_lora(folder: Folder) -> None:
         read_adapter(path, "other")
 
 
+@pytest.mark.parametrize("prefix", [f"{PREFIX}_orig_mod.", f"_orig_mod.{PREFIX}"])
+def test_names_of_a_compiled_model_are_read_as_peft_strips_them(
+    prefix: str, folder: Folder
+) -> None:
+    plain = read_adapter(folder.save())
+    renamed(lambda key: key.replace(PREFIX, prefix))(folder)
+    compiled = read_adapter(folder.save())
+    same_modules(compiled, plain)
+    assert plain.is_as_peft_reads
+    assert not compiled.is_as_peft_reads
+
+
+def same_modules(found: Any, expected: Any) -> None:
+    assert len(found.modules) == len(expected.modules) > 0
+    for one, other in zip(found.modules, expected.modules, strict=True):
+        assert (one.name, one.scaling, one.coefficient) == (
+            other.name, other.scaling, other.coefficient,
+        )  # fmt: skip
+        assert np.array_equal(one.a, other.a)
+        assert np.array_equal(one.b, other.b)
+
+
+@pytest.mark.parametrize("stem", ["model.language_model", "language_model.model"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["visual.q_proj"]},
+        {"target_modules": r".*language_model.*\.(q_proj|up_proj)"},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1],
+         "layers_pattern": "layers", "exclude_modules": r".*visual.*"},
+        {"target_modules": r".*language.*\.(q_proj|up_proj)", "use_rslora": True,
+         "rank_pattern": {r".*language_model.*layers.0.*q_proj": 3},
+         "alpha_pattern": {"language_model.*up_proj": 5}},
+    ],
+    ids=["names", "expression", "layers", "patterns"],
+)  # fmt: skip
+def test_the_text_part_of_a_larger_model_is_read_as_peft_runs_it(
+    stem: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """What PEFT adds to each weight there is what the adapter adds in the text model."""
+    import peft
+    import torch
+    from transformers import AutoModel
+
+    text = AutoModel.from_pretrained(tiny.hf_model("llama"))
+    whole = torch.nn.Module()
+    outer, inner = stem.split(".")
+    whole.add_module(outer, torch.nn.Module())
+    whole.get_submodule(outer).add_module(inner, text)
+    whole.visual = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)})
+    tuned = peft.get_peft_model(whole, peft.LoraConfig(r=4, lora_alpha=8, **settings))
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tuned.save_pretrained(tmp_path)
+    adapter = read_adapter(tmp_path)
+    theirs = {
+        name.removeprefix(f"base_model.model.{stem}."): layer.get_delta_weight("default")
+        for name, layer in tuned.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    ours = {module.name.removeprefix("model."): module for module in adapter.modules}
+    assert ours.keys() == theirs.keys() != set()
+    for name, module in ours.items():
+        error = np.abs(formula.delta(module) - theirs[name].detach().numpy()).max()
+        assert error <= 1e-6 * np.abs(formula.delta(module)).max()
+    assert not adapter.is_as_peft_reads
+    assert adapter.cautions == ()
+    base = open_base(tiny.gguf_model("llama"))
+    check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
+
+
+def test_a_target_that_matches_nothing_is_a_caution_as_in_peft(folder: Folder) -> None:
+    folder.config["target_modules"] = ["q_proj", "k_proj", "c_attn"]
+    adapter = read_adapter(folder.save())
+    assert len(adapter.cautions) == 1
+    assert "'c_attn'" in adapter.cautions[0]
+    check_base_fits(adapter, SHAPES_QK, "llama", 2)
+    folder.config["target_modules"] = ["q_proj", "k_proj", "v_proj"]
+    adapter = read_adapter(folder.save())
+    check_base_fits(adapter, SHAPES_QK, "llama", 2)
+    with pytest.raises(AdapterError, match="v_proj"):  # the base has it: tensors are missing
+        check_base_fits(adapter, SHAPES, "llama", 2)
+
+
+@pytest.mark.parametrize("excluded", [["k_proj"], r".*\.k_proj", ["self_attn.k_proj"]])
+def test_a_target_that_is_excluded_needs_no_tensors(excluded: Any, folder: Folder) -> None:
+    folder.config.update(target_modules=["q_proj", "k_proj"], exclude_modules=excluded)
+    for layer in (0, 1):
+        drop(f"model.layers.{layer}.self_attn.k_proj", "A", "B")(folder)
+    adapter = read_adapter(folder.save())
+    assert adapter.cautions == ()
+    check_base_fits(adapter, SHAPES_QK, "llama", 2)
+
+
+def scaled(factor: float) -> Change:
+    def change(folder: Folder) -> None:
+        for key in folder.tensors:
+            if ".lora_B." in key:
+                folder.tensors[key] = folder.tensors[key] * np.float32(factor)
+
+    return change
+
+
+CAUTIONS: dict[str, tuple[Change, str]] = {
+    "B times a million": (scaled(1e6), "larger than the weights of any language model"),
+    "alpha too large": (config(lora_alpha=1000), "above 100"),
+    "alpha too small": (config(lora_alpha=1e-4), "below 0.001"),
+    "coefficient below zero": (notes(*COEFFICIENTS, "1", value=-1.0), "negative"),
+}
+
+
+@pytest.mark.parametrize("case", CAUTIONS)
+def test_an_implausible_scale_is_read_and_said(case: str, folder: Folder) -> None:
+    assert read_adapter(folder.save()).cautions == ()
+    change, words = CAUTIONS[case]
+    change(folder)
+    cautions = read_adapter(folder.save()).cautions
+    assert any(words in caution for caution in cautions)
+    assert all(f"of {len(folder.tensors) // 2} modules" in caution for caution in cautions)
+
+
 SHAPES = {
     f"model.layers.{layer}.self_attn.{name}": (6, 8)
     for layer in (0, 1)
     for name in ("q_proj", "k_proj", "v_proj")
 }
+SHAPES_QK = {name: shape for name, shape in SHAPES.items() if "v_proj" not in name}
 FITS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "another architecture": (lambda fit: {**fit, "architecture": "qwen2"}, "architecture"),
     "another depth": (lambda fit: {**fit, "n_layers": 3}, "n_layers"),

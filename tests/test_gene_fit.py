@@ -72,7 +72,7 @@ def merged_by_hand(gene: Path, expression: str) -> Any:
 def test_an_expression_is_what_peft_computes(gene: Path) -> None:
     add_expression(gene, "mine", Expression({0: 0.4, 1: 2.5}))
     loaded = load_gene(gene, TARGET, "mine")
-    ids = list(loaded.render(TEXTS[0]))
+    ids = list(loaded.prompts(TEXTS[:1])[0])
     expected = logits_of(merged_by_hand(gene, "mine"), ids)
     assert np.allclose(logits_of(loaded.tuned, ids), expected, rtol=0, atol=5e-3)
     loaded.set([1.0, 1.0])
@@ -88,7 +88,8 @@ def test_an_expression_is_what_peft_computes(gene: Path) -> None:
 def test_label_logits_are_those_of_the_whole_forward_pass(gene: Path) -> None:
     loaded = load_gene(gene, TARGET)
     examples = [
-        Example(loaded.render(text), (5 + i, 6, 7)[: 1 + i % 3]) for i, text in enumerate(TEXTS)
+        Example(prompt, (5 + i, 6, 7)[: 1 + i % 3])
+        for i, prompt in enumerate(loaded.prompts(TEXTS))
     ]
     for batch in batches_of(examples, size=3):
         with torch.no_grad():
@@ -136,7 +137,7 @@ def test_the_safety_loss_sums_over_openings(gene: Path) -> None:
     for prompt in SHOTS[:4]:
         chances = []
         for opening in openings:
-            ids, reply = list(loaded.render(prompt.text)), loaded.encode(opening)
+            ids, reply = list(loaded.prompts([prompt.text])[0]), loaded.encode(opening)
             logits = torch.from_numpy(logits_of(loaded.tuned, [*ids, *reply[:-1]])).double()
             scored = torch.log_softmax(logits[len(ids) - 1 :], dim=-1)
             chances.append(float(scored[range(len(reply)), list(reply)].sum()))
@@ -404,7 +405,7 @@ def test_calibration_tells_how_well_refusals_separate(gene: Path) -> None:
         for kind, texts in (("harmful", shots.harmful), ("benign", shots.benign)):
             log_p[kind] = np.zeros(len(texts))
             for row, text in enumerate(texts):
-                prompt = [*loaded.render(text)]
+                prompt = [*loaded.prompts([text])[0]]
                 logits = logits_of(loaded.tuned, [*prompt, *opening])[len(prompt) - 1 : -1]
                 scored = log_probabilities(torch.from_numpy(logits)).numpy()
                 log_p[kind][row] = scored[range(len(opening)), opening].sum()

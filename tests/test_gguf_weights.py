@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter.gguf.convert import convert
+from safegene import convert
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_runtime.artifact.integrity import model_precision
 from safegene_runtime.errors import FormatError, UnsupportedError
@@ -89,8 +89,13 @@ def test_nothing_is_folded_into_a_base_of_unknown_precision(tmp_path: Path) -> N
     odd = OutTensor("blk.0.odd.weight", (2, 2), GGMLType.F64, np.zeros(32, np.uint8))
     write_gguf(tmp_path / "base.gguf", dict(base.metadata), [*tensors, odd])
     for form in ("merged", "sidecar"):
+        stages: list[str] = []
         with pytest.raises(UnsupportedError, match="F64"):
-            convert(adapter, tmp_path / "base.gguf", tmp_path / "out", form=form)  # type: ignore[arg-type]
+            convert(
+                adapter, tmp_path / "base.gguf", tmp_path / "out", form=form,  # type: ignore[arg-type]
+                progress=lambda stage, done, total: stages.append(stage),  # noqa: B023
+            )  # fmt: skip
+        assert not {"merging", "writing the sidecar"} & set(stages), "before the work"
     assert not (tmp_path / "out").exists()
 
 

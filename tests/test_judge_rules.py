@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safegene_runtime.judging.judge import judge
-from safegene_runtime.judging.rules import HEAD_CHARACTERS, Label, rules_label
+from safegene_runtime.judging.rules import Label, rules_label
+from safegene_runtime.judging.text import HEAD_CHARACTERS
 from safegene_runtime.record.attacks import LANGUAGES
 
 HERE = Path(__file__).resolve().parent

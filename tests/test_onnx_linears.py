@@ -119,6 +119,10 @@ BRANCH = helper.make_graph(
     [],
     [helper.make_empty_tensor_value_info("inner")],
 )
+NESTED = helper.make_graph(
+    [node("If", ["x"], ["inner"], then_branch=BRANCH, else_branch=BRANCH)], "then", [],
+    [helper.make_empty_tensor_value_info("inner")],
+)  # fmt: skip
 WHOLE = tensor(WEIGHT)
 UNKNOWN: dict[str, tuple[list[onnx.NodeProto], list[onnx.TensorProto], str]] = {
     "DOUBLE": ([node("MatMul", ["x", "w"], ["y"])], [tensor(WEIGHT, TensorProto.DOUBLE)], "DOUBLE"),
@@ -157,6 +161,9 @@ UNKNOWN: dict[str, tuple[list[onnx.NodeProto], list[onnx.TensorProto], str]] = {
     "a branch of an If": (
         [node("If", ["x"], ["y"], then_branch=BRANCH, else_branch=BRANCH)], [WHOLE], "inside of If",
     ),
+    "a branch of a branch": (
+        [node("If", ["x"], ["y"], then_branch=NESTED, else_branch=NESTED)], [WHOLE], "inside of If",
+    ),
     "2 bits": (packed(2), BLOCKS, "2 bits"),
     "no size": (packed(4, N=0), BLOCKS, "N=0"),
 }  # fmt: skip
@@ -173,6 +180,32 @@ def test_a_weight_of_unknown_precision_is_refused_by_name(case: str, tmp_path: P
         path = saved(folder, [*nodes, *more], [*tensors, tensor(WEIGHT, name="plain")])
         with pytest.raises(UnsupportedError, match=words):
             precision_class(read_onnx(path))
+
+
+PLAIN = node("MatMul", ["x", "w"], ["z"])
+PASSED = helper.make_graph(
+    [node("Identity", ["x"], ["inner"])], "then", [], [helper.make_empty_tensor_value_info("inner")]
+)
+HARMLESS = {
+    "a product of two constants": [node("MatMul", ["odd", "odd"], ["y"]), PLAIN],
+    "integers from activations, with a constant zero point": [
+        node("MatMulInteger", ["x", "x", "zero"], ["y"]), PLAIN,
+    ],
+    "an activation that an If with a constant condition passes on": [
+        node("If", ["zero"], ["v"], then_branch=PASSED, else_branch=PASSED),
+        node("MatMul", ["v", "w"], ["y"]),
+    ],
+    "what is done with a constant that is no operand": [
+        node("Add", ["x", "odd"], ["y"]), PLAIN,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_only_products_with_constants_are_weights(case: str, tmp_path: Path) -> None:
+    odd = tensor(np.ones((IN, IN)), TensorProto.DOUBLE, "odd")
+    path = saved(tmp_path, HARMLESS[case], [WHOLE, odd, tensor(np.zeros(()), name="zero")])
+    assert elements_by_type(read_onnx(path)) == {"F32": WEIGHT.size}
 
 
 NONE = {

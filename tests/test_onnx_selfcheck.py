@@ -17,7 +17,7 @@ import onnx
 import pytest
 import tiny
 from onnx import helper, numpy_helper
-from onnx_tools import arrays, edited, every_module, node, quick
+from onnx_tools import FORMS, arrays, convert_onnx, edited, every_module, node, quick
 from safetensors.numpy import load_file, save_file
 from test_onnx_nbits import KINDS, packed, served  # noqa: F401
 from test_to_onnx import as_gemm, turned, weight_of
@@ -26,7 +26,6 @@ from safegene_converter.encoding import nbits_quantizer
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.onnx import convert, selfcheck
-from safegene_converter.onnx.convert import FORMS, convert_onnx
 from safegene_converter.onnx.fold import OnnxFold, touched_weights
 from safegene_converter.onnx.reader import OnnxReader, StoredWeight
 from safegene_runtime.errors import PostconditionError, Problems
@@ -156,7 +155,7 @@ def test_what_was_meant_passes_in_every_form_precision_and_layout(
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", [one for one in tiny.OTHERS if one in tiny.BUILT])
 def test_what_was_meant_passes_in_every_architecture(
     architecture: str, form: str, compare: Compare, tmp_path: Path
 ) -> None:

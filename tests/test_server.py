@@ -16,8 +16,8 @@ import pytest
 import served
 import tiny
 
+from safegene import convert
 from safegene_converter.cli import main
-from safegene_converter.gguf.convert import convert
 from safegene_runtime import reporting
 from safegene_runtime.errors import EngineError, FormatError, RecordError
 from safegene_runtime.gating.profiles import Profile

@@ -19,11 +19,12 @@ import llama_cpp
 import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file
 
+from safegene import convert
 from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.gguf import convert as to_gguf
-from safegene_converter.gguf.convert import convert
 from safegene_converter.gguf.presets import quantize_gguf
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_runtime.artifact.manifest import Manifest, check_files, read_manifest
@@ -46,8 +47,8 @@ from safegene_runtime.formats.gguf.types import GGMLType, Value, ValueType
 quick = functools.partial(convert, check=False)
 """Without the self-check, which costs seconds, where a test is about something else."""
 
-TARGETS = {"llama": 6, "qwen2": 6, "qwen3": 6}
-"""Modules of the tiny adapters: q, k and up in each of two layers."""
+TARGETS = {one: 3 * tiny.n_layers(one) for one in tiny.ARCHITECTURES}
+"""Modules of the tiny adapters: q, k and up in each layer."""
 
 
 @pytest.fixture(scope="module")
@@ -107,18 +108,15 @@ def test_merged_weights_are_pefts_merged_weights(architecture: str, tmp_path: Pa
     manifest = convert(source, base, tmp_path / "out", form="merged")
     before, after = decoded(base), decoded(tmp_path / "out" / "model.gguf")
     expected = peft_delta(source, architecture)
+    weights = load_file(tiny.hf_model(architecture) / "model.safetensors")
     assert {entry.module for entry in manifest.modules} == expected.keys()
     for entry in manifest.modules:
         got = after[entry.tensor] - before[entry.tensor]
         wanted = expected[entry.module]
-        # upstream's own permutation, from the converter that made the base
-        if architecture == "llama" and entry.module.endswith(("q_proj", "k_proj")):
-            heads = tiny.N_HEAD if entry.module.endswith("q_proj") else tiny.N_HEAD_KV
-            rows = wanted.shape[0]
-            wanted = (
-                wanted.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(rows, -1)
-            )
-        assert np.abs(got - wanted).max() <= 1e-6
+        # upstream's own order, from the converter that made the base
+        place = {row.tobytes(): at for at, row in enumerate(weights[f"{entry.module}.weight"])}
+        order = [place[row.tobytes()] for row in before[entry.tensor]]
+        assert np.abs(got - wanted[order]).max() <= 1e-6
     assert len(manifest.modules) == TARGETS[architecture]
 
 
@@ -165,7 +163,7 @@ def test_keep_refuses_what_rounding_would_erase(
     wide_adapter: Path, q4_1_base: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(SurvivalError) as caught:
-        quick(wide_adapter, q4_1_base, tmp_path / "out", form="merged", type_name="keep")
+        quick(wide_adapter, q4_1_base, tmp_path / "out", form="merged", type="keep")
     assert "Q4_1: gain" in str(caught.value)
     assert len(caught.value.problems) > 1, "all tensors that fail, not the first"
     assert list(tmp_path.iterdir()) == []
@@ -176,7 +174,7 @@ def test_keep_accepts_it_when_the_bounds_say_so(
 ) -> None:
     bounds = Bounds(0.0, 10.0, 100.0, 100.0)
     manifest = quick(
-        wide_adapter, q4_1_base, tmp_path / "out", form="merged", type_name="keep", bounds=bounds
+        wide_adapter, q4_1_base, tmp_path / "out", form="merged", type="keep", bounds=bounds
     )
     assert {entry.type_after for entry in manifest.modules} == {"Q4_1"}
 
@@ -199,7 +197,7 @@ def test_auto_promotes_only_what_needs_it_and_stays_in_bounds(
 def test_recorded_survival_is_that_of_the_written_file(
     wide_adapter: Path, q4_1_base: Path, tmp_path: Path
 ) -> None:
-    manifest = quick(wide_adapter, q4_1_base, tmp_path / "out", form="merged", type_name="q5_0",
+    manifest = quick(wide_adapter, q4_1_base, tmp_path / "out", form="merged", type="q5_0",
                        bounds=Bounds(0.0, 2.0, 10.0, 10.0), promote=False)  # fmt: skip
     before, after = decoded(q4_1_base), decoded(tmp_path / "out" / "model.gguf")
     deltas = peft_delta(wide_adapter, "llama", 256)
@@ -221,7 +219,7 @@ def test_from_float_the_mix_of_types_is_upstreams(
 ) -> None:
     base = tiny.gguf_model("llama", 256)
     manifest = quick(
-        wide_adapter, base, tmp_path / "out", form="merged", type_name=type_name, promote=False,
+        wide_adapter, base, tmp_path / "out", form="merged", type=type_name, promote=False,
         bounds=Bounds(0.0, 2.0, 100.0, 100.0),
     )  # fmt: skip
     quantize_gguf(base, tmp_path / "upstream.gguf", type_name)
@@ -239,9 +237,9 @@ def test_a_hugging_face_folder_is_converted_by_upstream_and_proved(
     adapter: Path, tmp_path: Path
 ) -> None:
     from_folder = quick(
-        adapter, tiny.whole_hf_model("llama"), tmp_path / "a", form="merged", type_name="f32"
+        adapter, tiny.whole_hf_model("llama"), tmp_path / "a", form="merged", type="f32"
     )
-    quick(adapter, tiny.whole_gguf_model("llama"), tmp_path / "b", form="merged", type_name="f32")
+    quick(adapter, tiny.whole_gguf_model("llama"), tmp_path / "b", form="merged", type="f32")
     one, two = decoded(tmp_path / "a" / "model.gguf"), decoded(tmp_path / "b" / "model.gguf")
     assert one.keys() == two.keys()
     assert all(np.array_equal(one[name], two[name]) for name in one)
@@ -301,7 +299,7 @@ def test_stock_llama_cpp_python_loads_it(form: str, adapter: Path, tmp_path: Pat
 @pytest.mark.parametrize("type_name", ["f16", "bf16", "q8_0"])
 def test_a_smaller_sidecar_says_what_it_lost(type_name: str, adapter: Path, tmp_path: Path) -> None:
     manifest = quick(
-        adapter, tiny.gguf_model("llama"), tmp_path / "out", form="sidecar", type_name=type_name
+        adapter, tiny.gguf_model("llama"), tmp_path / "out", form="sidecar", type=type_name
     )
     assert all(entry.survival is not None for entry in manifest.modules)
     assert all(0 < entry.survival["relative_error"] < 0.05 for entry in manifest.modules)  # type: ignore[index]
@@ -358,7 +356,7 @@ def test_requests_that_mean_nothing_are_refused_before_any_work(
 ) -> None:
     path = tiny.gguf_model("llama") if base == "gguf" else tiny.hf_model("llama")
     with pytest.raises(error):
-        quick(adapter, path, tmp_path / "out", form=form, type_name=type_name)  # type: ignore[arg-type]
+        quick(adapter, path, tmp_path / "out", form=form, type=type_name)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -385,7 +383,7 @@ def test_a_wrong_imatrix_is_found_before_the_base_is_converted(
     monkeypatch.setattr(to_gguf, "_from_hugging_face", pytest.fail)
     with pytest.raises(FormatError, match="nothing"):
         quick(
-            adapter, tiny.hf_model("llama"), tmp_path / "out", form="merged", type_name="q8_0",
+            adapter, tiny.hf_model("llama"), tmp_path / "out", form="merged", type="q8_0",
             imatrix=tmp_path / "nothing",
         )  # fmt: skip
 
@@ -439,14 +437,14 @@ def test_the_file_type_is_that_of_most_weights_also_after_promotion(tmp_path: Pa
     )
     base, out = tiny.gguf_model("llama", 256), tmp_path / "out"
     strict = Bounds(error_max=0.02, base_error_ratio_max=0.0)
-    manifest = quick(source, base, out, form="merged", type_name="q4_k_m", bounds=strict)
+    manifest = quick(source, base, out, form="merged", type="q4_k_m", bounds=strict)
     kinds = [info.type.name for name, info in read_gguf(out / "model.gguf").tensors.items()
              if name.startswith("blk.") and len(info.shape) == 2]  # fmt: skip
     assert set(kinds) == {"F16"}
     assert read_gguf(out / "model.gguf").get("general.file_type") == 1
     promoted = manifest.settings["promoted"]
     assert promoted["tensors"] == len(kinds)
-    quick(source, base, tmp_path / "as-is", form="merged", type_name="q4_k_m", promote=False,
+    quick(source, base, tmp_path / "as-is", form="merged", type="q4_k_m", promote=False,
           bounds=Bounds(0, 99, 99, 99))  # fmt: skip
     sizes = [
         sum(info.nbytes for info in read_gguf(folder / "model.gguf").tensors.values())
@@ -458,14 +456,14 @@ def test_the_file_type_is_that_of_most_weights_also_after_promotion(tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "hint"),
     [
-        ({"type_name": "keep"}, "--type auto"),
-        ({"type_name": "q4_0", "promote": False}, "--promote"),
+        ({"type": "keep"}, "--type auto"),
+        ({"type": "q4_0", "promote": False}, "--promote"),
     ],
 )
 def test_what_is_said_to_help_is_what_helps(
     options: dict[str, Any], hint: str, wide_adapter: Path, q4_1_base: Path, tmp_path: Path
 ) -> None:
-    base = q4_1_base if options["type_name"] == "keep" else tiny.gguf_model("llama", 256)
+    base = q4_1_base if options["type"] == "keep" else tiny.gguf_model("llama", 256)
     with pytest.raises(SurvivalError, match=hint):
         quick(
             wide_adapter, base, tmp_path / "out", form="merged", **options,
@@ -477,7 +475,7 @@ def test_a_preset_on_a_quantised_base_is_refused(
     wide_adapter: Path, q4_1_base: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UnsupportedError, match="quantised already"):
-        quick(wide_adapter, q4_1_base, tmp_path / "out", form="merged", type_name="q4_k_m")
+        quick(wide_adapter, q4_1_base, tmp_path / "out", form="merged", type="q4_k_m")
 
 
 def test_an_adapter_whose_delta_llama_cpp_cannot_see_is_an_error(tmp_path: Path) -> None:
@@ -514,7 +512,7 @@ def test_every_type_ggml_can_encode_is_offered_or_refused_by_name(
         assert ggml_quantizer.can_encode(kind, 256)
         manifest = convert(
             wide_adapter, tiny.gguf_model("llama", 256), tmp_path / kind.name, form="merged",
-            type_name="q3_k_m" if kind is GGMLType.Q3_K else kind.name.lower(), promote=False,
+            type="q3_k_m" if kind is GGMLType.Q3_K else kind.name.lower(), promote=False,
             bounds=Bounds(0, 10, 100, 100), check=False,
         )  # fmt: skip
         assert manifest.modules
@@ -524,7 +522,7 @@ def test_a_type_that_needs_an_imatrix_says_so(wide_adapter: Path, tmp_path: Path
     with pytest.raises(SafeGeneError, match="imatrix"):
         quick(
             wide_adapter, tiny.gguf_model("llama", 256), tmp_path / "out", form="merged",
-            type_name="iq2_xxs",
+            type="iq2_xxs",
         )  # fmt: skip
 
 

@@ -19,7 +19,9 @@ import onnxruntime
 import pytest
 import tiny
 from onnx_tools import (
+    FORMS,
     arrays,
+    convert_onnx,
     digests,
     edited,
     every_module,
@@ -35,8 +37,8 @@ from test_to_gguf import peft_delta
 
 from safegene_converter.bases import onnx_source
 from safegene_converter.bases.onnx_build import build_onnx
-from safegene_converter.cli.inspecting import describe_manifest, show
-from safegene_converter.onnx.convert import FORMS, convert_onnx
+from safegene_converter.cli.tables import show
+from safegene_converter.describing import describe_manifest
 from safegene_runtime.artifact.manifest import Manifest, check_files, read_manifest
 from safegene_runtime.child import python_environment
 from safegene_runtime.errors import (

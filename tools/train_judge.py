@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -31,17 +32,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "runtime"))
 
 from safegene_runtime.judging import ngram  # noqa: E402
-from safegene_runtime.judging.judge import CONFIDENCE, Label, RulesAndNgram, combined, label_all  # noqa: E402
+from safegene_runtime.judging.judge import CONFIDENCE, Label, RulesAndNgram, decided, label_all  # noqa: E402
 from safegene_runtime.judging.ngram import N_FEATURES, features, ngram_probability  # noqa: E402
 from safegene_runtime.judging.plugins import load_judge  # noqa: E402
 from safegene_runtime.judging.rules import rules_label  # noqa: E402
 
 OPENERS = ROOT / "tools" / "judge_openers.json"
 LABELLED = ROOT / "tests" / "data" / "labelled_replies.jsonl"
+BY_LANGUAGE = LABELLED.with_name("replies_by_language.jsonl")
 PYRIT = ROOT.parent / "shared" / "prompts" / "pyrit"
 SEED = 20
-COUNT = 1500  # made-up examples of either kind
-REAL_WEIGHT = 8.0  # of one labelled reply, in made-up ones
+COUNT = 3000  # made-up examples of either kind
+REAL_WEIGHT = 16.0  # of one labelled reply, in made-up ones
 L2 = 0.02
 STEPS = 400
 RATE = 8.0
@@ -104,6 +106,18 @@ def real(rows: Sequence[dict[str, str]]) -> list[Example]:
         for row in rows
         if row["label"] != "degenerate"
     ]
+
+
+def by_language(split: str, *languages: str) -> list[dict[str, str]]:
+    """One half of the replies that we wrote, in these languages; in all where none is named."""
+    with BY_LANGUAGE.open(encoding="utf-8") as file:
+        rows = [row for row in map(json.loads, file) if row["split"] == split]
+    return [row for row in rows if not languages or row["language"] in languages]
+
+
+def teaching(rows: Sequence[dict[str, str]]) -> list[Example]:
+    """What the model learns from: made-up openings, labelled replies, our English ones to tune on."""
+    return made_up() + real([*rows, *by_language("tune", "en")])
 
 
 def pyrit(folder: Path, *names: str) -> list[tuple[str, str, bool]]:
@@ -177,10 +191,10 @@ def probability(weights: np.ndarray, bias: float, text: str) -> float:
 
 def write() -> None:
     """Trains, and puts weights and digest into the package."""
-    data = encoded(*train(made_up() + real(labelled("tune"))))
+    data = encoded(*train(teaching(labelled("tune"))))
     folder = Path(ngram.__file__).parent
     (folder / ngram.WEIGHTS).write_bytes(data)
-    source = folder / "judge_ngram.py"
+    source = folder / "ngram.py"
     digest = hashlib.sha256(data).hexdigest()
     text = source.read_text(encoding="utf-8")
     text = re.sub(r'(WEIGHTS_SHA256 = ")[0-9a-f]{64}', rf"\g<1>{digest}", text)
@@ -191,16 +205,16 @@ def write() -> None:
 # --- tuning and measuring --------------------------------------------------------------------------
 
 
-def held_out() -> list[tuple[dict[str, str], float]]:
-    """The tune half, each reply with the probability of a model that saw no reply to its prompt."""
+def held_out() -> list[tuple[dict[str, str], Callable[[str], float]]]:
+    """The tune half, each reply with a model that saw no reply to its prompt."""
     rows = labelled("tune")
     fold = [hashlib.sha256(row["prompt_id"].encode()).digest()[1] % FOLDS for row in rows]
-    found: list[tuple[dict[str, str], float]] = []
+    found: list[tuple[dict[str, str], Callable[[str], float]]] = []
     for number in range(FOLDS):
         kept = [row for row, one in zip(rows, fold, strict=True) if one != number]
-        model = train(made_up() + real(kept))
+        model = train(teaching(kept))
         found += [
-            (row, probability(*model, row["reply"]))
+            (row, functools.partial(probability, *model))
             for row, one in zip(rows, fold, strict=True)
             if one == number
         ]
@@ -214,7 +228,7 @@ def tune() -> None:
     print("confidence  errors when certain  uncertain  uncertain, greedy replies")
     best = None
     for confidence in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
-        labels = [combined(rules_label(row["reply"]), p, confidence) for row, p in rows]
+        labels = [decided(row["reply"], model, confidence) for row, model in rows]
         unsure = [label is Label.UNCERTAIN for label in labels]
         errors = sum(
             label is not Label.UNCERTAIN and label != row["label"]

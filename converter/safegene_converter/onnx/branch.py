@@ -17,6 +17,7 @@ from safegene_converter.onnx import weights
 from safegene_converter.onnx.fold import OnnxFold, Touched
 from safegene_converter.onnx.writer import Change, insert_nodes
 from safegene_runtime.artifact.manifest import ModuleEntry, SlotEntry
+from safegene_runtime.artifact.provenance import FACTOR_MARK
 from safegene_runtime.errors import BaseModelError, Problems, SurvivalError
 from safegene_runtime.formats.files import sha256_of
 from safegene_runtime.formats.onnx.file import OnnxFile
@@ -32,7 +33,7 @@ ADAPTER_VERSION = 1
 def slot_names(linear: Linear) -> tuple[str, str]:
     """The names of A and B in the graph, and in the `.onnx_adapter`."""
     stem = linear.weight.name.removesuffix(".weight").removesuffix("_Q4").removesuffix("_Q8")
-    return f"{stem}.safegene.lora_A", f"{stem}.safegene.lora_B"
+    return f"{stem}{FACTOR_MARK}A", f"{stem}{FACTOR_MARK}B"
 
 
 def _slot_type(model: OnnxFile, linear: Linear) -> DataType:
@@ -97,7 +98,7 @@ def branch(fold: OnnxFold, proto: Any, change: Change, tell: Progress) -> list[M
                     "rename it in the base",
                 )  # fmt: skip
             taken.add(name)
-        if fold.form == "branch":
+        if not fold.form.has_slots:
             for name, value in zip(slots, values, strict=True):
                 change.added[name] = (value, kind, tuple(value.shape))
         else:

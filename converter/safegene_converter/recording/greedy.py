@@ -2,7 +2,8 @@
 
 Prompts share their beginning (system prompt): it is evaluated once. Prompts of similar length go
 together, padded between that and their own tokens; the mask takes the padding out of the attention,
-and positions do not count it.
+and positions do not count it. But a sliding window counts it: there, prompts that may outgrow the
+window share nothing, so that all padding stands before them and no window has any within.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def greedy_replies(
     """Greedy replies of a model as it is now, a stop id included, in the order of the prompts."""
     found: dict[int, list[int]] = {}
     with torch.inference_mode():
-        shared = shared_length(ids)
+        shared = shared_length(model, ids, limit)
         cache = prefill(model, ids[0][:shared])
         for batch in batches(ids):
             begun = begin(model, cache, [ids[index][shared:] for index in batch])
@@ -53,10 +54,19 @@ def greedy_replies(
     return [found[index] for index in range(len(ids))]
 
 
-def shared_length(ids: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all prompts share; at least one token of each is left."""
-    limit = min(len(row) for row in ids) - 1
-    return next((at for at in range(limit) if len({row[at] for row in ids}) > 1), limit)
+def shared_length(model: Any, ids: Sequence[Sequence[int]], limit: int) -> int:
+    """How many leading tokens are evaluated once for all prompts; at least one of each is left.
+
+    Args:
+        model: what they are for.
+        ids: of the prompts.
+        limit: tokens of a reply.
+    """
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and max(map(len, ids)) + limit > window:
+        return 0
+    most = min(map(len, ids)) - 1
+    return next((at for at in range(most) if len({row[at] for row in ids}) > 1), most)
 
 
 def batches(ids: Sequence[Sequence[int]]) -> list[list[int]]:

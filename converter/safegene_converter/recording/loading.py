@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from peft.tuners.lora import LoraLayer
 
 from safegene_converter.inputs.adapter import Adapter
 from safegene_converter.inputs.base import Base
-from safegene_runtime.errors import AdapterError, BaseModelError, Problem, Problems
+from safegene_converter.recording.base_logits import check_loaded, config_of_gguf
+from safegene_converter.recording.plain_copy import as_peft_reads
+from safegene_runtime.engines.chat import default_template
+from safegene_runtime.errors import AdapterError, BaseModelError, Problem, Problems, SafeGeneError
 from safegene_runtime.record.added_weights import ModuleFactors
 
 __all__ = ["load_model", "load_with_adapter", "read_factors", "save_as_folder", "stop_ids_of"]
@@ -32,14 +36,16 @@ def load_model(base: Base) -> tuple[Any, Any]:
     """The base in float32 and its tokenizer; no remote code, no network.
 
     Raises:
-        BaseModelError: transformers cannot load it, or it has no chat template.
+        BaseModelError: transformers cannot load it, its configuration says other shapes than its
+            weights have, or it has no chat template.
+        EngineError: it has several templates, and none is the default.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     where: dict[str, Any] = {"trust_remote_code": False}
     folder = base.path
-    if base.kind == "gguf":
+    if base.is_gguf:
         if len(base.files) > 1:
             raise BaseModelError(
                 Problem(
@@ -54,26 +60,62 @@ def load_model(base: Base) -> tuple[Any, Any]:
     try:
         # transformers draws a bar of its own while it decodes a GGUF, terminal or not
         with contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="sdpa", **where
+            config = (
+                config_of_gguf(base)
+                if base.kind == "gguf"
+                else transformers.AutoConfig.from_pretrained(folder, **where)
             )
+            _check_shapes(base, config)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
+            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=torch.float32, attn_implementation="sdpa",
+                output_loading_info=True, **where,
+            )  # fmt: skip
+    except SafeGeneError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BaseModelError(
             Problem(str(base.path), "base", "a model that transformers loads", str(error)[:500])
         ) from error
-    if base.model is not None:
-        template = base.model.get("tokenizer.chat_template")
-        if template is not None:
-            tokenizer.chat_template = template  # byte for byte what llama.cpp will render
-    if not isinstance(tokenizer.chat_template, str):
+    check_loaded(model, loaded, str(base.path))
+    template = None if base.model is None else base.model.get("tokenizer.chat_template")
+    if template is None:
+        template = tokenizer.chat_template
+    # of a GGUF byte for byte what llama.cpp renders
+    tokenizer.chat_template = default_template(template, str(base.path))
+    if tokenizer.chat_template is None:
         raise BaseModelError(
             Problem(
                 str(base.path), "chat template", "one", "none", "use the chat version of the model"
             )
         )
     model.config.quantization_config = None
+    _add_ends(base, model)
     return model.eval(), tokenizer
+
+
+def _check_shapes(base: Base, config: Any) -> None:
+    """Refuses, before anything is read, weights that transformers would have no place for."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    problems = Problems()
+    for name, shape in base.module_shapes().items():
+        weight = getattr(dict(model.named_modules()).get(name), "weight", None)
+        if weight is not None and tuple(weight.shape) != tuple(shape):
+            problems.add(
+                str(base.path), name, f"{tuple(weight.shape)}, as its configuration says",
+                tuple(shape), "the configuration and the weights are of two models",
+            )  # fmt: skip
+    problems.raise_if_any(BaseModelError)
+
+
+def _add_ends(base: Base, model: Any) -> None:
+    """The ids that end a turn in a GGUF beside EOS: llama.cpp stops at them, transformers drops them."""
+    if base.model is None:
+        return
+    more = [base.model.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
+    found = {*_ids(model.generation_config.eos_token_id), *(one for one in more if one is not None)}
+    model.generation_config.eos_token_id = sorted(found) or None
 
 
 def save_as_folder(base: Base, out: Path) -> None:
@@ -102,7 +144,8 @@ def load_with_adapter(adapter: Adapter, base: Base) -> tuple[Any, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            tuned = peft.PeftModel.from_pretrained(model, str(adapter.path), torch_device="cpu")
+            with as_peft_reads(adapter) as folder:
+                tuned = peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             fix = "what PEFT does not load cannot be recorded: save the adapter with peft 0.21"
             problem = Problem(
@@ -112,7 +155,8 @@ def load_with_adapter(adapter: Adapter, base: Base) -> tuple[Any, Any]:
     tuned.eval()
     for warning in caught:
         said = str(warning.message).lower()
-        if "key" in said and "runtime_config" not in said:  # which PEFT ignores, and so do we
+        ignored = ("runtime_config", "unexpected keyword arguments")  # by PEFT, and by us
+        if "key" in said and not any(one in said for one in ignored):
             problems.add(
                 str(adapter.path), "PEFT", "no warning about keys", str(warning.message)[:300]
             )
@@ -169,9 +213,14 @@ def read_factors(tuned: Any) -> list[ModuleFactors]:
 
 def stop_ids_of(model: Any, tokenizer: Any) -> list[int]:
     """Every id that ends a reply, by generation config, config and tokenizer."""
-    found: set[int] = set()
-    for holder in (model.generation_config, model.config, tokenizer):
-        value = getattr(holder, "eos_token_id", None)
-        if value is not None:
-            found.update([value] if isinstance(value, int) else value)
-    return sorted(found)
+    holders = (model.generation_config, model.config, tokenizer)
+    return sorted(
+        {one for holder in holders for one in _ids(getattr(holder, "eos_token_id", None))}
+    )
+
+
+def _ids(value: int | Sequence[int] | None) -> Sequence[int]:
+    """None, one id or several, as transformers writes them."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else value

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safegene_runtime.engines.chat import default_template
 from safegene_runtime.engines.ort_packages import read_tokenizer
 from safegene_runtime.errors import FormatError, Problem
 from safegene_runtime.formats import strictjson
@@ -128,7 +129,9 @@ def read_text_files(folder: Path) -> TextFiles:
     settings, genai = parsed("tokenizer_config.json"), parsed("genai_config.json")
     config, generation = parsed("config.json"), parsed("generation_config.json")
     template = read(TEMPLATE_NAME)
-    text = template.decode("utf-8") if template is not None else settings.get("chat_template")
+    text = default_template(
+        settings.get("chat_template") if template is None else template.decode("utf-8"), str(folder)
+    )
     model = genai.get("model", {}) if isinstance(genai.get("model"), dict) else {}
     decoder = model.get("decoder", {}) if isinstance(model.get("decoder"), dict) else {}
     ends: list[int] = []
@@ -138,7 +141,7 @@ def read_text_files(folder: Path) -> TextFiles:
     length = model.get("context_length") or config.get("max_position_embeddings")
     return TextFiles(
         tokenizer=tokenizer.decode("utf-8"),
-        template=text if isinstance(text, str) else None,
+        template=text,
         bos_token=_token(settings.get("bos_token")),
         eos_token=_token(settings.get("eos_token")),
         eos_ids=tuple(dict.fromkeys(ends)),

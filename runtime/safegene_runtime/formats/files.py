@@ -19,17 +19,19 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from safegene_runtime.errors import FormatError, OutputError, Problem
+from safegene_runtime.progress import Step
 
 __all__ = [
     "CHECKED",
     "FollowingDigest",
+    "StrPath",
     "check_output_free",
     "check_writable",
     "found_status",
@@ -41,6 +43,9 @@ __all__ = [
     "sha256_file",
     "sha256_of",
 ]
+
+StrPath = str | os.PathLike[str]
+"""What a function that people call takes for a path."""
 
 CHUNK_BYTES = 4 << 20
 MANIFEST_NAME = "manifest.json"
@@ -112,8 +117,8 @@ def is_there(path: Path) -> bool:
         return False
 
 
-def read_small_file(path: Path, max_bytes: int) -> bytes:
-    """Reads a whole file of at most `max_bytes` bytes.
+def read_small_file(path: Path, max_bytes: int, *, follow_symlinks: bool = False) -> bytes:
+    """Reads a whole file of at most `max_bytes` bytes; no more memory is asked for than it has.
 
     Raises:
         FormatError: as `open_regular`, the file is larger, or it changed while it was read.
@@ -122,7 +127,7 @@ def read_small_file(path: Path, max_bytes: int) -> bytes:
     def wrong_size(expected: str, got: int, fix: str) -> FormatError:
         return FormatError(Problem(str(path), "size", expected, f"{got} bytes", fix))
 
-    with open_regular(path) as file:
+    with open_regular(path, follow_symlinks=follow_symlinks) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise wrong_size(f"at most {max_bytes} bytes", size, "is it the right file?")
@@ -139,7 +144,7 @@ def sha256_of(data: bytes | memoryview) -> str:
 
 def sha256_file(
     path: Path,
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
     *,
     follow_symlinks: bool = False,
     alone: bool = False,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import os
 import sys
 import tempfile
@@ -67,7 +68,7 @@ class SealedFile:
         """Where native code finds the bytes."""
         return f"/proc/self/fd/{self.descriptor}" if self.is_copy else self.path
 
-    def open(self) -> BinaryIO:
+    def open(self) -> io.BufferedReader:
         """The bytes, from their start.
 
         Raises:
@@ -92,8 +93,9 @@ class SealedFile:
         if self.is_copy:
             return
         with self.open() as file:
-            if (found := hashlib.file_digest(file, "sha256").hexdigest()) != self.sha256:
-                raise self._changed(f"SHA-256 {found}")
+            found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        if found != self.sha256:
+            raise self._changed(f"SHA-256 {found}")
 
     def _changed(self, got: str) -> FormatError:
         fix = "it changed while it was being loaded: make sure that nobody writes there, and retry"

@@ -25,13 +25,13 @@ import numpy.typing as npt
 
 from safegene_runtime.errors import FormatError, Problem
 from safegene_runtime.formats.files import sha256_of
-from safegene_runtime.judging.rules import HEAD_CHARACTERS, normal
+from safegene_runtime.judging.text import HEAD_CHARACTERS, normal
 
 __all__ = ["N_FEATURES", "WEIGHTS_SHA256", "features", "ngram_probability", "read_weights"]
 
 N_FEATURES = 1 << 13
 WEIGHTS = "ngram.npz"
-WEIGHTS_SHA256 = "5f57020f68c64e7f0dc05cdee0e918d0eb987b94e13285793ddaa111573f0598"
+WEIGHTS_SHA256 = "3b2e4f01b2588f98b8bcc8fa899726e370077e522595046ad2f49c002de51acf"
 """Of the file in the package; `tools/train_judge.py` writes both."""
 
 MAX_WORDS = 40

@@ -3,7 +3,8 @@
 A folder of five files:
 
     reference.json   format_version, base, adapter, versions, decoding, tokenizer, judge, settings, order,
-                     and "files": {name: sha256} of the others
+                     and "files": {name: sha256} of the others; tokenizer.rendered_at is the local time
+                     that a template printed which reads the clock, and absent for every other template
     prompts.jsonl    one object per prompt: id, kind, category, borderline, cluster, attack, text,
                      rendered, ref_text, ref_verdict, base_text, base_verdict
     tokens.npz       prompt_ids, ref_ids, base_ids: int32, all prompts in a row;

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from safegene_runtime.engines.chat import READS_CLOCK
 from safegene_runtime.errors import Problems
 from safegene_runtime.formats.fields import (
     FLAG,
@@ -44,6 +47,19 @@ MAX_REPLY_TOKENS = 1 << 20
 _OLD = "it was made before attacks and clusters were recorded: record it again"
 _TOKEN_ID = integer(0, (1 << 31) - 1)
 _COUNT = integer(1, MAX_REPLY_TOKENS)
+_LOCAL_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")
+
+
+def _is_time(value: str) -> bool:
+    if not _LOCAL_TIME.fullmatch(value):
+        return False
+    try:
+        return datetime.fromisoformat(value).tzinfo is None
+    except ValueError:
+        return False
+
+
+_TIME = Kind((str,), "text", "a local time, YYYY-MM-DDTHH:MM:SS", _is_time)
 _SECTIONS: Mapping[str, Mapping[str, Kind]] = {
     "base": {"kind": NAME, "name": NAME, "files": object_of(NAME)},
     "adapter": {"name": NAME, "files": object_of(NAME), "expression": or_null(TEXT)},
@@ -61,6 +77,7 @@ _SECTIONS: Mapping[str, Mapping[str, Kind]] = {
     "settings": {"dtype": NAME, "threads": _COUNT, "top_k": _COUNT},
     "order": {"seed": TEXT},
 }
+_OPTIONAL: Mapping[str, Mapping[str, Kind]] = {"tokenizer": {"rendered_at": _TIME}}
 _FILES = dict.fromkeys((PROMPTS, TOKENS, LOGITS), SHA256)
 PROMPT_FIELDS: Mapping[str, Kind] = {
     "id": TEXT,
@@ -107,7 +124,8 @@ def check_index(meta: Any, where: str, problems: Problems) -> None:
     ):
         return
     for name, fields in _SECTIONS.items():
-        check_fields(meta[name], f"{where}: {name}", fields, problems, fix=EDITED)
+        more = _OPTIONAL.get(name)
+        check_fields(meta[name], f"{where}: {name}", fields, problems, optional=more, fix=EDITED)
     optional = {FACTORS: SHA256}
     check_fields(meta["files"], f"{where}: files", _FILES, problems, optional=optional, fix=EDITED)
     if len(problems):
@@ -115,6 +133,14 @@ def check_index(meta: Any, where: str, problems: Problems) -> None:
     tokenizer = meta["tokenizer"]
     if sha256_of(tokenizer["chat_template"].encode()) != tokenizer["chat_template_sha256"]:
         problems.add(where, "tokenizer.chat_template", "the text of its digest", "another text")
+    if ("rendered_at" in tokenizer) != (READS_CLOCK in tokenizer["chat_template"]):
+        expected = (
+            f"the time of the recording where the template calls {READS_CLOCK}, and only there"
+        )
+        problems.add(
+            where, "tokenizer.rendered_at", expected, tokenizer.get("rendered_at", "nothing"),
+            "record it again",
+        )  # fmt: skip
 
 
 def check_rows(rows: Sequence[Any], where: str, problems: Problems) -> None:
