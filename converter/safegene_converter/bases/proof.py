@@ -109,7 +109,8 @@ def _prompts(tokenize: Callable[[str], list[int]], length: int) -> list[list[int
     short = [tokenize(text)[: min(SHORT, length)] for text in TEXTS]
     if length <= max(map(len, short)):
         return short
-    shuffled, long = random.Random(0), []
+    shuffled = random.Random(0)
+    long: list[int] = []
     while len(long) < length:
         # words in ever new order, so that no token is the obvious one
         words = " ".join(TEXTS).split(" ")
@@ -279,7 +280,7 @@ def gguf_side(model: GGUFModel) -> tuple[Asked, str]:
 def _child(module: str, model: Path, engine: str, *, copied: bool = False) -> Asked:
     def ask(ids: list[list[int]] | None, length: int) -> Answer:
         with tempfile.TemporaryDirectory(prefix="safegene-") as folder:
-            job = {
+            job: dict[str, Any] = {
                 "model": str(model), "ids": ids, "length": length, "copied": copied,
                 "out": str(Path(folder) / "logits.npy"),
             }  # fmt: skip
