@@ -8,7 +8,7 @@ PARALLEL := -n 2 --dist loadfile
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint bench clean
+.PHONY: help setup demo test test-fast lint bench fuzz clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -35,6 +35,11 @@ lint: $(VENV)/.ready ## ruff and mypy
 
 bench: $(VENV)/.ready ## time ours against upstream's tools, side by side
 	@$(PY) benchmarks/convert.py && $(PY) benchmarks/onnx.py && $(PY) benchmarks/verify.py
+
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/.ready ## feed every reader of files hostile ones, FUZZ_SECONDS each (60)
+	@for reader in gguf lora safetensors onnx json peft; do \
+	    $(PY) tools/fuzz.py $$reader --seconds $(FUZZ_SECONDS) || failed=1; done; exit $${failed:-0}
 
 clean:           ## remove .venv and .cache
 	rm -rf $(VENV) .cache demo

@@ -17,12 +17,12 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
+from onnx_tools import convert_onnx
 
 from safegene import convert
 from safegene_converter import formula
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.inputs.adapter import Module, read_adapter
-from safegene_converter.onnx.convert import convert_onnx
 from safegene_runtime.architecture.table import TABLE
 
 

@@ -8,6 +8,7 @@ every weight within its rounding, every other constant (norms, biases, rotary ca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,14 @@ _FLOATS = (DataType.FLOAT, DataType.FLOAT16, DataType.BFLOAT16)
 _REPORT = "the builder made two graphs of one base: please report this"
 
 
-def prove_export(given: Base, hf: Base, made: OnnxBase, work: Path, tell: Progress) -> BaseProof:
+def prove_export(
+    given: Base,
+    hf: Base,
+    made: OnnxBase,
+    work: Path,
+    tell: Progress,
+    options: Sequence[str] = (),
+) -> BaseProof:
     """Proves that ONNX Runtime answers with an exported graph as the base does in its own engine.
 
     Args:
@@ -52,6 +60,7 @@ def prove_export(given: Base, hf: Base, made: OnnxBase, work: Path, tell: Progre
         made: the graph.
         work: a folder for the twin.
         tell: told how far it is.
+        options: KEY=VALUE options of the builder that the graph was made with.
 
     Raises:
         BaseModelError: it does not.
@@ -60,7 +69,7 @@ def prove_export(given: Base, hf: Base, made: OnnxBase, work: Path, tell: Progre
     why = ""
     if precision != "f32" and 4 * given.n_parameters <= F32_BYTES:
         tell(STAGE, 0, 1)
-        build_onnx(hf.path, work / "twin", "fp32")
+        build_onnx(hf.path, work / "twin", "fp32", options=options)
         model = read_onnx(work / "twin" / made.model.path.name)
         check_twin(model, made.model, hf)
         tell(STAGE, 1, 1)

@@ -280,7 +280,7 @@ def gguf_side(model: GGUFModel) -> tuple[Asked, str]:
 def _child(module: str, model: Path, engine: str, *, copied: bool = False) -> Asked:
     def ask(ids: list[list[int]] | None, length: int) -> Answer:
         with tempfile.TemporaryDirectory(prefix="safegene-") as folder:
-            job = {
+            job: dict[str, Any] = {
                 "model": str(model), "ids": ids, "length": length, "copied": copied,
                 "out": str(Path(folder) / "logits.npy"),
             }  # fmt: skip

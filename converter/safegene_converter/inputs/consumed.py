@@ -89,7 +89,8 @@ _WITHOUT_EFFECT = frozenset({
     "pretraining_tp", "use_cache", "output_attentions", "output_hidden_states", "attn_implementation",
     "chunk_size_feed_forward", "id2label", "label2id", "task_specific_params", "is_encoder_decoder",
     "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder", "max_window_layers",
-    "use_mrope", "transformers.js_config", "rope_interleaved", "tokenizer_class", "unsloth_fixed",
+    "use_mrope", "transformers.js_config",
+    "use_flash_attn", "use_flash_attention_2", "rope_interleaved", "tokenizer_class", "unsloth_fixed",
 })  # fmt: skip
 """Known, and without effect on the logits of a decoder that is evaluated; some only if they are off."""
 _ONLY_OFF = frozenset(

@@ -108,7 +108,7 @@ def convert(request: ConvertRequest, progress: Progress | None = None) -> Manife
         check_source_fits(adapter, opened)
         proof: dict[str, Any] | None = UNCHANGED if isinstance(source, OnnxBase) else None
         if request.check and isinstance(source, Base) and hf is not None:
-            proof = prove_export(source, hf, opened, work, tell).to_dict()
+            proof = prove_export(source, hf, opened, work, tell, export.options).to_dict()
         precision_class(opened.model)  # one that is not known is refused before the work
         text = read_text_files(opened.folder)
         touched = touched_weights(adapter, opened)
@@ -284,7 +284,7 @@ def _check(fold: OnnxFold, folder: Path, work: Path) -> dict[str, Any]:
         adapter_file=folder / ONNX.adapter_file if fold.form.has_adapter else None,
         oracle=oracle / name,
         adapter=fold.adapter,
-        form=fold.form,
+        form=fold.form.name,
         slots=slots,
         survived=(fold.bounds.gain_min, fold.bounds.gain_max),
         precision=_rounding(fold),

@@ -61,7 +61,7 @@ def check_onnx(
     adapter_file: Path | None,
     oracle: Path,
     adapter: Adapter,
-    form: Form,
+    form: str,
     slots: dict[str, Any],
     survived: tuple[float, float],
     precision: str,
@@ -74,7 +74,7 @@ def check_onnx(
         adapter_file: its .onnx_adapter, for that form.
         oracle: a graph with a branch: the artifact, or one made for this check.
         adapter: what went in.
-        form: of the artifact.
+        form: of the artifact, by name.
         slots: {weight: {"names": [A, B], "modules": [[module, first row, end]]}}.
         survived: the least and the greatest gain that counted as surviving a merge.
         precision: the class that the rounding of the artifact beside the branch is of.
@@ -92,7 +92,7 @@ def check_onnx(
         "oracle": str(oracle),
         "adapter": str(adapter.path),
         "expression": adapter.expression,
-        "form": form.name,
+        "form": form,
         "slots": slots,
         "survived": survived,
         "precision": precision,

@@ -134,6 +134,11 @@ def _check_heads(
     """Query heads share key and value heads evenly, and rope turns pairs inside of a head."""
     heads = _per_layer(model, f"{prefix}attention.head_count", layers) or []
     shared = _per_layer(model, f"{prefix}attention.head_count_kv", layers) or heads
+    if len(heads) != len(shared):
+        problems.add(
+            where, f"{prefix}attention.head_count", "query heads beside head_count_kv", "none"
+        )
+        return
     for one, other in zip(heads, shared, strict=True):
         if one and other and one % other:
             problems.add(

@@ -93,7 +93,7 @@ class SealedFile:
         if self.is_copy:
             return
         with self.open() as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != self.sha256:
             raise self._changed(f"SHA-256 {found}")
 
