@@ -2,8 +2,9 @@
 
     python benchmarks/apart.py [--model MODEL.gguf] [--rounds 5] [--threads N]
 
-Prints the median seconds of each and the median of the rounds' ratios. `open` is a child's start and its
-imports; here they are paid once per process. `verify` is what a verification asks for: teacher-forced
+Prints the median seconds of each, and the median of the rounds' ratios: of wall time, and of CPU time of
+both processes, which other work on the machine disturbs less. `open` is a child's start and its imports;
+here they are paid once per process. `verify` is what a verification asks for: teacher-forced
 logits and greedy replies.
 """
 
@@ -19,11 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from safegene_converter.cli.demo import find_smollm2
+from safegene_converter.cli.smollm2 import find_smollm2
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.registry import open_engine
 
-PROMPTS, SHARED, TAIL, KEEP, REPLY = 16, 24, 40, 16, 16
+Pair = tuple[tuple[float, float], tuple[float, float]]
+"""(wall, CPU) seconds here, and apart."""
+PROMPTS, SHARED, TAIL, KEEP, REPLY = 8, 24, 40, 16, 12
 
 
 def main() -> None:
@@ -42,13 +45,13 @@ def main() -> None:
         return time.monotonic() - began, engine
 
     opened(False)[1].close()  # the imports of this process, and the file in memory
-    openings: list[tuple[float, float]] = []
+    openings: list[Pair] = []
     for _ in range(arguments.rounds):
         pair = []
         for apart in (False, True):
             seconds, engine = opened(apart)
             engine.close()
-            pair.append(seconds)
+            pair.append((seconds, seconds))
         openings.append((pair[0], pair[1]))
     with opened(False)[1] as here, opened(True)[1] as there:
         random = np.random.default_rng(0)
@@ -80,30 +83,37 @@ def main() -> None:
             "verify: both": verify,
             f"chat, {REPLY} tokens": chat,
         }
-        print("| call | here | apart | apart / here |")
-        print("|---|---|---|---|")
+        print("| call | here | apart | wall, apart / here | CPU, apart / here |")
+        print("|---|---|---|---|---|")
         _row("open", openings)
         for name, job in jobs.items():
             job(here), job(there)  # warm
             _row(name, [_pair(job, here, there, number) for number in range(arguments.rounds)])
 
 
-def _pair(
-    job: Callable[[Engine], None], here: Engine, there: Engine, number: int
-) -> tuple[float, float]:
-    """Seconds of both, one right behind the other; who is first alternates."""
+def _pair(job: Callable[[Engine], None], here: Engine, there: Engine, number: int) -> Pair:
+    """(wall, CPU) seconds of both, one right behind the other; who is first alternates."""
     found = {}
     for engine in (here, there) if number % 2 else (there, here):
-        began = time.monotonic()
+        began, spent = time.monotonic(), _cpu(there)
         job(engine)
-        found[engine is there] = time.monotonic() - began
+        found[engine is there] = (time.monotonic() - began, _cpu(there) - spent)
     return found[False], found[True]
 
 
-def _row(name: str, pairs: list[tuple[float, float]]) -> None:
-    here, there = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratio = statistics.median(other / one for one, other in pairs)
-    print(f"| {name} | {here:.3f} s | {there:.3f} s | {ratio:.3f} |", flush=True)
+def _cpu(engine: Engine) -> float:
+    """CPU seconds of this process and of an engine's child so far (Linux: proc(5), fields 14 and 15)."""
+    child = engine._child.pid  # type: ignore[attr-defined]
+    fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+    return time.process_time() + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _row(name: str, pairs: list[Pair]) -> None:
+    here, there = (
+        statistics.median(one[0] for one in column) for column in zip(*pairs, strict=True)
+    )
+    wall, cpu = (statistics.median(b[kind] / a[kind] for a, b in pairs) for kind in (0, 1))
+    print(f"| {name} | {here:.3f} s | {there:.3f} s | {wall:.3f} | {cpu:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

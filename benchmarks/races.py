@@ -23,8 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import tiny
 from races import race
 
-from safegene_converter.gguf.convert import convert
-from safegene_converter.onnx.convert import convert_onnx
+from safegene import convert
 
 FORMS = ("gguf merged", "gguf sidecar", "onnx merged", "onnx branch", "onnx adapter")
 WAYS = ("swap", "edit", "cut")
@@ -67,10 +66,8 @@ def _make(form: str, seed: int, root: Path) -> Path:
         tiny.peft_adapter("llama", adapter, scale=0.1, seed=seed)
     kind, name = form.split()
     out = root / f"{kind}-{name}-{seed}"
-    if kind == "gguf":
-        convert(adapter, tiny.gguf_model("llama"), out, form=name, check=False)  # type: ignore[arg-type]
-    else:
-        convert_onnx(adapter, tiny.onnx_model("llama"), out, form=name, check=False)  # type: ignore[arg-type]
+    base = tiny.gguf_model("llama") if kind == "gguf" else tiny.onnx_model("llama")
+    convert(adapter, base, out, to=kind, form=name, check=False)  # type: ignore[arg-type]
     return out
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+from onnx_tools import convert_onnx
 
-from safegene_converter.gguf.convert import convert
+from safegene import convert, record
 from safegene_converter.inputs.base import open_base
-from safegene_converter.onnx.convert import convert_onnx
-from safegene_converter.recording.recorder import record
 from safegene_runtime.child import (
     deadline_for,
     import_path,
@@ -66,7 +65,7 @@ def test_converting_recording_and_serving_run_nothing_of_the_current_folder(
     adapter = tiny.peft_adapter("llama", tmp_path / "adapter", scale=0.1)
     base = tiny.gguf_model("llama", 256)
     wide = tiny.peft_adapter("llama", tmp_path / "wide", scale=0.1, hidden=256)
-    convert(wide, base, tmp_path / "merged", form="merged", type_name="q8_0")
+    convert(wide, base, tmp_path / "merged", form="merged", type="q8_0")
     with open_engine(tmp_path / "merged" / "model.gguf", threads=1, apart=True) as engine:
         assert engine.tokenize("a", add_special=False)
     convert_onnx(adapter, tiny.hf_model("llama"), tmp_path / "onnx", form="merged")
