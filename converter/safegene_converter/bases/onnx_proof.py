@@ -8,6 +8,7 @@ every weight within its rounding, every other constant (norms, biases, rotary ca
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,10 +79,12 @@ def prove_export(
             "f32",
         )
     source = torch_side(given.path) if given.model is None else gguf_side(given.model)[0]
-    return prove_base(
+    proof = prove_base(
         source, onnx_side(model.path), precision=precision, reach=reach_of(given),
         where=f"{given.path}: the onnxruntime-genai builder", tell=tell, why=why,
     )  # fmt: skip
+    shutil.rmtree(work / "twin", ignore_errors=True)
+    return proof
 
 
 def check_twin(twin: OnnxFile, made: OnnxFile, hf: Base) -> None:

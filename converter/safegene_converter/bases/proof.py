@@ -60,7 +60,7 @@ TAIL = 32
 LONGEST = 16384
 FEW = 512
 COST = 2e13
-"""Multiplications that the longest prompt may cost: some minutes on two cores."""
+"""Floating-point operations that the longest prompt may cost: some minutes on two cores."""
 F32_BYTES = 8 << 30
 """Largest F32 copy of a GGUF that is made for a proof."""
 
