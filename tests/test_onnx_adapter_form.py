@@ -11,6 +11,8 @@ import pytest
 from onnx_tools import (
     arrays,
     feeds,
+    load,
+    node,
     quick,
     session,
 )
@@ -53,9 +55,6 @@ def test_the_adapter_file_is_the_same_as_passing_its_tensors(
     assert np.array_equal(with_file, passed)
     (without,) = running.run(["logits"], feeds(running, IDS))
     assert np.abs(with_file - without).max() > 0.01
-
-
-# --- other linears ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["branch", "adapter"])
