@@ -129,7 +129,7 @@ def _folding() -> dict[int, str]:
         for code in [*range(0xC0, 0x250), *range(0x1E00, 0x1F00)]
         if len(decomposed := unicodedata.normalize("NFD", chr(code))) > 1
     }
-    return accents | str.maketrans(_file()["fold"])  # type: ignore[return-value]
+    return accents | str.maketrans(_file()["fold"])
 
 
 def fold(text: str) -> str:
