@@ -23,11 +23,12 @@ from pathlib import Path
 
 import numpy as np
 from measuring import PEFT_MERGE, ROOT, environment, measure
-from safegene_converter.cli.main.demo import find_adapter, find_smollm2, write_float_base
 
 from safegene_converter.bases.hf_to_gguf import find_llama_cpp
+from safegene_converter.cli.smollm2 import find_adapter, find_smollm2, write_float_base
 from safegene_converter.gguf.writer import OutTensor, write_gguf
-from safegene_runtime.formats.gguf import GGMLType, open_model
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.types import GGMLType
 
 
 def export_lora(tree: Path) -> Path | None:

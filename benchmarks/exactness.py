@@ -26,14 +26,16 @@ import llama_cpp
 import numpy as np
 import torch
 from measuring import environment
-from safegene_converter.cli.main.demo import find_adapter, find_smollm2, write_float_base
 from safetensors.numpy import load_file, save_file
 
+from safegene import convert
 from safegene_converter.bases.hf_to_gguf import find_llama_cpp
-from safegene_converter.gguf.convert import convert
-from safegene_converter.inputs.adapter import CONFIG_NAME, SAFEGENE_NAME, WEIGHTS_NAME, read_adapter
+from safegene_converter.cli.smollm2 import find_adapter, find_smollm2, write_float_base
+from safegene_converter.inputs.adapter import read_adapter
+from safegene_converter.inputs.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from safegene_converter.inputs.base import open_base
-from safegene_converter.recording.recorder import load_with_adapter, save_as_folder
+from safegene_converter.inputs.safegene_json import SAFEGENE_NAME
+from safegene_converter.recording.loading import load_with_adapter, save_as_folder
 from safegene_runtime.record.prompts import builtin_suite
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -23,21 +23,17 @@ from safetensors.numpy import load_file, save_file
 from stale_cache import LlamaEngineWithStaleCache, OrtEngineWithStaleCache
 from workshop import Forged, Workshop, unmutated
 
-from safegene_converter.encoding import ggml
+from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.gguf.writer import OutTensor, write_gguf
-from safegene_runtime.architecture.row_order import transform_for
+from safegene_runtime.architecture.table import TABLE
 from safegene_runtime.artifact.manifest import FileEntry, Manifest, read_manifest
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
+from safegene_runtime.formats import ggml
 from safegene_runtime.formats.files import sha256_file, sha256_of
-from safegene_runtime.formats.gguf import (
-    GGMLType,
-    GGUFModel,
-    Value,
-    ValueType,
-    open_model,
-    read_tensor_bytes,
-)
+from safegene_runtime.formats.gguf.model import GGUFModel, open_model
+from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
+from safegene_runtime.formats.gguf.types import GGMLType, Value, ValueType
 
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 """(A (r, in), B (out, r)) by module."""
@@ -104,7 +100,7 @@ def other_rows(heads: int, heads_kv: int, inverse: bool) -> Edit:
     def mix(all: Factors) -> Factors:
         found = dict(all)
         for module, (a, b) in all.items():
-            order = transform_for("llama", module, heads, heads_kv)
+            order = TABLE["llama"].transform(module, heads, heads_kv)
             found[module] = a, (order.invert_rows if inverse else order.apply_rows)(b)
         return found
 
@@ -186,7 +182,7 @@ def rounded_to_q2_k(shop: Workshop, target: str, out: Path) -> Forged:
             tensors.append(OutTensor(name, info.shape, info.type, read_tensor_bytes(info)))
             continue
         rows = np.frombuffer(read_tensor_bytes(info), np.float32).reshape(info.shape)
-        encoded = ggml.quantize(rows, GGMLType.Q2_K, threads=1)
+        encoded = ggml_quantizer.quantize(rows, GGMLType.Q2_K, threads=1)
         tensors.append(OutTensor(name, info.shape, GGMLType.Q2_K, encoded))
     _rewrite(path, dict(model_file.metadata), tensors)
     if forged.base is not None:
@@ -196,7 +192,7 @@ def rounded_to_q2_k(shop: Workshop, target: str, out: Path) -> Forged:
 
 def _q2_k(rows: np.ndarray) -> np.ndarray:
     kind = GGMLType.Q2_K
-    encoded = ggml.quantize(rows, kind, threads=1)
+    encoded = ggml_quantizer.quantize(rows, kind, threads=1)
     return ggml.dequantize(np.frombuffer(encoded, np.uint8), kind, rows.shape, threads=1)
 
 
@@ -236,7 +232,9 @@ def cache_filled_by(model: Path | None, shop: Workshop, target: str, out: Path) 
     """The genuine artifact, with what another model left in the cache; None: what itself leaves."""
     kind = LlamaEngineWithStaleCache if target.startswith("gguf") else OrtEngineWithStaleCache
 
-    def reusing(served: Path, beside: Path | None, **settings: Any) -> Engine:
+    def reusing(
+        served: Path, beside: Path | None, *, engine: str, apart: bool, **settings: Any
+    ) -> Engine:
         before = (served, beside) if model is None else (model, None)
         return kind(before, served, beside, **settings)
 

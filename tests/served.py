@@ -21,7 +21,7 @@ import tiny
 
 from safegene_runtime.engines.chat import render_all
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.formats.files import sha256_of
 from safegene_runtime.gating.profiles import Profile
 from safegene_runtime.judging.judge import Label, about

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from safegene_runtime.engines.llama import SHARED, LlamaEngine
+from safegene_runtime.engines.llama import LlamaEngine
+from safegene_runtime.engines.llama_context import SHARED
+from safegene_runtime.engines.llama_native import library
 from safegene_runtime.engines.ort import OrtEngine
 
 Before = tuple[Path, Path | None]
@@ -25,16 +27,17 @@ class LlamaEngineWithStaleCache(LlamaEngine):
     def __init__(self, before: Before, model: Path, adapter: Path | None, **settings: Any) -> None:
         self._base = LlamaEngine(*before, threads=1)
         super().__init__(model, adapter, **settings)
+        self._context.feed_shared = self._feed_stale  # type: ignore[method-assign]
 
-    def _feed_shared(self, ids: np.ndarray) -> None:
+    def _feed_stale(self, ids: np.ndarray) -> None:
         assert len(ids) > 1, "nothing is shared: nothing could be stale"
-        llama, other = self._llama, self._base
-        other._open_context(len(ids))
-        other._feed_shared(ids)
-        size = llama.llama_state_seq_get_size(other._context, SHARED)
+        llama, other, mine = library(), self._base._context, self._context
+        other.open(len(ids))
+        other.feed_shared(ids)
+        size = llama.llama_state_seq_get_size(other.native, SHARED)
         buffer = (ctypes.c_uint8 * size)()
-        assert llama.llama_state_seq_get_data(other._context, buffer, size, SHARED) == size
-        assert llama.llama_state_seq_set_data(self._context, buffer, size, SHARED) == size
+        assert llama.llama_state_seq_get_data(other.native, buffer, size, SHARED) == size
+        assert llama.llama_state_seq_set_data(mine.native, buffer, size, SHARED) == size
 
     def close(self) -> None:
         self._base.close()

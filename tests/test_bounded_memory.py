@@ -15,7 +15,9 @@ import tiny
 
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_runtime.child import python_environment
-from safegene_runtime.formats.gguf import GGMLType, open_model, read_tensor_bytes
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
+from safegene_runtime.formats.gguf.types import GGMLType
 
 MIB = 1 << 20
 ROOM = 512 * MIB

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safegene_runtime.formats.gguf import GGMLType, type_traits
-from safegene_runtime.gating.bounds import BOUNDS, beta_band, bounds_for, precision_of
+from safegene_runtime.errors import UnsupportedError
+from safegene_runtime.formats.gguf.types import GGMLType, type_traits
+from safegene_runtime.gating.bounds import BOUNDS, beta_band, bounds_for, class_of, precision_of
 from safegene_runtime.verifying.climb import _active, _logits
 from safegene_runtime.verifying.forced import ForcedPass, pooled_beta
 
@@ -87,9 +88,9 @@ def test_more_bits_are_never_a_coarser_class(type: GGMLType) -> None:
 
 
 _COUNTS = st.dictionaries(
-    st.sampled_from(["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q2_K", "new type"]),
+    st.sampled_from(["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q2_K"]),
     st.integers(0, 10**12),
-)
+).filter(lambda counts: sum(counts.values()) > 0)
 
 
 @given(counts=_COUNTS)
@@ -99,12 +100,35 @@ def test_a_mixture_is_as_coarse_as_its_coarsest_tenth(counts: dict[str, int]) ->
     ranks = {name: CLASSES.index(precision_of({name: 1})) for name in counts}
     coarse = [ranks[name] for name, count in counts.items() if count and count * 10 >= total]
     assert CLASSES.index(found) >= max(coarse, default=0)
-    if total:
-        assert found in {CLASSES[rank] for rank in ranks.values()}
+    assert found in {CLASSES[rank] for rank in ranks.values()}
 
 
-def test_a_model_without_weights_is_the_coarsest() -> None:
-    assert precision_of({}) == precision_of({"F32": 0}) == CLASSES[-1]
+@pytest.mark.parametrize("counts", [{}, {"F32": 0}])
+def test_a_model_without_weights_has_no_class(counts: dict[str, int]) -> None:
+    with pytest.raises(UnsupportedError, match=r"x\.gguf.*linear weights"):
+        precision_of(counts, "x.gguf")
+
+
+@given(counts=_COUNTS)
+def test_a_type_without_a_class_is_refused_however_little_of_it_there_is(
+    counts: dict[str, int],
+) -> None:
+    with pytest.raises(UnsupportedError, match=r"x\.gguf.*new type"):
+        precision_of({**counts, "new type": 1}, "x.gguf")
+
+
+@pytest.mark.parametrize("type", GGMLType)
+def test_every_type_of_ggml_has_a_class_or_is_none_of_weights(type: GGMLType) -> None:
+    if type.name in NOT_WEIGHTS:
+        with pytest.raises(UnsupportedError, match=type.name):
+            class_of(type.name)
+    else:
+        assert class_of(type.name) in CLASSES
+
+
+def test_an_unknown_class_has_no_band() -> None:
+    with pytest.raises(UnsupportedError, match="unknown"):
+        beta_band("unknown")
 
 
 def test_a_few_fine_tensors_do_not_make_a_model_fine() -> None:

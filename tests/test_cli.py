@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from safegene_converter.cli.main import main
+from safegene_converter.cli import main
 from safegene_runtime.child import python_environment
 from safegene_runtime.gating.profiles import profile_for
 from safegene_runtime.record.prompts import SuiteSize, builtin_suite
@@ -141,7 +141,7 @@ WRONG = {
     "missing prompts": (["record", "{adapter}", "--base", "{base}", "--prompts", "{t}/p"], "p:"),
     "replies of no token": (
         ["record", "{adapter}", "--base", "{base}", "--max-new-tokens", "0"],
-        "max_new_tokens >= 1",
+        "at least 1, got 0",
     ),
     "a suite of no size": (["record", "{adapter}", "--base", "{base}", "--suite", "x"], "smoke"),
     "a suite and prompts": (

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from safegene_converter.cli.main.compare_table import compare, show_comparison
 
+from safegene_converter.cli.comparison import compare, show_comparison
 from safegene_runtime.errors import RecordError
 from safegene_runtime.gating.bounds import bounds_for
 from safegene_runtime.gating.profiles import PROFILES
 from safegene_runtime.gating.verdict import Verdict
 from safegene_runtime.record.reference import PromptRecord, Reference
-from safegene_runtime.verifying.report import RUNGS, Outcome, Report, Rung
+from safegene_runtime.verifying.report import RUNGS, PromptOutcome, Report, Rung
 
 VERDICTS = {"h1": "refuse", "h2": "refuse", "h3": "comply", "b1": "comply"}
 
@@ -38,8 +38,8 @@ def reference() -> Reference:
 FIGURES = {"active": {"beta": 1.0}, "logits": {"mean_kl": 1e-9, "top1": 1.0}}
 
 
-def outcome(name: str, label: str) -> Outcome:
-    return Outcome(
+def outcome(name: str, label: str) -> PromptOutcome:
+    return PromptOutcome(
         id=name, kind="harmful" if name[0] == "h" else "benign", category="none", attack=None,
         borderline=False, reference=VERDICTS[name], artifact=label, base="comply", identical=False,
         proved=False, divergence=None, margin=None, mean_kl=0.0, reference_text="",

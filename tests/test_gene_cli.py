@@ -8,32 +8,12 @@ from pathlib import Path
 
 import pytest
 import tiny
-from safegene_converter.cli.main.gene import add_commands
 
-from safegene_converter.cli.main import main
+from safegene_converter.cli import main
 from safegene_converter.gene.extract import extract
 from safegene_converter.gene.objective import Objective
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_runtime.record.prompts import SuiteSize, builtin_suite
-
-
-@pytest.fixture(autouse=True)
-def hooked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands are part of `safegene`, whether or not it lists them itself."""
-    original = main.parser
-
-    def whole() -> main._Parser:
-        parser = original()
-        commands = next(
-            action
-            for action in parser._actions
-            if isinstance(action, main.argparse._SubParsersAction)
-        )
-        if "extract" not in commands.choices:
-            add_commands(commands)
-        return parser  # type: ignore[return-value]
-
-    monkeypatch.setattr(main, "parser", whole)
 
 
 def run(*arguments: object) -> int:
@@ -169,13 +149,13 @@ def test_every_command_has_help_with_an_example(
     assert f"example:\n  safegene {command}" in capsys.readouterr().out
 
 
-def test_building_the_command_line_imports_no_torch() -> None:
+def test_building_the_command_line_imports_neither_torch_nor_numpy() -> None:
     import subprocess
     import sys
 
     code = (
-        "import sys; from safegene_converter import cli; from safegene_converter.cli.gene import "
-        "add_commands; cli.parser(); assert not {'torch', 'peft', 'transformers'} & set(sys.modules)"
+        "import sys; from safegene_converter.cli.main import parser; parser(); "
+        "assert not {'torch', 'peft', 'transformers', 'numpy', 'scipy'} & set(sys.modules)"
     )
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path), "PATH": ""}

@@ -15,7 +15,8 @@ import pytest
 import tiny
 from onnx_tools import quick
 
-from safegene_converter.cli.main import main
+from safegene import record
+from safegene_converter.cli import main
 from safegene_converter.gene import rebuild as rebuilding
 from safegene_converter.gene.deployed import recalibrate_deployed
 from safegene_converter.gene.extract import extract
@@ -23,7 +24,6 @@ from safegene_converter.gene.folder import Expression, add_expression
 from safegene_converter.gene.held_out import measure_held_out
 from safegene_converter.gene.rebuild import Rebuild, gguf_rebuild, onnx_rebuild
 from safegene_converter.inputs.adapter import read_adapter
-from safegene_converter.recording.recorder import record
 from safegene_runtime.engines.ort import OrtEngine
 from safegene_runtime.errors import GeneError, RecordError, SafeGeneError, UnsupportedError
 from safegene_runtime.judging.judge import Label
@@ -202,9 +202,9 @@ def test_planted_coefficients_are_found_and_help_elsewhere(
         )
     assert found.coefficients == pytest.approx(PLANTED, rel=0.06)
     assert found.after < 0.02 * found.before
-    assert found.held_out_before is not None
-    assert found.held_out_after is not None
-    assert found.held_out_after < 0.02 * found.held_out_before
+    assert found.elsewhere is not None
+    before, after = found.elsewhere
+    assert after.divergence < 0.02 * before.divergence
     # no law about verdicts: a random model's near-ties flip for less than what is left of D
 
 
@@ -214,7 +214,6 @@ def test_planted_coefficients_come_nearer_around_an_int4_base(gene: Path, shots:
     assert found.after < found.before
     assert found.coefficients[0] < 1 < found.coefficients[1]
     assert found.elsewhere is None
-    assert found.held_out_before is found.losses_after is None
 
 
 # --- held-out prompts ------------------------------------------------------------------------------

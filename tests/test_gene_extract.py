@@ -81,7 +81,7 @@ def test_adapters_on_one_base_give_the_dense_result_without_dense_matrices(
 
     monkeypatch.setattr(extracting, "svd_of_dense", never)
     monkeypatch.setattr("safegene_converter.gene.sources.Source.weight", never)
-    monkeypatch.setattr("safegene_converter.gene.factors.Factors.dense", never)
+    monkeypatch.setattr("safegene_converter.gene.low_rank.Factors.dense", never)
     exact = extract(one, [two], tmp_path / "exact", base=base, rank=6)
     assert (exact.method, dense.method) == ("low-rank", "dense")
     left, right = dense_of(tmp_path / "exact"), dense_of(tmp_path / "dense")

@@ -81,7 +81,7 @@ def test_safe_lora_projects_what_points_away_from_the_alignment(run: Any, tmp_pa
 
     from safegene_converter import formula
     from safegene_converter.inputs.adapter import read_adapter
-    from safegene_converter.recording.recorder import load_model
+    from safegene_converter.recording.loading import load_model
 
     alignment = tiny.peft_adapter("llama", tmp_path / "align", seed=1)
     task = tiny.peft_adapter("llama", tmp_path / "task", seed=2)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter.encoding import ggml
+from safegene_converter.encoding import ggml_quantizer
 from safegene_runtime.errors import EngineError, PostconditionError, UnsupportedError
+from safegene_runtime.formats import ggml
 from safegene_runtime.formats import ggml as native
-from safegene_runtime.formats.gguf import GGMLType, type_traits
+from safegene_runtime.formats.gguf.types import GGMLType, type_traits
 
 ROWS = tiny.real_weights((6, 512))
 IMATRIX = np.random.default_rng(1).uniform(0.1, 2.0, 512).astype(np.float32)
@@ -18,12 +19,14 @@ TERNARY = ("Q2_0", "TQ1_0", "TQ2_0")  # made for weights that are -d, 0 or d
 SLOW = ("IQ1_M", "IQ2_S", "IQ2_XS")  # ggml computes tables for seconds before the first row
 TYPES = [
     pytest.param(GGMLType[name], id=name, marks=pytest.mark.slow if name in SLOW else ())
-    for name in sorted(ggml.ENCODABLE)
+    for name in sorted(ggml_quantizer.ENCODABLE)
 ]
 
 
 def _encode(type: GGMLType, rows: np.ndarray = ROWS) -> np.ndarray:
-    return ggml.quantize(rows, type, IMATRIX if ggml.requires_imatrix(type) else None, threads=1)
+    return ggml_quantizer.quantize(
+        rows, type, IMATRIX if ggml_quantizer.requires_imatrix(type) else None, threads=1
+    )
 
 
 def _kind(type: GGMLType) -> gguf.GGMLQuantizationType:
@@ -86,10 +89,12 @@ def test_encoding_has_the_promised_shape_and_precision(type: GGMLType) -> None:
 def test_bytes_do_not_depend_on_the_number_of_threads(name: str) -> None:
     rows = tiny.real_weights((700, 512), seed=2)
     type = GGMLType[name]
-    weights = IMATRIX if ggml.requires_imatrix(type) else None
-    one = ggml.quantize(rows, type, weights, threads=1)
-    np.testing.assert_array_equal(one, ggml.quantize(rows, type, weights, threads=3))
-    np.testing.assert_array_equal(one[100:200], ggml.quantize(rows[100:200], type, weights))
+    weights = IMATRIX if ggml_quantizer.requires_imatrix(type) else None
+    one = ggml_quantizer.quantize(rows, type, weights, threads=1)
+    np.testing.assert_array_equal(one, ggml_quantizer.quantize(rows, type, weights, threads=3))
+    np.testing.assert_array_equal(
+        one[100:200], ggml_quantizer.quantize(rows[100:200], type, weights)
+    )
     np.testing.assert_array_equal(
         ggml.dequantize(one, type, rows.shape, threads=1),
         ggml.dequantize(one, type, rows.shape, threads=3),
@@ -106,7 +111,9 @@ def test_an_imatrix_moves_the_error_to_unimportant_columns() -> None:
     important = np.ones(512, np.float32)
     important[::2] = 1000
     error = (
-        ggml.dequantize(ggml.quantize(ROWS, GGMLType.Q4_K, important), GGMLType.Q4_K, ROWS.shape)
+        ggml.dequantize(
+            ggml_quantizer.quantize(ROWS, GGMLType.Q4_K, important), GGMLType.Q4_K, ROWS.shape
+        )
         - ROWS
     ) ** 2
     plain = (ggml.dequantize(_encode(GGMLType.Q4_K), GGMLType.Q4_K, ROWS.shape) - ROWS) ** 2
@@ -115,32 +122,32 @@ def test_an_imatrix_moves_the_error_to_unimportant_columns() -> None:
 
 @pytest.mark.parametrize("name", ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"])
 def test_types_that_need_an_imatrix_are_refused_without(name: str) -> None:
-    assert ggml.requires_imatrix(GGMLType[name])
+    assert ggml_quantizer.requires_imatrix(GGMLType[name])
     with pytest.raises(UnsupportedError, match="--imatrix"):
-        ggml.quantize(ROWS, GGMLType[name])
+        ggml_quantizer.quantize(ROWS, GGMLType[name])
 
 
 @pytest.mark.parametrize("imatrix", [np.ones(511), np.full(512, np.nan), np.full(512, -1.0)])
 def test_an_unfit_imatrix_is_refused(imatrix: np.ndarray) -> None:
     with pytest.raises(UnsupportedError, match="imatrix"):
-        ggml.quantize(ROWS, GGMLType.Q4_K, imatrix.astype(np.float32))
+        ggml_quantizer.quantize(ROWS, GGMLType.Q4_K, imatrix.astype(np.float32))
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ4_XS", "TQ2_0"])
 def test_rows_that_do_not_fill_blocks_are_refused(name: str) -> None:
     rows = tiny.real_weights((2, 576))
-    assert not ggml.can_encode(GGMLType[name], 576)
+    assert not ggml_quantizer.can_encode(GGMLType[name], 576)
     with pytest.raises(UnsupportedError, match="multiple of 256"):
-        ggml.quantize(rows, GGMLType[name])
+        ggml_quantizer.quantize(rows, GGMLType[name])
 
 
 @pytest.mark.parametrize("name", ["I32", "Q8_1", "Q8_K", "NVFP4"])
 def test_types_that_cannot_be_encoded_are_refused(name: str) -> None:
     if name not in GGMLType.__members__:
         pytest.fail(f"{name} is not in GGMLType")
-    assert not ggml.can_encode(GGMLType[name], 512)
+    assert not ggml_quantizer.can_encode(GGMLType[name], 512)
     with pytest.raises(UnsupportedError, match="encode"):
-        ggml.quantize(ROWS, GGMLType[name])
+        ggml_quantizer.quantize(ROWS, GGMLType[name])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -149,7 +156,7 @@ def test_values_that_are_not_finite_are_refused(name: str, bad: float) -> None:
     rows = ROWS.copy()
     rows[3, 100] = bad
     with pytest.raises(PostconditionError, match="NaN or Inf"):
-        ggml.quantize(rows, GGMLType[name])
+        ggml_quantizer.quantize(rows, GGMLType[name])
 
 
 @pytest.mark.parametrize("name", ["F16", "Q4_0", "Q8_0"])
@@ -157,8 +164,8 @@ def test_values_beyond_f16_are_refused_where_they_overflow(name: str) -> None:
     rows = ROWS.copy()
     rows[0, 0] = 1e38
     with pytest.raises(PostconditionError, match="represent"):
-        ggml.quantize(rows, GGMLType[name])
-    assert ggml.quantize(rows, GGMLType.F32).nbytes == rows.nbytes
+        ggml_quantizer.quantize(rows, GGMLType[name])
+    assert ggml_quantizer.quantize(rows, GGMLType.F32).nbytes == rows.nbytes
 
 
 def test_decoding_checks_the_number_of_bytes() -> None:

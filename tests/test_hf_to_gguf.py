@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from safegene_converter.bases.hf_to_gguf import convert_hf, find_llama_cpp
-from safegene_converter.encoding import ggml
+from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.gguf import presets
 from safegene_runtime.child import run_child
 from safegene_runtime.errors import (
@@ -21,7 +21,10 @@ from safegene_runtime.errors import (
     PostconditionError,
     UnsupportedError,
 )
-from safegene_runtime.formats.gguf import GGMLType, open_model, read_tensor_bytes
+from safegene_runtime.formats import ggml
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
+from safegene_runtime.formats.gguf.types import GGMLType
 
 
 def _imatrix(path: Path, model: Path) -> Path:
@@ -92,7 +95,7 @@ def test_a_missing_llama_cpp_is_explained(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_killed_child_is_an_error_and_not_our_death() -> None:
     code = "import os, sys; print('last words', file=sys.stderr, flush=True); os.abort()"
-    with pytest.raises(EngineError, match=r"signal 6 \| last words"):
+    with pytest.raises(EngineError, match=r"signal 6 \(SIGABRT\) \| last words"):
         run_child([sys.executable, "-c", code], what="child", error=EngineError)
 
 
@@ -131,7 +134,7 @@ def test_a_preset_is_the_sum_of_its_tensors(tmp_path: Path, name: str, hidden: i
         if tensor == "token_embd.weight":
             continue  # large, and nothing of ours
         rows = ggml.dequantize(read_tensor_bytes(info), info.type, info.shape)
-        ours = ggml.quantize(rows.reshape(-1, rows.shape[-1]), written[tensor])
+        ours = ggml_quantizer.quantize(rows.reshape(-1, rows.shape[-1]), written[tensor])
         assert ours.tobytes() == read_tensor_bytes(after.tensors[tensor]), tensor
 
 
@@ -194,8 +197,8 @@ def test_an_imatrix_is_used_as_libllama_uses_it(tmp_path: Path) -> None:
     info = open_model(source).tensors[name]
     rows = ggml.dequantize(read_tensor_bytes(info), info.type, info.shape)
     theirs = read_tensor_bytes(open_model(out).tensors[name])
-    assert ggml.quantize(rows, written[name], weights[name]).tobytes() == theirs
-    assert ggml.quantize(rows, written[name]).tobytes() != theirs
+    assert ggml_quantizer.quantize(rows, written[name], weights[name]).tobytes() == theirs
+    assert ggml_quantizer.quantize(rows, written[name]).tobytes() != theirs
 
 
 def test_a_quantised_source_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -45,7 +45,9 @@ def imported_by(path: Path) -> set[str]:
                 found.add(inner if inner in MODULES else node.module)
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return found & MODULES.keys()
+    found = {name for name in found if name.split(".")[0] in PACKAGES}
+    assert found <= MODULES.keys(), f"{path} imports what is not there"
+    return found
 
 
 IMPORTS = {name: imported_by(path) - {name} for name, path in MODULES.items()}

@@ -30,7 +30,7 @@ from safegene_runtime.judging.judge import (
 )
 from safegene_runtime.judging.ngram import features, ngram_probability, read_weights
 from safegene_runtime.judging.rules import rules_label
-from safegene_runtime.record.reference import VERDICTS
+from safegene_runtime.record.reference_checks import VERDICTS
 
 tool = train_judge()
 SHARED_PYRIT = tool.PYRIT

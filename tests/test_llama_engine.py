@@ -15,9 +15,11 @@ import tiny
 
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.llama import LlamaEngine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import EngineError, FormatError
-from safegene_runtime.formats.gguf import ValueType, open_model, read_gguf
+from safegene_runtime.formats.gguf.header import read_gguf
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.types import ValueType
 
 LAYERS, EMBED, HEADS, KV_HEADS, FEED = 2, 64, 4, 2, 128
 HEAD = EMBED // HEADS
@@ -204,7 +206,7 @@ def test_few_outputs_at_a_time_change_nothing(
     expected = together(engine, rows, keep)
     size = sum(tensor.nbytes for tensor in open_model(model).tensors.values())
     monkeypatch.setattr(
-        "safegene_runtime.engines.llama.OUTPUT_SHARE", size / (7 * 4 * engine.n_vocab)
+        "safegene_runtime.engines.llama_context.OUTPUT_SHARE", size / (7 * 4 * engine.n_vocab)
     )
     with LlamaEngine(model, threads=1, n_batch=64, n_seq_max=4) as narrow:
         for got, want in zip(together(narrow, rows, keep), expected, strict=True):
@@ -538,7 +540,7 @@ def test_without_llama_cpp_the_message_says_what_to_install(model: Path) -> None
     code = (
         "import sys; sys.path[:] = eval(sys.argv[2]); sys.modules['llama_cpp'] = None\n"
         "from pathlib import Path\n"
-        "from safegene_runtime.engines.engine import open_engine\n"
+        "from safegene_runtime.engines.registry import open_engine\n"
         "from safegene_runtime.errors import EngineError\n"
         "try: open_engine(Path(sys.argv[1]))\n"
         "except EngineError as error: print(error)\n"
@@ -549,7 +551,7 @@ def test_without_llama_cpp_the_message_says_what_to_install(model: Path) -> None
         text=True,
         check=True,
     )
-    assert "pip install 'safegene[gguf]'" in done.stdout
+    assert 'pip install "safegene[gguf]"' in done.stdout
 
 
 def test_importing_the_protocol_imports_no_engine() -> None:
@@ -598,7 +600,7 @@ def numpy_llama(weights: Weights, ids: list[int]) -> np.ndarray:
 LOADERS = {
     "llama.cpp": "from safegene_runtime.engines.llama_native import library; library()",
     "PyTorch, by a command": (
-        "from safegene_converter import cli; cli.main(['inspect', 'nothing']); import torch"
+        "from safegene_converter.cli.main import main; main(['inspect', 'nothing']); import torch"
     ),
 }
 

@@ -211,8 +211,8 @@ HOSTILE: dict[str, tuple[str, Change]] = {
     "verification missing": ("verification: expected to be present", _delete("verification")),
     "sha256 of a file missing": ("files.0.: sha256: expected to be", _delete("files.0.sha256")),
     "scale of a module missing": ("modules.0.: effective_scale", _delete("modules.0.effective_scale")),
-    "tool a list": ("tool: value: expected a JSON object, got list", _set("tool", [])),
-    "tool null": ("tool: value: expected a JSON object", _set("tool", None)),
+    "tool a list": ("tool: expected an object, got a list", _set("tool", [])),
+    "tool null": ("tool: expected an object, got null", _set("tool", None)),
     "settings a list": ("settings: expected an object, got a list", _set("settings", [1])),
     "files an object": ("files: expected a list that is not empty, got an obj", _set("files", {"a": 1})),
     "no files": ("files: expected a list that is not empty, got a list that is empty", _set("files", [])),
@@ -283,7 +283,7 @@ HOSTILE: dict[str, tuple[str, Change]] = {
         _set("verification", {**VERIFICATION, "reference_sha256": ""}),
     ),
     "a verdict without more": ("report: expected to be", _set("verification", {"verdict": "PASS"})),
-    "a verification that is true": ("verification: value", _set("verification", True)),
+    "a verification that is true": ("verification: expected an object or null", _set("verification", True)),
     "a verification that is empty": ("verdict: expected to be present", _set("verification", {})),
     **{
         f"a file name: {name}": ("files.path: expected a plain file name", _set("files.0.path", path))
@@ -420,10 +420,11 @@ def test_a_folder_as_it_was_made_passes_and_reports_every_byte(folder: Path) -> 
     assert sum(seen) == sum(len(data) for data in CONTENT.values())
 
 
-def test_a_hard_link_to_the_same_bytes_passes(folder: Path) -> None:
-    """Bytes decide; stores that share equal files are no attack."""
+def test_a_hard_link_is_refused(folder: Path) -> None:
+    """Whoever has the other name can change the bytes after they were checked."""
     os.link(folder / "model.gguf", folder.parent / f"{folder.name}.store")
-    check_files(read_manifest(folder), folder)
+    with pytest.raises(ManifestError, match=r"a hard link: the file has 2 names\n.*put a copy"):
+        check_files(read_manifest(folder), folder)
 
 
 def _replace(make: Callable[[Path], object]) -> Callable[[Path], object]:

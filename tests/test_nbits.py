@@ -11,9 +11,10 @@ import pytest
 import tiny
 from onnx import TensorProto, helper
 
-from safegene_converter.encoding import nbits
-from safegene_converter.encoding.nbits import NBits
+from safegene_converter.encoding import nbits_quantizer
 from safegene_runtime.errors import FormatError
+from safegene_runtime.formats.onnx import nbits
+from safegene_runtime.formats.onnx.nbits import NBits
 
 KINDS = [
     NBits(bits, block, symmetric, scale)
@@ -59,7 +60,7 @@ def computed_by_ort(packed: nbits.Packed) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("cols", [64, 100, 576])
 def test_decoding_is_what_onnx_runtime_computes(kind: NBits, cols: int) -> None:
-    packed = nbits.quantize(tiny.real_weights((24, cols)), kind)
+    packed = nbits_quantizer.quantize(tiny.real_weights((24, cols)), kind)
     ours, theirs = nbits.dequantize(packed), computed_by_ort(packed).astype(np.float32)
     tolerance = 0 if kind.scale_dtype == "float32" else 1e-3 * np.abs(ours).max()
     assert np.abs(ours - theirs).max() <= tolerance
@@ -68,7 +69,7 @@ def test_decoding_is_what_onnx_runtime_computes(kind: NBits, cols: int) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_no_element_is_off_by_more_than_a_step(kind: NBits) -> None:
     weight = tiny.real_weights((40, 200))
-    packed = nbits.quantize(weight, kind)
+    packed = nbits_quantizer.quantize(weight, kind)
     step = np.abs(np.repeat(packed.scales.astype(np.float32), kind.block_size, axis=1)[:, :200])
     # half a step by rounding; up to one where the largest value of a symmetric block is clipped
     assert (np.abs(nbits.dequantize(packed) - weight) <= 1.01 * step + 1e-6).all()
@@ -78,14 +79,17 @@ def test_no_element_is_off_by_more_than_a_step(kind: NBits) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_rows_are_packed_each_on_its_own(kind: NBits) -> None:
     weight = tiny.real_weights((8, 64))
-    whole, part = nbits.quantize(weight, kind), nbits.quantize(weight[2:5], kind)
+    whole, part = (
+        nbits_quantizer.quantize(weight, kind),
+        nbits_quantizer.quantize(weight[2:5], kind),
+    )
     assert np.array_equal(whole.b[2:5], part.b)
     assert np.array_equal(whole.scales[2:5], part.scales)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_sizes_are_what_is_stored(kind: NBits) -> None:
-    packed = nbits.quantize(tiny.real_weights((6, 100)), kind)
+    packed = nbits_quantizer.quantize(tiny.real_weights((6, 100)), kind)
     stored = [packed.b, packed.scales, packed.zero_points]
     assert nbits.nbytes(kind, (6, 100)) == sum(part.nbytes for part in stored if part is not None)
 
@@ -95,7 +99,7 @@ def test_numbers_that_are_not_finite_are_refused(values: float) -> None:
     weight = np.zeros((4, 32), np.float32)
     weight[1, 3] = values
     with pytest.raises(FormatError, match="finite"):
-        nbits.quantize(weight, NBits(4, 32, True))
+        nbits_quantizer.quantize(weight, NBits(4, 32, True))
 
 
 @pytest.mark.parametrize(
@@ -106,11 +110,11 @@ def test_numbers_that_are_not_finite_are_refused(values: float) -> None:
 def test_unknown_ways_to_pack_are_refused(kind: NBits) -> None:
     assert not nbits.can_encode(kind, (4, 32))
     with pytest.raises(FormatError, match="one of"):
-        nbits.quantize(np.zeros((4, 32), np.float32), kind)
+        nbits_quantizer.quantize(np.zeros((4, 32), np.float32), kind)
 
 
 def test_parts_of_the_wrong_size_are_refused_together() -> None:
-    packed = nbits.quantize(tiny.real_weights((4, 64)), NBits(4, 32, False))
+    packed = nbits_quantizer.quantize(tiny.real_weights((4, 64)), NBits(4, 32, False))
     zeros = packed.zero_points
     assert zeros is not None
     with pytest.raises(FormatError) as caught:

@@ -13,14 +13,13 @@ import onnxruntime
 import pytest
 import tiny
 from onnx import TensorProto, helper, numpy_helper
-from onnx_tools import agree, every_module, load, node, quick
+from onnx_tools import FORMS, agree, every_module, load, node, quick
 from test_exactness import PROMPTS
 
-from safegene_converter.onnx.convert import FORMS
-from safegene_converter.recording.recorder import record
+from safegene import record
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.artifact.onnx_checks import check_onnx_artifact
-from safegene_runtime.errors import FormatError, ManifestError, SafeGeneError
+from safegene_runtime.errors import FormatError, ManifestError, SafeGeneError, UnsupportedError
 from safegene_runtime.verifying import ladder
 from safegene_runtime.verifying.report import RUNGS, Report
 
@@ -164,6 +163,33 @@ def test_a_graph_that_is_not_what_the_manifest_says_is_refused(
         checked(out)
 
 
+def all_behind(model: onnx.ModelProto, *ops: str) -> None:
+    """Every weight of a MatMul is passed on by these nodes first."""
+    weights = {one.name for one in model.graph.initializer if len(one.dims) == 2}
+    made = []
+    for user in model.graph.node:
+        if user.op_type == "MatMul" and user.input[1] in weights:
+            for number, op in enumerate(ops):
+                output = f"{user.input[1]}.{user.name}.{number}"
+                made.append(helper.make_node(op, [user.input[1]], [output]))
+                user.input[1] = output
+    assert made
+    for number, one in enumerate(made):
+        model.graph.node.insert(number, one)
+
+
+PASSES_ON = [("Identity",), ("Transpose", "Transpose"), ("Transpose", "Identity", "Transpose")]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ops", PASSES_ON, ids="-".join)
+def test_weights_that_are_only_passed_on_are_held_to_their_own_type(
+    ops: tuple[str, ...], form: str, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    out = forged(artifacts[form], tmp_path / "out", lambda model: all_behind(model, *ops))
+    assert checked(out) == "f32"
+
+
 def values_of(folder: Path) -> dict[str, np.ndarray]:
     file = onnxruntime.AdapterFormat.read_adapter(str(folder / "adapter.onnx_adapter"))
     return {name: np.array(value.numpy()) for name, value in file.get_parameters().items()}
@@ -272,6 +298,22 @@ def test_one_changed_byte_breaks_integrity(
     data[len(data) // 3] ^= 1
     path.write_bytes(data)
     assert climb(tmp_path / "out").broken_at == "integrity"
+
+
+def beside_doubles(model: onnx.ModelProto) -> None:
+    """One more product, with a weight of a type that has no bounds."""
+    values = np.ones((64, 64))
+    model.graph.initializer.append(numpy_helper.from_array(values, "wide"))
+    value = node(model, "layers.0/", "o_proj/MatMul").input[0]
+    model.graph.node.append(helper.make_node("MatMul", [value, "wide"], ["z"], name="odd"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_unknown_precision_is_no_verdict(
+    form: str, artifacts: dict[str, Path], climb: Callable[[Path], Report], tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedError, match=r"odd.*DOUBLE"):
+        climb(forged(artifacts[form], tmp_path / "out", beside_doubles))
 
 
 def cut_off(model: onnx.ModelProto) -> None:

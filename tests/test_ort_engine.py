@@ -14,11 +14,12 @@ import pytest
 import tiny
 from onnx_tools import edited, feeds, quick, session
 
-from safegene_runtime.artifact.manifest import read_manifest
+from safegene_runtime.artifact.manifest import check_files, read_manifest
 from safegene_runtime.child import python_environment
 from safegene_runtime.engines.ort import MIN_SHARED, OrtEngine
-from safegene_runtime.errors import EngineError, FormatError, ManifestError, SafeGeneError
-from safegene_runtime.formats.files import sha256_file
+from safegene_runtime.engines.registry import open_engine
+from safegene_runtime.errors import EngineError, ManifestError, SafeGeneError
+from safegene_runtime.formats.sealed import SealedFiles
 
 SEQUENCES = [
     [5, 77, 1042, 9, 300],
@@ -33,10 +34,6 @@ LAYOUTS = ["builder", "torchscript", "dynamo"]
 
 def folder(layout: str) -> Path:
     return tiny.onnx_model("llama") if layout == "builder" else tiny.exported_model("llama", layout)
-
-
-def digests(path: Path) -> dict[str, str]:
-    return {file.name: sha256_file(file) for file in path.iterdir() if file.is_file()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -68,13 +65,13 @@ def test_a_shared_beginning_is_evaluated_once_and_changes_nothing(layout: str, l
     keep, limits = [1, 1, 4, 2, 3, 1], [3, 7, 0, 5, 1, 6]
     with OrtEngine(folder(layout) / "model.onnx", threads=1) as engine:
         fed: list[int] = []
-        run = engine._run
+        run = engine._decoder.run
 
         def counting(ids: np.ndarray, *rest: Any) -> list[np.ndarray]:
             fed.append(ids.size)
             return run(ids, *rest)
 
-        engine._run = counting  # type: ignore[method-assign]
+        engine._decoder.run = counting  # type: ignore[method-assign]
         together = dict(engine.logits(rows, keep))
         if length > MIN_SHARED:
             assert sum(fed) <= length + len(rows) * max(map(len, SEQUENCES))
@@ -158,7 +155,7 @@ sys.meta_path.insert(0, Wall())
 before = {name.split(".")[0] for name in sys.modules}
 from pathlib import Path
 from safegene_runtime.engines.chat import render
-from safegene_runtime.engines.engine import open_engine
+from safegene_runtime.engines.registry import open_engine
 with open_engine(Path(sys.argv[1]), None, threads=1) as engine:
     engine.generate([engine.tokenize("hello", add_special=True)], 2, engine.eog_ids)
     print(engine.detokenize([5]) != "", file=sys.stderr)
@@ -177,15 +174,18 @@ print(*sorted(found - allowed))
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json"])
 def test_a_file_that_is_not_the_listed_one_is_refused(name: str, tmp_path: Path) -> None:
-    shutil.copytree(folder("builder"), tmp_path / "copy")
-    known = digests(tmp_path / "copy")
-    OrtEngine(tmp_path / "copy" / "model.onnx", threads=1, digests=known).close()
-    path = tmp_path / "copy" / name
+    out = tmp_path / "out"
+    quick(tiny.peft_adapter("llama", tmp_path / "adapter"), folder("builder"), out, form="merged")
+    manifest = read_manifest(out)
+    with SealedFiles() as files:
+        check_files(manifest, out, sealed=files)
+        open_engine(out / "model.onnx", threads=1).close()
+    path = out / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises((ManifestError, FormatError)) as caught:
-        OrtEngine(tmp_path / "copy" / "model.onnx", threads=1, digests=known)
+    with SealedFiles() as files, pytest.raises(ManifestError) as caught:
+        check_files(manifest, out, sealed=files)
     assert name in str(caught.value)
 
 
@@ -193,7 +193,7 @@ def test_weights_swapped_after_opening_change_nothing(tmp_path: Path) -> None:
     """The session holds the bytes that were hashed, not a mapping of the file."""
     shutil.copytree(folder("builder"), tmp_path / "copy")
     path = tmp_path / "copy" / "model.onnx"
-    with OrtEngine(path, threads=1, digests=digests(tmp_path / "copy")) as engine:
+    with OrtEngine(path, threads=1) as engine:
         before = engine.generate(SEQUENCES, 4, [])
         _, first = next(iter(engine.logits([SEQUENCES[0]], [5])))
         data = tmp_path / "copy" / "model.onnx.data"
@@ -209,19 +209,18 @@ def test_an_adapter_file_is_verified_too(tmp_path: Path) -> None:
     adapter = tiny.peft_adapter("llama", tmp_path / "adapter", scale=0.1)
     out = tmp_path / "out"
     quick(adapter, folder("builder"), out, form="adapter")
-    known = {entry.path: entry.sha256 for entry in read_manifest(out).files}
     file = out / "adapter.onnx_adapter"
     with (
-        OrtEngine(out / "model.onnx", file, threads=1, digests=known) as tuned,
-        OrtEngine(out / "model.onnx", threads=1, digests=known) as plain,
+        OrtEngine(out / "model.onnx", file, threads=1) as tuned,
+        OrtEngine(out / "model.onnx", threads=1) as plain,
     ):
         found = [next(iter(e.logits([SEQUENCES[2]], [1])))[1] for e in (tuned, plain)]
         assert np.abs(found[0] - found[1]).max() > 0.01
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ManifestError, match="onnx_adapter"):
-        OrtEngine(out / "model.onnx", file, threads=1, digests=known)
+    with SealedFiles() as files, pytest.raises(ManifestError, match="onnx_adapter"):
+        check_files(read_manifest(out), out, sealed=files)
     file.write_bytes(b"no adapter")
     with pytest.raises(EngineError, match="onnx_adapter"):
         OrtEngine(out / "model.onnx", file, threads=1)

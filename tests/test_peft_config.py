@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import time
+import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from safegene_converter.inputs.peft_config import HONOURED, INERT, REFUSED, parse_config
+from safegene_converter.inputs.patterns import why_refused
+from safegene_converter.inputs.peft_config import (
+    DEAD,
+    DEFAULTS,
+    HONOURED,
+    INERT,
+    MODULE_PATTERNS,
+    REFUSED,
+    parse_config,
+)
 from safegene_runtime.errors import AdapterError, SafeGeneError, UnsupportedError
 
 FIELDS = {field.name for field in dataclasses.fields(peft.LoraConfig)}
@@ -40,6 +54,96 @@ def test_every_field_of_the_installed_peft_stands_in_one_table() -> None:
 
 def test_the_tables_name_only_fields_of_peft() -> None:
     assert (HONOURED | INERT | REFUSED.keys()) - FIELDS == set()
+
+
+def test_the_defaults_are_pefts() -> None:
+    theirs = {field.name: field.default for field in dataclasses.fields(peft.LoraConfig)}
+    assert {name: theirs[name] for name in DEFAULTS} == DEFAULTS
+
+
+class TwoLinear(torch.nn.Module):
+    """The least that PEFT puts a LoRA on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = torch.nn.Linear(8, 6), torch.nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q_proj(x) + self.k_proj(x)
+
+
+def saved(folder: Path, **given: Any) -> dict[str, Any]:
+    """Saves a trained adapter with PEFT, and returns its configuration."""
+    made = peft.get_peft_model(TwoLinear(), peft.LoraConfig(target_modules=["q_proj"], **given))
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    made.save_pretrained(folder)
+    return dict(json.loads((folder / "adapter_config.json").read_text()))
+
+
+def scaling_in_peft(folder: Path, found: dict[str, Any]) -> float | None:
+    """The scaling under which PEFT runs the saved adapter with another configuration, if it does."""
+    (folder / "adapter_config.json").write_text(json.dumps(found))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = peft.PeftModel.from_pretrained(TwoLinear(), str(folder))
+            model(torch.zeros(1, 8))
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError):
+            return None
+    return float(model.base_model.model.q_proj.scaling["default"])
+
+
+@pytest.mark.parametrize("r", [8, 4])
+@pytest.mark.parametrize("how", ["null", "absent"])
+def test_what_a_field_without_a_value_means_is_what_it_means_to_peft(
+    how: str, r: int, tmp_path: Path
+) -> None:
+    """Every field: null, or left out, is accepted where PEFT loads it, with PEFT's scaling."""
+    whole = saved(tmp_path, r=r, lora_alpha=16)
+    for name in sorted(FIELDS):
+        found = {key: value for key, value in whole.items() if key != name}
+        if how == "null":
+            found[name] = None
+        theirs = scaling_in_peft(tmp_path, found)
+        try:
+            parsed = parse_config(found, "c")
+        except SafeGeneError:
+            assert theirs is None, name
+            continue
+        if theirs is None:
+            # PEFT's shapes come from r: here they are compared when the tensors are read
+            is_other_rank = name == "r" and how == "absent" and parsed.rank != r
+            assert is_other_rank or (name in MODULE_PATTERNS and how == "null"), name
+        else:
+            assert parsed.scaling_of("q_proj") == theirs, name
+
+
+@pytest.mark.parametrize("name", sorted(DEAD))
+def test_a_dead_field_of_old_versions_must_be_neutral(name: str, tmp_path: Path) -> None:
+    assert name not in FIELDS
+    whole = saved(tmp_path, r=4, lora_alpha=16)
+    for value in DEAD[name][0]:
+        parsed = parse_config({**whole, name: value}, "c")
+        assert parsed.scaling_of("q_proj") == scaling_in_peft(tmp_path, {**whole, name: value})
+    for value in (True, [True, False], "x", 1, {}):
+        with pytest.raises(UnsupportedError, match=name):
+            parse_config({**whole, name: value}, "c")
+
+
+@pytest.mark.parametrize("init", ["eva", "mica"])
+def test_an_initialisation_that_is_accepted_leaves_the_base_alone_in_peft(init: str) -> None:
+    model = TwoLinear()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=init)
+        )
+    layer = made.base_model.model.q_proj
+    assert torch.equal(layer.get_base_layer().weight, before["q_proj.weight"])
+    assert not layer.get_delta_weight("default").any()
 
 
 def test_pefts_defaults_are_accepted() -> None:
@@ -69,14 +173,14 @@ def test_a_refused_field_is_refused_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "init", ["pissa", "pissa_niter_4", "olora", "corda", "eva", "loftq", "lora_ga", "new", 3, []]
+    "init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new", 3, []]
 )
 def test_an_initialisation_that_changes_the_base_is_refused(init: Any) -> None:
     with pytest.raises(UnsupportedError, match="init_lora_weights"):
         parse_config(config(init_lora_weights=init), "c")
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva", "mica"])
 def test_an_initialisation_that_leaves_the_base_alone_is_fine(init: Any) -> None:
     parse_config(config(init_lora_weights=init), "c")
 
@@ -98,7 +202,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "targets of numbers": ({"target_modules": [1]}, "target_modules"),
     "targets no regex": ({"target_modules": "(q_proj"}, "target_modules"),
     "excluded no regex": ({"exclude_modules": "["}, "exclude_modules"),
-    "long regex": ({"target_modules": "q" * 600}, "target_modules"),
+    "long regex": ({"target_modules": "q" * 2001}, "target_modules"),
     "rank pattern list": ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
     "rank pattern zero": ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj"),
     "rank pattern no regex": ({"rank_pattern": {"(": 2}}, "rank_pattern"),
@@ -170,6 +274,65 @@ def test_a_pattern_as_people_write_them_is_matched_as_in_peft(pattern: str) -> N
     touched = [bool(check_target_module_exists(theirs, module)) for module in MODULES]
     assert [ours.is_target(module) for module in MODULES] == touched
     assert any(touched)
+
+
+UNSLOTH = (
+    r"(?:.*?(?:vision|image|visual|patch|language|text).*?(?:self_attn|attention|attn|mlp|"
+    r"feed_forward|ffn|dense|mixer).*?(?:{names}).*?)|(?:\bmodel\.layers\.[\d]{{1,}}\."
+    r"(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense|mixer)\.(?:(?:{names})))"
+).format(
+    names="k_proj|v_proj|q_proj|out_proj|in_proj|in_proj_qkv|in_proj_z|in_proj_b|in_proj_a|fc1|fc2|"
+    "o_proj|gate_proj|up_proj|down_proj|linear_fc1|linear_fc2"
+)
+"""With the modules of a hybrid model: 600 characters, and one name that begins others."""
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        UNSLOTH,
+        r"^(?!.*(?:visual|merger)).*(?:o_proj|k_proj|q_proj|up_proj).*",  # LLaMA-Factory
+        r"^(model(?=\.).*\.(q_proj|k_proj))$",  # ms-swift
+        r".*\.layers\.\d+\..*attn.*\.(q_proj|k_proj)",
+        r"(.*\.)?(q|k)_proj",
+    ],
+)
+def test_a_pattern_as_trainers_write_them_is_matched_as_in_peft(pattern: str) -> None:
+    test_a_pattern_as_people_write_them_is_matched_as_in_peft(pattern)
+
+
+PIECES = st.sampled_from(
+    [".*", ".*?", ".+", "(", "(?:", "(?=", ")", "|", "*", "+", "?", "{2,}", "{1,9}", "a", "q", ".",
+     r"\.", r"\d", "[a-z_.]", "[^q]*", "model", "layers", "proj", "(.*)", "(a|a)", "(.*|q)", "X"]
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(PIECES, min_size=1, max_size=24))
+def test_a_pattern_that_is_accepted_ends_soon(pieces: list[str]) -> None:
+    pattern = "".join(pieces)
+    if why_refused(pattern) is None:
+        began = time.monotonic()
+        for module in MODULES:
+            re.fullmatch(pattern, f"model.language_{module}")
+        assert time.monotonic() - began < 2, pattern
+
+
+WRONG: list[Any] = [
+    None, True, 0, -1, 1.5, "", "x", [], [1], ["x"], [[]], {}, {"a": 1}, {"a": None}, 10**400,
+    [{}], {"x": {"y": []}}, "LORA",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS | DEAD.keys()))
+def test_any_value_in_any_field_is_read_or_one_typed_error(name: str) -> None:
+    for value in WRONG:
+        named: set[str] = set()
+        try:
+            parse_config(config(**{name: value}), "c").scaling_of(MODULES[0])
+        except SafeGeneError as error:
+            named = {problem.field.partition(".")[0] for problem in error.problems}
+        assert named <= {name}, (value, named)
 
 
 @pytest.mark.parametrize("raw", [None, [], "LORA", 3])

@@ -13,18 +13,20 @@ from typing import Any
 
 import pytest
 import tiny
-from safegene_converter.cli.main.demo import JOBS, find_adapter, find_smollm2
 
-from safegene_converter.gguf.convert import convert
+from safegene import convert
+from safegene_converter.cli.showcase import ARTIFACTS
+from safegene_converter.cli.smollm2 import find_adapter, find_smollm2
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_runtime.artifact.manifest import FileEntry, read_manifest
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, adapter_digest
 from safegene_runtime.child import python_environment
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import EngineError, SurvivalError
 from safegene_runtime.formats.files import sha256_file
-from safegene_runtime.formats.gguf import Value, ValueType, open_model
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.types import Value, ValueType
 from safegene_runtime.gating.bounds import bounds_for
 from safegene_runtime.record.reference import read_reference
 from safegene_runtime.verifying import ladder
@@ -57,7 +59,7 @@ def reference(demo: tuple[Path, dict[str, Any]]) -> Path:
 
 def test_the_demo_shows_every_row(demo: tuple[Path, dict[str, Any]]) -> None:
     rows = demo[1]["rows"]
-    assert len(rows) == 2 + len(JOBS)
+    assert len(rows) == 2 + len(ARTIFACTS)
     base, tuned, *artifacts = rows
     assert base["harmful_refused"] < 0.2 < 0.9 < tuned["harmful_refused"]
     assert tuned["benign_refused"] < 0.4  # half of these only look harmful
@@ -147,7 +149,7 @@ def test_the_prompts_tokens_are_stock_llama_cpps(reference: Path) -> None:
 def test_keep_refuses_what_upstream_does_silently(tmp_path: Path) -> None:
     with pytest.raises(SurvivalError) as caught:
         convert(
-            find_adapter(), find_smollm2(), tmp_path / "out", form="merged", type_name="keep",
+            find_adapter(), find_smollm2(), tmp_path / "out", form="merged", type="keep",
             check=False,
         )  # fmt: skip
     assert len(caught.value.problems) > 40
@@ -211,8 +213,9 @@ def base_served(demo: Path, out: Path) -> tuple[Path, Path | None]:
     forged = out / "forged"
     shutil.copytree(source, forged)
     model, base = open_model(source / "model.gguf"), open_model(find_smollm2())
-    from safegene_converter.encoding import ggml
-    from safegene_runtime.formats.gguf import read_tensor_bytes
+    from safegene_converter.encoding import ggml_quantizer
+    from safegene_runtime.formats import ggml
+    from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
 
     tensors = []
     for name, info in model.tensors.items():
@@ -221,7 +224,9 @@ def base_served(demo: Path, out: Path) -> tuple[Path, Path | None]:
             tensors.append(OutTensor(name, info.shape, info.type, plain))
         else:
             values = ggml.dequantize(read_tensor_bytes(plain), plain.type, plain.shape)
-            tensors.append(OutTensor(name, info.shape, info.type, ggml.quantize(values, info.type)))
+            tensors.append(
+                OutTensor(name, info.shape, info.type, ggml_quantizer.quantize(values, info.type))
+            )
     (forged / "model.gguf").unlink()
     write_gguf(forged / "model.gguf", dict(model.metadata), tensors)
     return rewritten(forged, out / "again"), None
@@ -261,7 +266,7 @@ def test_a_scale_that_llama_cpp_would_apply_could_not_be_checked(
 def test_a_record_that_refuses_nothing_gates_nothing(
     demo: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    from safegene_converter.recording.recorder import record
+    from safegene import record
     from safegene_runtime.record.prompts import builtin_suite
 
     benign = [prompt for prompt in builtin_suite() if prompt.kind == "benign"][:4]
@@ -289,7 +294,7 @@ def test_the_report_of_a_real_run_is_what_the_schema_says(
     from safegene_runtime.reporting import report_schema
 
     folders = sorted((demo[0] / "reports").iterdir())
-    assert len(folders) == len(JOBS)
+    assert len(folders) == len(ARTIFACTS)
     for folder in folders:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         jsonschema.Draft202012Validator(report_schema()).validate(report)

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
+from safegene import record
 from safegene_converter.inputs.base import open_base
-from safegene_converter.recording import recorder
+from safegene_converter.recording import greedy
+from safegene_converter.recording.greedy import greedy_replies
+from safegene_converter.recording.loading import load_model
 from safegene_runtime.record.prompts import Prompt
 from safegene_runtime.verifying.compare import kl_topk
 
@@ -27,11 +30,9 @@ def test_prompts_recorded_together_are_as_recorded_alone(
     base = tiny.hf_model(architecture)
     found = []
     for batch in (1, 48):
-        monkeypatch.setattr(recorder, "BATCH", batch)
+        monkeypatch.setattr(greedy, "BATCH", batch)
         out = tmp_path / str(batch)
-        found.append(
-            recorder.record(adapter, base, out, prompts=PROMPTS, max_new_tokens=6, top_k=2048)
-        )
+        found.append(record(adapter, base, out, prompts=PROMPTS, max_new_tokens=6, top_k=2048))
     alone, together = found
     assert len({len(prompt.prompt_ids) for prompt in alone.prompts}) > 2
     for index, (one, other) in enumerate(zip(alone.prompts, together.prompts, strict=True)):
@@ -43,6 +44,6 @@ def test_prompts_recorded_together_are_as_recorded_alone(
 
 
 def test_prompts_that_share_nothing_answer_as_alone() -> None:
-    model, _ = recorder.load_model(open_base(tiny.hf_model("llama")))
-    together = recorder.greedy_replies(model, APART, 6, [])
-    assert together == [recorder.greedy_replies(model, [ids], 6, [])[0] for ids in APART]
+    model, _ = load_model(open_base(tiny.hf_model("llama")))
+    together = greedy_replies(model, APART, 6, [])
+    assert together == [greedy_replies(model, [ids], 6, [])[0] for ids in APART]

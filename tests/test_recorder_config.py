@@ -11,7 +11,7 @@ import tiny
 
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.inputs.base import open_base
-from safegene_converter.recording.recorder import load_with_adapter
+from safegene_converter.recording.loading import load_with_adapter
 from safegene_runtime.errors import AdapterError
 
 VALUES: dict[str, list[Any]] = {

@@ -69,7 +69,9 @@ def test_everything_that_is_wrong_is_said_at_once(folder: Path) -> None:
     edited(folder, ("settings", "threads"), None)
     with pytest.raises(RecordError) as caught:
         read_reference(folder)
-    assert [one.field for one in caught.value.problems] == ["base.name", "settings.threads"]
+    index = folder / "reference.json"
+    found = [f"{one.where}: {one.field}" for one in caught.value.problems]
+    assert found == [f"{index}: base: name", f"{index}: settings: threads"]
     assert "record it again" in str(caught.value)
 
 

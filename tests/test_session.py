@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 import tiny
-from safegene_converter.cli.main.options import Parser
+from onnx_tools import convert_onnx
 
 import safegene
-from safegene_converter.cli.main import run as run_command
-from safegene_converter.gguf.convert import convert
-from safegene_converter.onnx.convert import convert_onnx
+from safegene import convert
+from safegene_converter.cli import run as run_command
+from safegene_converter.cli.options import Parser
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.engines.chat import render
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import EngineError, ManifestError, UnverifiedError
 
 HELLO = [

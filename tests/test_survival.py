@@ -11,11 +11,12 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safegene_converter.encoding import ggml
+from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.fold import survival
-from safegene_converter.fold.survival import Bounds, Meter, Mode, Survival, measure, passes
+from safegene_converter.fold.survival import Bounds, Meter, Mode, Survival, passes
 from safegene_runtime.errors import SurvivalError
-from safegene_runtime.formats.gguf import GGMLType
+from safegene_runtime.formats import ggml
+from safegene_runtime.formats.gguf.types import GGMLType
 
 SHAPE = (96, 512)
 BASE = tiny.real_weights(SHAPE)
@@ -32,7 +33,16 @@ def _delta(share: float) -> np.ndarray:
 
 
 def _stored(rows: np.ndarray, type: GGMLType) -> np.ndarray:
-    return ggml.dequantize(ggml.quantize(rows, type), type, rows.shape)
+    return ggml.dequantize(ggml_quantizer.quantize(rows, type), type, rows.shape)
+
+
+def measure(
+    base: np.ndarray, delta: np.ndarray, stored: np.ndarray, base_stored: np.ndarray | None = None
+) -> Survival:
+    """The survival of a whole tensor, (out, in); `Mode.ONCE` if `base_stored` is given."""
+    meter = Meter(Mode.GRID if base_stored is None else Mode.ONCE)
+    meter.add(base, delta, stored, base_stored)
+    return meter.result()
 
 
 def test_everything_kept_is_gain_one_and_error_zero() -> None:

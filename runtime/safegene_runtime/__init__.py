@@ -3,6 +3,7 @@
     errors        everything that can go wrong
     progress      how a long function tells how far it is
     cpus          how many threads there are, and how they wait
+    extras        which extra of pyproject.toml brings a package
     child         running other people's code in a process of its own
     formats       files from outside, read strictly: JSON, GGUF, ONNX
     architecture  what is known of a family of models

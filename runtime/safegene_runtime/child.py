@@ -2,6 +2,8 @@
 
 llama.cpp's converter is a script, and libllama aborts the whole process on some inputs. Both run as
 children: their death is an error message here, and nothing of theirs stays in our memory.
+
+A child imports nothing from the folder that we happen to stand in, and none may go on for ever.
 """
 
 from __future__ import annotations
@@ -14,17 +16,26 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from safegene_runtime.errors import Problem, SafeGeneError
+from safegene_runtime.extras import missing_package
+from safegene_runtime.progress import Step
 
-__all__ = ["answer_job", "python_environment", "run_child", "run_job"]
+__all__ = [
+    "Held", "answer_job", "deadline_for", "describe_end", "import_path", "last_lines", "python_command",
+    "python_environment", "run_child", "run_job",
+]  # fmt: skip
 
 POLL_SECONDS = 0.1
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MESSAGE_LINES = 6
+LEAST_SECONDS = 600.0
+LEAST_BYTES_PER_SECOND = 2 << 20
+"""Of a child that reads and computes on a slow, busy machine; beyond it we call it a hang."""
 
 
 def run_child(
@@ -35,8 +46,9 @@ def run_child(
     fix: str = "",
     stdin: bytes = b"",
     environment: Mapping[str, str] | None = None,
+    deadline_s: float = LEAST_SECONDS,
     grows: Path | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
 ) -> str:
     """Runs a command to its end and returns its standard output.
 
@@ -47,11 +59,12 @@ def run_child(
         fix: the next step then.
         stdin: what it reads.
         environment: its whole environment; ours by default.
+        deadline_s: seconds after which it is killed; every time that its file grows they begin anew.
         grows: a file it writes.
         progress: told the bytes by which that file grew.
 
     Raises:
-        SafeGeneError: of type `error`: it could not start, failed, or was killed by a signal.
+        SafeGeneError: of type `error`: it could not start, failed, was killed by a signal, or took too long.
     """
     with (
         tempfile.TemporaryFile() as out,
@@ -61,7 +74,7 @@ def run_child(
         given.write(stdin)
         given.seek(0)
         # while it starts nobody could end it: a signal waits until there is a child to kill
-        held = _Held()
+        held = Held()
         try:
             child = _start(command, given, out, log, environment)
         except OSError as cause:
@@ -71,7 +84,7 @@ def run_child(
             ) from cause
         try:
             held.release()
-            _wait(child, grows, progress)
+            in_time = _wait(child, deadline_s, grows, progress)
         finally:
             if child.poll() is None:
                 child.kill()
@@ -80,22 +93,51 @@ def run_child(
         out.seek(0)
         output = out.read().decode("utf-8", "replace")
         if child.returncode != 0:
-            # what went wrong stands last on standard error, not behind what was said on the way
-            lines = (output + "\n" + log.read().decode("utf-8", "replace")).split("\n")
-            last = [line.strip() for line in lines if line.strip()][-MESSAGE_LINES:]
             died = (
-                f"signal {-child.returncode}"
-                if child.returncode < 0
-                else (f"exit code {child.returncode}")
+                describe_end(child.returncode)
+                if in_time
+                else f"no end within {deadline_s:.0f} s: it was killed"
             )
+            # what went wrong stands last on standard error, not behind what was said on the way
+            last = last_lines(output + "\n" + log.read().decode("utf-8", "replace"))
             raise error(
                 Problem(what, "child process", "to succeed", " | ".join([died, *last]), fix)
             )
         return output
 
 
+def deadline_for(*paths: Path | None) -> float:
+    """Seconds that reading and computing on these files, or the files of these folders, may take."""
+    size = 0
+    for path in filter(None, paths):
+        files = [path] if path.is_file() else path.rglob("*")
+        with contextlib.suppress(OSError):
+            size += sum(one.stat().st_size for one in files if one.is_file())
+    return LEAST_SECONDS + size / LEAST_BYTES_PER_SECOND
+
+
+def last_lines(text: str) -> list[str]:
+    """The last lines that a process wrote, without the empty ones."""
+    return [line.strip() for line in text.split("\n") if line.strip()][-MESSAGE_LINES:]
+
+
+def describe_end(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {-code} ({signal.Signals(-code).name})"
+    except ValueError:
+        return f"signal {-code}"
+
+
 def run_job(
-    module: str, job: Mapping[str, Any], *, what: str, error: type[SafeGeneError]
+    module: str,
+    job: Mapping[str, Any],
+    *,
+    what: str,
+    error: type[SafeGeneError],
+    deadline_s: float = LEAST_SECONDS,
 ) -> dict[str, Any]:
     """Runs a module of ours that ends in `answer_job`, and returns its answer.
 
@@ -104,14 +146,16 @@ def run_job(
         job: what it is to do, in JSON's types.
         what: what it does, for the message.
         error: raised when it fails.
+        deadline_s: seconds that it may take.
 
     Raises:
         SafeGeneError: of type `error`, as from `run_child`.
     """
     output = run_child(
-        [sys.executable, "-m", module],
+        python_command("-m", module),
         what=what,
         error=error,
+        deadline_s=deadline_s,
         stdin=json.dumps(job).encode(),
         environment=python_environment(),
     )
@@ -123,18 +167,37 @@ def answer_job(run: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     """The child's side: one job in, one line of JSON out, the reasons of a failure on standard error."""
     try:
         found = run(json.load(sys.stdin))
-    except SafeGeneError as error:
-        print(error, file=sys.stderr)
+    except (SafeGeneError, ImportError) as error:
+        print(missing_package(error) or error, file=sys.stderr)
         return 1
     print(json.dumps(found))
     return 0
+
+
+def python_command(*arguments: str | Path) -> list[str | Path]:
+    """A child Python that puts neither the current folder nor a script's on its path."""
+    return [sys.executable, "-P", *arguments]
+
+
+def import_path() -> list[str]:
+    """Where a child finds what we found: our path without the current folder.
+
+    We may have been started with it (`python -m`), but what lies there must not run in place of a library.
+    It stays only where our own packages are there.
+    """
+    here, own = os.path.realpath(os.getcwd()), {str(Path(__file__).resolve().parents[1])}
+    entries = [os.path.abspath(entry) for entry in sys.path if entry]
+    return [one for one in entries if one in own or os.path.realpath(one) != here]
 
 
 def python_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """An environment for a child Python: our packages, no network, no bytecode left behind."""
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+        "PYTHONPATH": os.pathsep.join(import_path()),
+        "PYTHONSAFEPATH": "1",  # for the children of a child
+        # ggml would start a debugger, or hang in its own backtrace, before it aborts
+        "GGML_NO_BACKTRACE": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONIOENCODING": "utf-8",
         "HF_HUB_OFFLINE": "1",
@@ -143,7 +206,7 @@ def python_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]
     }
 
 
-class _Held:
+class Held:
     """Signals that Python handles, kept from their handlers until `release`.
 
     Masking them would not do: it holds for one thread, and the kernel gives a signal to any that has
@@ -179,22 +242,25 @@ def _start(
 
 
 def _wait(
-    child: subprocess.Popen[bytes], grows: Path | None, progress: Callable[[int], None] | None
-) -> None:
-    """Waits for the child, reporting how a file grows."""
-    if grows is None or progress is None:
-        child.wait()
-        return
-    seen = 0
+    child: subprocess.Popen[bytes],
+    deadline_s: float,
+    grows: Path | None,
+    progress: Step | None,
+) -> bool:
+    """Waits for the child, reporting how a file grows; False where it took too long."""
+    seen, alive = 0, time.monotonic()
     running = True
-    while running:
+    while running and time.monotonic() - alive < deadline_s:
         try:
-            child.wait(POLL_SECONDS)
+            rest = deadline_s - (time.monotonic() - alive)
+            child.wait(rest if grows is None else min(POLL_SECONDS, rest))
             running = False
         except subprocess.TimeoutExpired:
             pass
         with contextlib.suppress(OSError):
-            size = grows.stat().st_size
+            size = grows.stat().st_size if grows is not None else 0
             if size > seen:
-                progress(size - seen)
-                seen = size
+                if progress is not None:
+                    progress(size - seen)
+                seen, alive = size, time.monotonic()
+    return not running

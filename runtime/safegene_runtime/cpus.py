@@ -1,12 +1,13 @@
-"""How many CPUs there are for us, how many threads run on them, and how these wait."""
+"""What of this machine is ours: CPUs, the threads that run on them and how these wait, memory."""
 
 from __future__ import annotations
 
 import os
+import sys
 
 from safegene_runtime.errors import EngineError, Problem
 
-__all__ = ["spin_briefly", "thread_count", "usable_cpus"]
+__all__ = ["available_bytes", "spin_briefly", "thread_count", "usable_cpus"]
 
 DEFAULT_THREADS_MAX = 32
 
@@ -28,6 +29,16 @@ def usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0)) or 1
     return os.cpu_count() or 1
+
+
+def available_bytes() -> int:
+    """Memory that can be taken without swapping, as the system estimates it; much where it does not."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return sys.maxsize
 
 
 def thread_count(asked: int | None) -> int:

@@ -12,6 +12,7 @@
     ├── OutputError              an output that exists, or cannot be written
     ├── UnverifiedError          an artifact without PASS, where only a verified one may be served
     ├── EngineError              llama.cpp or ONNX Runtime refused, or did something else than asked
+    ├── MissingPackageError      a package of an extra is not installed
     └── PostconditionError       what was written is not what was meant
 
 A reader collects every problem of a file in a `Problems` list and raises once: the user fixes all of
@@ -30,6 +31,7 @@ __all__ = [
     "FormatError",
     "GeneError",
     "ManifestError",
+    "MissingPackageError",
     "OutputError",
     "PostconditionError",
     "Problem",
@@ -121,6 +123,10 @@ class UnverifiedError(SafeGeneError, RuntimeError):
 
 class EngineError(SafeGeneError, RuntimeError):
     """An engine refused, or did something else than it was asked to."""
+
+
+class MissingPackageError(SafeGeneError, ImportError):
+    """A package that an extra of ours brings is not installed."""
 
 
 class PostconditionError(SafeGeneError, RuntimeError):

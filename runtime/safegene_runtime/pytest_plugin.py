@@ -142,6 +142,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="strict compares arithmetic; as-shipped runs llama.cpp with its F16 KV cache")  # fmt: skip
     add("--safegene-judge", metavar="JUDGE",
         help="rules+ngram (default), gguf:PATH, onnx:PATH, or the name of a plug-in")  # fmt: skip
+    add("--safegene-engine", metavar="NAME",
+        help="what runs it, by name; by default the artifact's suffix decides")  # fmt: skip
     add("--safegene-threads", type=int, metavar="N", help="CPU threads of the engine")
     add("--safegene-report", metavar="DIR",
         help="write all reports of a profile into the folder DIR/PROFILE")  # fmt: skip
@@ -286,7 +288,8 @@ def _digest(config: pytest.Config, profile: str, run: str) -> str:
     from safegene_runtime.formats.files import sha256_file
 
     names = (
-        "artifact", "reference", "base", "control", "sequential", "attacks", "mode", "judge", "threads"
+        "artifact", "reference", "base", "control", "sequential", "attacks", "mode", "judge", "engine",
+        "threads",
     )  # fmt: skip
     options = {name: str(config.getoption(f"safegene_{name}")) for name in names}
     files = [
@@ -325,6 +328,7 @@ def _verify(config: pytest.Config, profile: str) -> dict[str, Any] | str:
             mode=option("mode"),
             judge=load_judge(option("judge")) if option("judge") else None,
             threads=option("threads"),
+            engine=option("engine"),
             write=False,
         ).to_dict(texts=False)
         if option("report"):

@@ -11,22 +11,26 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from safegene_runtime.artifact.integrity import check_integrity
 from safegene_runtime.artifact.manifest import Manifest, read_manifest
 from safegene_runtime.cpus import thread_count
 from safegene_runtime.engines.chat import render
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.engines.registry import engine_for, open_engine
 from safegene_runtime.errors import EngineError, Problem, UnverifiedError
-from safegene_runtime.formats.files import sha256_of
+from safegene_runtime.formats.fields import integer, list_of
+from safegene_runtime.formats.files import StrPath, sha256_of
+from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.verdict import Verdict
+from safegene_runtime.progress import Progress, silent
 
 __all__ = ["Session", "UnverifiedWarning", "open"]
 
 MAX_NEW_TOKENS = 256
 REPLACEMENT = "\ufffd"
+_STOP_IDS = list_of(integer(0))
 
 Message = Mapping[str, str]
 
@@ -36,12 +40,13 @@ class UnverifiedWarning(UserWarning):
 
 
 def open(
-    artifact: str | Path,
+    artifact: StrPath,
     *,
-    base: str | Path | None = None,
+    base: StrPath | None = None,
     allow_unverified: bool = False,
     threads: int | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    engine: str | None = None,
+    progress: Progress | None = None,
 ) -> Session:
     """Opens an artifact whose bytes are those that were verified.
 
@@ -50,7 +55,8 @@ def open(
         base: for a sidecar, the GGUF it belongs to; checked against the manifest.
         allow_unverified: serve it whatever the verdict says, with an `UnverifiedWarning`.
         threads: CPU threads of the engine; all by default.
-        on_progress: told (stage, done, total).
+        engine: the name of one; by default the artifact's suffix decides.
+        progress: told (stage, done, total).
 
     Raises:
         UnverifiedError: it has no verdict, or another one than PASS.
@@ -72,19 +78,24 @@ def open(
             UnverifiedWarning,
             stacklevel=2,
         )
-    tell = on_progress or _silent
-    served = check_integrity(manifest, folder, None, Path(base) if base is not None else None, tell)
-    settings: dict[str, Any] = {"threads": threads}
-    if manifest.artifact["target"] == "onnx":
-        settings["digests"] = {entry.path: entry.sha256 for entry in manifest.files}
-    else:  # as it was verified
-        shipped = (manifest.verification or {}).get("report", {}).get("mode") == "as-shipped"
-        settings["kv_type"] = "f16" if shipped else "f32"
-    engine = open_engine(served.model, served.adapter, **settings)
+    tell = progress or silent
+    beside = Path(base) if base is not None else None
+    with SealedFiles() as files:
+        served = check_integrity(manifest, folder, None, beside, tell, files)
+        kind = engine_for(served.model, engine)
+        mode = (manifest.verification or {}).get("report", {}).get("mode", "strict")
+        running = open_engine(
+            served.model,
+            served.adapter,
+            engine=kind.name,
+            apart=True,
+            threads=threads,
+            **kind.modes.get(mode, {}),  # as it was verified
+        )
     try:
-        return Session(engine, manifest)
+        return Session(running, manifest)
     except BaseException:
-        engine.close()
+        running.close()
         raise
 
 
@@ -124,7 +135,10 @@ class Session:
                 Problem(manifest.artifact["name"], "chat template", listed, digest, "convert again")
             )
         self._template = template
-        self._stops = engine.eog_ids
+        # replies end where they were verified to end, whatever the file says besides
+        found = (manifest.verification or {}).get("report", {}).get("stop_ids")
+        verified = _STOP_IDS.complaint(found) is None
+        self._stops = frozenset(found) if verified else engine.eog_ids
 
     @property
     def verdict(self) -> str | None:
@@ -218,7 +232,3 @@ def _check(messages: Sequence[Message], max_new_tokens: int) -> None:
         )
     if max_new_tokens < 1:
         raise EngineError(Problem("chat", "max_new_tokens", "at least 1", str(max_new_tokens)))
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    return None

@@ -13,13 +13,14 @@ import importlib.util
 import json
 import os
 import re
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from safegene_runtime.child import python_environment, run_child
+from safegene_runtime.child import deadline_for, python_command, python_environment, run_child
 from safegene_runtime.errors import BaseModelError, Problem, Problems, UnsupportedError
+from safegene_runtime.extras import install, need
+from safegene_runtime.progress import Step
 
 __all__ = ["PRECISIONS", "build_onnx", "check_build_options"]
 
@@ -104,7 +105,7 @@ def check_build_options(
                 "package",
                 "the model builder",
                 "nothing",
-                "pip install 'safegene[onnx-build]', or pass an ONNX folder as --base",
+                f"{install('onnx-build')}, or pass an ONNX folder as --base",
             )
         )
 
@@ -146,7 +147,7 @@ def build_onnx(
     block_size: int | None = None,
     accuracy_level: int | None = None,
     options: Sequence[str] = (),
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
 ) -> None:
     """Builds `out`/model.onnx, genai_config.json and the tokenizer files.
 
@@ -162,6 +163,7 @@ def build_onnx(
     Raises:
         BaseModelError: the builder failed; the message ends with what it said.
     """
+    need("torch", "transformers", "onnx", "onnxruntime", "onnx_ir")
     half = precision in _LAYOUT
     extra = ["hf_token=false", *([_CUDA_ONLY] if half else []), *options]
     if block_size is not None:
@@ -173,7 +175,7 @@ def build_onnx(
     with _without_nulls(hf_dir.resolve()) as source:
         run_child(
             [
-                sys.executable, "-m", BUILDER,
+                *python_command("-m", BUILDER),
                 "-i", source, "-o", out.resolve(), "-p", precision,
                 "-e", _LAYOUT.get(precision, "cpu"), "-c", cache, "--extra_options", *extra,
             ],
@@ -183,6 +185,7 @@ def build_onnx(
             # the builder asks git for the commit of the repository that a .venv lies in, and
             # writes it down as its own: without git it takes that of its package
             environment=python_environment({"TQDM_DISABLE": "1", "GIT_DIR": os.devnull}),
+            deadline_s=deadline_for(hf_dir),
             grows=out / "model.onnx.data",
             progress=progress,
         )  # fmt: skip

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from rich.console import Console
 
+from safegene_converter.cli.failing import DEBUG
 from safegene_runtime.gating.verdict import EXIT_USAGE
+from safegene_runtime.record.attacks import attack_list
 
 if TYPE_CHECKING:  # what is imported when there is a terminal
-    from rich.progress import Progress
+    from rich.progress import Progress as RichProgress
+
+    from safegene_runtime.progress import Progress
 
 __all__ = [
-    "PIPE_COLUMNS", "Bars", "Parser", "Stopped", "add_command", "add_json", "check_json", "console",
-    "put_json", "stoppable",
+    "PIPE_COLUMNS", "Bars", "Parser", "add_attacks", "add_command", "add_engine", "add_json", "add_objective",
+    "add_verbose", "check_json", "console", "put_json",
 ]  # fmt: skip
 
 PIPE_COLUMNS = 120
@@ -40,45 +41,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: {message}\n    -> see `{self.prog} --help`\n")
 
 
-class Stopped(BaseException):
-    """A signal that would have ended the process at once, before anything was cleaned up."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP into `Stopped`, so that temporary folders and children go, too.
-
-    A signal that is ignored (nohup) or that the embedding program handles is left alone.
-    """
-
-    def stop(number: int, frame: object) -> None:
-        for one in mine:  # cleaning up is not stopped a second time
-            signal.signal(one, signal.SIG_IGN)
-        raise Stopped(number)
-
-    mine: list[signal.Signals] = []
-    if threading.current_thread() is threading.main_thread():  # others may not set handlers
-        wanted = (signal.SIGTERM, signal.SIGHUP)
-        mine = [one for one in wanted if signal.getsignal(one) is signal.SIG_DFL]
-    for one in mine:
-        signal.signal(one, stop)
-    try:
-        yield
-    finally:
-        for one in mine:
-            signal.signal(one, signal.SIG_DFL)
-
-
 class Bars:
     """Progress bars on standard error; none where it is not a terminal."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._console = Console(stderr=True)
-        self._progress: Progress | None = None
+        self._progress: RichProgress | None = None
         self._tasks: dict[str, Any] = {}
         self._quiet = quiet or not self._console.is_terminal
 
@@ -114,7 +82,7 @@ class Bars:
             self._tasks[stage] = self._progress.add_task(stage, total=total)
         self._progress.update(self._tasks[stage], completed=done, total=total)
 
-    def named(self, prefix: str) -> Callable[[str, int, int], None]:
+    def named(self, prefix: str) -> Progress:
         """The same bars with a prefix, for several long jobs in a row."""
         return lambda stage, done, total: self(f"{prefix}: {stage}", done, total)
 
@@ -133,7 +101,17 @@ def add_command(
         name, help=help, description=help, epilog=f"example:\n  {example}"
     )
     parser.set_defaults(run=run)
+    parser.add_argument(DEBUG, action="store_true", help="show the traceback of an error")
     return parser
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Adds `--engine NAME`."""
+    parser.add_argument(
+        "--engine",
+        metavar="NAME",
+        help="what runs the artifact, by name (default: its suffix decides)",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +122,41 @@ def add_json(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="-",
         help="write the result as JSON to FILE, or to standard output without FILE",
+    )
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    """Adds `--verbose`."""
+    parser.add_argument(
+        "--verbose", action="store_true", help="show what survived in every touched tensor"
+    )
+
+
+def add_attacks(parser: Any, what: str) -> None:
+    """Adds `--attacks NAMES`."""
+    parser.add_argument(
+        "--attacks",
+        metavar="NAMES",
+        type=attack_list,
+        default=[],
+        help=f"{what}: all, or names with commas between them (docs/attacks.md)",
+    )
+
+
+def add_objective(parser: argparse.ArgumentParser) -> None:
+    """Adds what `select` and `calibrate` in PyTorch share."""
+    parser.add_argument("--weight", type=float, help="of the KL against safety (default: 1)")
+    parser.add_argument(
+        "--refusal",
+        action="append",
+        metavar="TEXT",
+        help="how a refusal begins; may be given again (default: I'm sorry, but I can't)",
+    )
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        metavar="FILE",
+        help="prompts that will be tested on, so that none is used here (default: the suite)",
     )
 
 
@@ -170,7 +183,7 @@ def check_json(arguments: argparse.Namespace) -> None:
     apart: list[Path] = []
     for name in _APART:
         found = getattr(arguments, name, None) or []
-        apart += [Path(one) for one in (found if isinstance(found, list) else [found])]
+        apart += map(Path, found if isinstance(found, list) else [found])
     check_places({"--json": Path(where)}, apart)
 
 

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from safegene_runtime.errors import FormatError, Problem, Problems
 from safegene_runtime.formats.files import open_regular, read_small_file
-from safegene_runtime.formats.gguf import read_gguf, read_tensor_bytes
+from safegene_runtime.formats.gguf.header import read_gguf
+from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
 
 __all__ = ["read_imatrix"]
 

@@ -28,11 +28,11 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from safegene_converter.encoding import ggml
+from safegene_converter.encoding import ggml_quantizer
 from safegene_runtime.errors import Problem, SurvivalError
-from safegene_runtime.formats.gguf import GGMLType, type_traits
+from safegene_runtime.formats.gguf.types import GGMLType, type_traits
 
-__all__ = ["Bounds", "Meter", "Mode", "Survival", "candidates", "measure", "passes"]
+__all__ = ["Bounds", "Meter", "Mode", "Survival", "candidates", "passes"]
 
 FloatRows = npt.NDArray[np.float32]
 
@@ -185,18 +185,6 @@ class Meter:
         )
 
 
-def measure(
-    base: FloatRows,
-    delta: FloatRows,
-    stored: FloatRows,
-    base_stored: FloatRows | None = None,
-) -> Survival:
-    """The survival of a whole tensor, (out, in); `Mode.ONCE` if `base_stored` is given."""
-    meter = Meter(Mode.GRID if base_stored is None else Mode.ONCE)
-    meter.add(base, delta, stored, base_stored)
-    return meter.result()
-
-
 # Types worth promoting to, by bytes per element; the better one first where sizes are equal.
 # IQ-quants add nothing here that K-quants do not have, and BF16 loses small deltas that F16 keeps.
 _LADDER = (
@@ -216,10 +204,10 @@ def candidates(current: GGMLType, n_cols: int) -> tuple[GGMLType, ...]:
         for name in _LADDER
         if GGMLType[name] is not current
         and _bytes_per_element(GGMLType[name]) >= floor
-        and ggml.can_encode(GGMLType[name], n_cols)
+        and ggml_quantizer.can_encode(GGMLType[name], n_cols)
     ]
     larger.sort(key=_bytes_per_element)  # stable: keeps the order of the ladder within a size
-    first = (current,) if ggml.can_encode(current, n_cols) else ()
+    first = (current,) if ggml_quantizer.can_encode(current, n_cols) else ()
     return (*first, *larger)
 
 

@@ -40,7 +40,7 @@ class Asked:
         self.model, self.count = model, len(texts)
         openings = [model.encode(text) for text in refusals]
         self._openings = len(openings)
-        prompts = sorted((model.render(text) for text in texts), key=len)
+        prompts = sorted(model.prompts(texts), key=len)
         self.batches: list[Batch] = []
         per_batch = max(1, BATCH // len(openings))
         for start in range(0, len(prompts), per_batch):

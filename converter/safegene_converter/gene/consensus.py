@@ -21,7 +21,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from safegene_converter.gene.factors import Factors, combine, inner
+from safegene_converter.gene.low_rank import Factors, combine, inner
 from safegene_runtime.errors import GeneError, Problem
 
 __all__ = [

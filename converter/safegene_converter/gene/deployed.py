@@ -6,7 +6,7 @@ own engine, and compared with the recorded PyTorch reference along the reference
 
     D(c) = mean over prompts of the mean KL(PyTorch || artifact(c)) per position, nats
 
-which is what the ladder's fourth rung measures. No torch, and nothing but the engine protocol is
+which is what the rung `active` measures. No torch, and nothing but the engine protocol is
 asked of the engine. `search` starts at the float coefficients, so the result is never worse on the
 shots; whether it helps elsewhere is measured on other prompts, with `held_out`.
 """
@@ -30,10 +30,11 @@ from safegene_converter.gene.held_out import (
 )
 from safegene_converter.gene.optimise import Settings, search
 from safegene_converter.gene.rebuild import Rebuild
-from safegene_converter.inputs.adapter import WEIGHTS_NAME, Adapter, read_adapter
+from safegene_converter.inputs.adapter import Adapter, read_adapter
+from safegene_converter.inputs.adapter_files import WEIGHTS_NAME
 from safegene_runtime.errors import GeneError, Problems
 from safegene_runtime.judging.judge import Judge, RulesAndNgram
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, silent
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying.forced import forced_passes
 
@@ -60,26 +61,6 @@ class Recalibrated:
     converged: bool
     seconds: float
     elsewhere: tuple[HeldOut, HeldOut] | None = None
-
-    @property
-    def held_out_before(self) -> float | None:
-        """D on the held-out prompts, nats, with the coefficients it started from."""
-        return self.elsewhere[0].divergence if self.elsewhere else None
-
-    @property
-    def held_out_after(self) -> float | None:
-        """D on the held-out prompts, nats, with the new coefficients."""
-        return self.elsewhere[1].divergence if self.elsewhere else None
-
-    @property
-    def losses_before(self) -> int | None:
-        """Held-out refusals of PyTorch's that were lost with the coefficients it started from."""
-        return self.elsewhere[0].losses if self.elsewhere else None
-
-    @property
-    def losses_after(self) -> int | None:
-        """Held-out refusals of PyTorch's that are lost with the new coefficients."""
-        return self.elsewhere[1].losses if self.elsewhere else None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -129,7 +110,7 @@ def recalibrate_deployed(
         RecordError: the held-out reference has another judge's labels.
         SafeGeneError: the artifact cannot be built or run; the gene is as it was.
     """
-    tell: Progress = progress or (lambda stage, done, total: None)
+    tell: Progress = progress or silent
     started = time.monotonic()
     bounds = (settings or Settings()).bounds
     check_name_free(gene, name, force)

@@ -19,7 +19,9 @@ from safegene_converter.gene.model import (
     load_plain,
 )
 from safegene_converter.gene.objective import kl_along
-from safegene_converter.recording.recorder import greedy_replies, stop_ids_of
+from safegene_converter.recording.chat_text import encode, prompt_ids
+from safegene_converter.recording.greedy import greedy_replies
+from safegene_converter.recording.loading import stop_ids_of
 from safegene_runtime.errors import GeneError, Problem
 from safegene_runtime.judging.judge import Label, judge
 from safegene_runtime.progress import Progress
@@ -119,7 +121,7 @@ def evaluate_model(
     if not prompts or max_new_tokens < 1:
         raise GeneError(Problem("evaluate", "prompts", "at least one", str(len(prompts))))
     stop_ids = stop_ids_of(model, tokenizer)
-    ids = [_render(tokenizer, prompt.text) for prompt in prompts]
+    ids = prompt_ids(tokenizer, [prompt.text for prompt in prompts])
     replies = greedy_replies(model, ids, max_new_tokens, stop_ids, progress)
     verdicts = [
         judge(tokenizer.decode([i for i in reply if i not in stop_ids], skip_special_tokens=True))
@@ -156,9 +158,10 @@ def task_loss(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> f
         GeneError: it is not finite.
     """
     end = int(tokenizer.eos_token_id)
+    asked = prompt_ids(tokenizer, [prompt for prompt, _ in pairs])
     examples = [
-        Example(_render(tokenizer, prompt), (*_encode(tokenizer, reply), end))
-        for prompt, reply in pairs
+        Example(ids, (*encode(tokenizer, reply), end))
+        for ids, (_, reply) in zip(asked, pairs, strict=True)
     ]
     total, count = 0.0, 0
     with torch.no_grad():
@@ -179,7 +182,7 @@ def own_replies(
     progress: Progress | None = None,
 ) -> list[Scored]:
     """What a model answers to the benign ones among prompts, and how likely each token is to it."""
-    ids = [_render(tokenizer, prompt.text) for prompt in prompts if prompt.kind == "benign"]
+    ids = prompt_ids(tokenizer, [prompt.text for prompt in prompts if prompt.kind == "benign"])
     if not ids:
         return []
     stop_ids = stop_ids_of(model, tokenizer)
@@ -198,14 +201,3 @@ def _kl_along(model: Any, own: Sequence[Scored]) -> float:
             total += float(kl_along(reference, label_logits(model, batch)).sum())
             count += len(batch.labels)
     return total / count
-
-
-def _render(tokenizer: Any, text: str) -> tuple[int, ...]:
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-    )
-    return _encode(tokenizer, rendered)
-
-
-def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

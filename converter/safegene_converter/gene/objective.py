@@ -90,8 +90,8 @@ class Objective:
         with model.without_gene():
             replies = model.replies(shots.benign, reply_tokens, progress) if shots.benign else []
             examples = [
-                Example(model.render(text), tuple(reply))
-                for text, reply in zip(shots.benign, replies, strict=True)
+                Example(prompt, tuple(reply))
+                for prompt, reply in zip(model.prompts(shots.benign), replies, strict=True)
             ]
             self._n_benign = len(examples)
             with torch.no_grad():

@@ -29,7 +29,7 @@ from safegene_converter.gene.objective import Losses, Objective, Valued, common_
 from safegene_converter.gene.shots import shots_of
 from safegene_runtime.errors import GeneError, Problem
 from safegene_runtime.formats.files import check_output_free
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, silent
 from safegene_runtime.record.prompts import Prompt, builtin_suite
 
 __all__ = [
@@ -153,8 +153,9 @@ def choose(
 
 def rank_correlation(left: Sequence[float] | F64, right: Sequence[float] | F64) -> float:
     """Spearman's rank correlation; equal values share their mean rank."""
-    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (left, right)]
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(left, right).statistic)
 
 
 def select(
@@ -189,7 +190,7 @@ def select(
     Raises:
         SafeGeneError: nothing was written.
     """
-    tell: Progress = progress or (lambda stage, done, total: None)
+    tell: Progress = progress or silent
     if out is not None:
         check_output_free(out, force, [model])
     if not budget > 0:
@@ -234,10 +235,3 @@ def select(
         correlation=correlation,
         factor=factor,
     )
-
-
-def _ranks(values: F64) -> F64:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: F64 = (last - (counts - 1) / 2)[inverse]
-    return ranks

@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from safegene_converter import formula
-from safegene_converter.gene.factors import Factors
+from safegene_converter.gene.low_rank import Factors
 from safegene_converter.inputs.adapter import (
-    CONFIG_NAME,
     Adapter,
     Module,
     check_base_fits,
     read_adapter,
 )
+from safegene_converter.inputs.adapter_files import CONFIG_NAME
 from safegene_converter.inputs.base import Base, open_base
 from safegene_runtime.errors import GeneError, Problem, Problems, SafeGeneError
 

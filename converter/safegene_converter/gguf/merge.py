@@ -7,7 +7,6 @@ to spool files, so the peak does not depend on the size of the model.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from safegene_converter.encoding import ggml
+from safegene_converter import formula
+from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.fold.manifest_lines import module_entry
 from safegene_converter.fold.survival import Meter, Mode, Survival, candidates, passes
-from safegene_converter.gguf.job import (
+from safegene_converter.gguf.fold import (
     BLOCK_ELEMENTS,
-    Job,
+    GGUFFold,
     Made,
     Rows,
     figures,
@@ -31,6 +31,7 @@ from safegene_converter.gguf.job import (
 from safegene_converter.gguf.presets import PRESETS, preset, quantize_gguf
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_converter.inputs.adapter import Module
+from safegene_runtime.artifact.forms import GGUF
 from safegene_runtime.artifact.manifest import FileEntry
 from safegene_runtime.cpus import usable_cpus
 from safegene_runtime.errors import (
@@ -40,22 +41,16 @@ from safegene_runtime.errors import (
     SurvivalError,
     UnsupportedError,
 )
-from safegene_runtime.formats.gguf import (
-    GGMLType,
-    GGUFModel,
-    TensorInfo,
-    Value,
-    ValueType,
-    map_tensor,
-    nbytes,
-    open_model,
-    type_traits,
-)
-from safegene_runtime.progress import Progress
+from safegene_runtime.formats import ggml
+from safegene_runtime.formats.gguf.header import TensorInfo
+from safegene_runtime.formats.gguf.model import GGUFModel, open_model
+from safegene_runtime.formats.gguf.tensors import map_tensor
+from safegene_runtime.formats.gguf.types import GGMLType, Value, ValueType, nbytes, type_traits
+from safegene_runtime.formats.gguf.weights import elements_by_type
+from safegene_runtime.progress import Progress, counted
 
-__all__ = ["MODEL_FILE", "write_merged"]
+__all__ = ["write_merged"]
 
-MODEL_FILE = "model.gguf"
 QUANTISED_FILE = "quantised.gguf"
 ENCODERS = 4
 """Tensors encoded at a time: each holds some ten operands."""
@@ -72,45 +67,40 @@ class Stored:
     bytes_before: int
 
 
-def write_merged(job: Job, folder: Path, work: Path, tell: Progress) -> Made:
+def write_merged(fold: GGUFFold, folder: Path, work: Path, tell: Progress) -> Made:
     """Writes `model.gguf` into `folder`; `work` is for what is thrown away afterwards.
 
     Raises:
         SurvivalError: the deltas that do not survive in a type that may be chosen, all of them.
         UnsupportedError: a type that needs an imatrix which is not there.
     """
-    model, file_type = job.model, None
-    if starts_from_float(job.base, job.type_name):
-        model = _quantise_base(job, work / QUANTISED_FILE, tell)
-        file_type = preset(job.type_name).ftype
+    model, file_type = fold.model, None
+    if starts_from_float(fold.base, fold.type_name):
+        model = _quantise_base(fold, work / QUANTISED_FILE, tell)
+        file_type = preset(fold.type_name).ftype
     source = model.tensors
     metadata = {key: value for key, value in model.metadata.items() if not key.startswith("split.")}
-    stored = _encode_touched(job, source, work / "spool", tell)
+    stored = _encode_touched(fold, source, work / "spool", tell)
     tensors = [
         OutTensor(name, info.shape, stored[name].info.type, stored[name].info)
         if name in stored
         else OutTensor(name, info.shape, info.type, info)
         for name, info in source.items()
     ]
-    metadata["general.name"] = string(f"{job.base.name} + SafeGene")
+    metadata["general.name"] = string(f"{fold.base.name} + SafeGene")
     metadata["general.file_type"] = Value(
         ValueType.UINT32, _file_type(tensors, source, metadata, file_type), None
     )
     if any(type_traits(tensor.type)[0] > 1 for tensor in tensors):
         metadata.setdefault("general.quantization_version", Value(ValueType.UINT32, 2, None))
-    metadata.update(job.provenance())
-    path = folder / MODEL_FILE
-    total, done = sum(nbytes(tensor.shape, tensor.type) for tensor in tensors), 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("writing the model", min(done, total), total)
-
+    metadata.update(fold.provenance())
+    path = folder / str(GGUF.model_file)
+    total = sum(nbytes(tensor.shape, tensor.type) for tensor in tensors)
+    step = counted(tell, "writing the model", total)
     written = write_gguf(path, metadata, tensors, progress=step)
     modules = []
-    for module in job.adapter.modules:
-        name = job.tensor(module)
+    for module in fold.adapter.modules:
+        name = fold.tensor(module)
         one = stored[name]
         modules.append(
             module_entry(
@@ -129,32 +119,27 @@ def write_merged(job: Job, folder: Path, work: Path, tell: Progress) -> Made:
     added = [
         one.info.nbytes - nbytes(one.info.shape, wanted)
         for name, one in stored.items()
-        if one.info.type is not (wanted := _wanted(job, source[name]))
+        if one.info.type is not (wanted := _wanted(fold, source[name]))
     ]
     promoted = {"tensors": len(added), "bytes_added": sum(added)}
-    return Made(entry, tuple(modules), job.precision(types), model.shards[0].path, promoted)
+    return Made(entry, tuple(modules), fold.precision(types), model.shards[0].path, promoted)
 
 
-def _quantise_base(job: Job, target: Path, tell: Progress) -> GGUFModel:
+def _quantise_base(fold: GGUFFold, target: Path, tell: Progress) -> GGUFModel:
     """Quantises the base as it is; touched tensors are replaced afterwards, the rest is final.
 
     Which type a tensor gets does not depend on its values, so the mix is upstream's, and the touched
     tensors give the base's own quantisation error for free.
     """
-    first = job.model.shards[0].path
-    total, done = sum(info.nbytes for info in job.model.tensors.values()), 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("quantising", min(done, total), total)
-
-    quantize_gguf(first, target, job.type_name, job.imatrix_path, progress=step)
+    first = fold.model.shards[0].path
+    total = sum(info.nbytes for info in fold.model.tensors.values())
+    step = counted(tell, "quantising", total)
+    quantize_gguf(first, target, fold.type_name, fold.imatrix_path, progress=step)
     return open_model(target)
 
 
 def _encode_touched(
-    job: Job, source: Mapping[str, TensorInfo], spool: Path, tell: Progress
+    fold: GGUFFold, source: Mapping[str, TensorInfo], spool: Path, tell: Progress
 ) -> dict[str, Stored]:
     """Encodes every touched tensor into a file of its own in `spool`, several at a time.
 
@@ -165,14 +150,14 @@ def _encode_touched(
     spool.mkdir()
 
     def one(index: int) -> Stored:
-        module = job.adapter.modules[index]
-        return _encode_one(job, module, source[job.tensor(module)], spool / str(index))
+        module = fold.adapter.modules[index]
+        return _encode_one(fold, module, source[fold.tensor(module)], spool / str(index))
 
     with ThreadPoolExecutor(min(ENCODERS, usable_cpus()), "encode") as pool:
-        waiting = [pool.submit(one, index) for index in range(len(job.adapter.modules))]
-        for done, (module, future) in enumerate(zip(job.adapter.modules, waiting, strict=True)):
+        waiting = [pool.submit(one, index) for index in range(len(fold.adapter.modules))]
+        for done, (module, future) in enumerate(zip(fold.adapter.modules, waiting, strict=True)):
             try:
-                stored[job.tensor(module)] = future.result()
+                stored[fold.tensor(module)] = future.result()
             except SurvivalError as error:
                 problems.extend(error.problems)
             except BaseException:
@@ -183,17 +168,17 @@ def _encode_touched(
     return stored
 
 
-def _encode_one(job: Job, module: Module, now: TensorInfo, target: Path) -> Stored:
+def _encode_one(fold: GGUFFold, module: Module, now: TensorInfo, target: Path) -> Stored:
     """Tries types, cheapest first, until the delta survives; leaves the bytes in `target`.
 
     `now` is the tensor as the untouched artifact would have it: in the base, or in the quantised
     base when a float base is quantised once.
     """
-    original = job.model.tensors[now.name]
+    original = fold.model.tensors[now.name]
     once = now.path != original.path
     n_cols = now.shape[1]
-    wanted = _wanted(job, now)
-    if not ggml.can_encode(wanted, n_cols):
+    wanted = _wanted(fold, now)
+    if not ggml_quantizer.can_encode(wanted, n_cols):
         raise SurvivalError(
             Problem(
                 now.name,
@@ -203,10 +188,10 @@ def _encode_one(job: Job, module: Module, now: TensorInfo, target: Path) -> Stor
                 "choose --type auto or q8_0",
             )
         )
-    trials = candidates(wanted, n_cols) if job.promote else (wanted,)
+    trials = candidates(wanted, n_cols) if fold.promote else (wanted,)
     tried: list[str] = []
     for kind in trials:
-        if ggml.requires_imatrix(kind) and now.name not in job.imatrix:
+        if ggml_quantizer.requires_imatrix(kind) and now.name not in fold.imatrix:
             raise UnsupportedError(
                 Problem(
                     now.name, "imatrix", f"weights for {kind.name}", "none", "pass --imatrix FILE"
@@ -217,18 +202,18 @@ def _encode_one(job: Job, module: Module, now: TensorInfo, target: Path) -> Stor
         size = 0
         try:
             with target.open("wb") as file:
-                for base, delta, own in _row_blocks(job, module, original, kind, once):
-                    weights = job.imatrix.get(now.name)
-                    encoded = ggml.quantize(base + delta, kind, weights, threads=1)
+                for base, delta, own in _row_blocks(fold, module, original, kind, once):
+                    weights = fold.imatrix.get(now.name)
+                    encoded = ggml_quantizer.quantize(base + delta, kind, weights, threads=1)
                     back = ggml.dequantize(encoded, kind, base.shape, threads=1)
                     meter.add(base, delta, back, own)
                     digest.update(encoded)  # type: ignore[arg-type]
                     size += file.write(encoded)  # type: ignore[arg-type]
-        except ggml.OutOfRangeError:
+        except ggml_quantizer.OutOfRangeError:
             tried.append(f"{kind.name}: a number that it cannot represent")
             continue
         survival = meter.result()
-        if passes(survival, job.bounds):
+        if passes(survival, fold.bounds):
             info = TensorInfo(
                 name=now.name, shape=now.shape, type=kind, offset=0, nbytes=size, path=target
             )
@@ -238,26 +223,26 @@ def _encode_one(job: Job, module: Module, now: TensorInfo, target: Path) -> Stor
         Problem(
             now.name,
             "survival",
-            within(job.bounds),
+            within(fold.bounds),
             "; ".join(tried),
-            _what_helps(job),
+            _what_helps(fold),
         )
     )
 
 
-def _wanted(job: Job, now: TensorInfo) -> GGMLType:
+def _wanted(fold: GGUFFold, now: TensorInfo) -> GGMLType:
     """The type of a touched tensor before anything is promoted."""
-    quantised = starts_from_float(job.base, job.type_name)
+    quantised = starts_from_float(fold.base, fold.type_name)
     return (
-        now.type if quantised or job.type_name in ("keep", "auto") else preset(job.type_name).type
+        now.type if quantised or fold.type_name in ("keep", "auto") else preset(fold.type_name).type
     )
 
 
-def _what_helps(job: Job) -> str:
+def _what_helps(fold: GGUFFold) -> str:
     """The next step where a delta does not survive."""
-    if job.promote:
+    if fold.promote:
         return "use --as sidecar"
-    if job.type_name == "keep":
+    if fold.type_name == "keep":
         return "use --type auto to promote just the tensors that need it, or --as sidecar"
     return (
         "pass --promote, which gives just these tensors a wider type, choose a wider --type, or use "
@@ -266,10 +251,10 @@ def _what_helps(job: Job) -> str:
 
 
 def _row_blocks(
-    job: Job, module: Module, original: TensorInfo, kind: GGMLType, once: bool
+    fold: GGUFFold, module: Module, original: TensorInfo, kind: GGMLType, once: bool
 ) -> Iterator[tuple[Rows, Rows, Rows | None]]:
     """(W_base, dW, Q(W_base) or None) for a few rows at a time, each (rows, in) float32."""
-    a, b = job.factors(module)
+    order = fold.row_order(module)
     n_rows, n_cols = original.shape
     raw = map_tensor(original)
     row_bytes = original.nbytes // n_rows
@@ -285,9 +270,11 @@ def _row_blocks(
             )
         own = None
         if once:
-            encoded = ggml.quantize(base, kind, job.imatrix.get(original.name), threads=1)
+            encoded = ggml_quantizer.quantize(
+                base, kind, fold.imatrix.get(original.name), threads=1
+            )
             own = ggml.dequantize(encoded, kind, base.shape, threads=1)
-        yield base, b[start:stop] @ a, own
+        yield base, formula.delta(module, order[start:stop]), own
 
 
 _PLAIN_FILE_TYPES = {
@@ -328,10 +315,7 @@ def _file_type(
 
 def _main_type(tensors: Sequence[OutTensor | TensorInfo]) -> str:
     """What most weights of the blocks are stored as."""
-    elements: dict[str, int] = {}
-    for tensor in tensors:
-        if len(tensor.shape) == 2 and tensor.name.startswith("blk."):
-            elements[tensor.type.name] = elements.get(tensor.type.name, 0) + math.prod(tensor.shape)
+    elements = elements_by_type(tensors)
     return max(elements, key=lambda name: (elements[name], name)) if elements else "F32"
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safegene_runtime.child import python_environment, run_child
+from safegene_runtime.child import deadline_for, python_command, python_environment, run_child
 from safegene_runtime.cpus import usable_cpus
 from safegene_runtime.errors import (
     EngineError,
@@ -24,7 +23,10 @@ from safegene_runtime.errors import (
     Problems,
     UnsupportedError,
 )
-from safegene_runtime.formats.gguf import GGMLType, open_model
+from safegene_runtime.extras import need
+from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.gguf.types import GGMLType
+from safegene_runtime.progress import Step
 
 __all__ = ["PRESETS", "Preset", "preset", "preset_types", "quantize_gguf"]
 
@@ -133,7 +135,7 @@ def quantize_gguf(
     imatrix: Path | None = None,
     overrides: Mapping[str, GGMLType] | None = None,
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
 ) -> dict[str, GGMLType]:
     """Quantises a whole float GGUF with `llama_model_quantize`, in a child process.
 
@@ -190,7 +192,7 @@ def _run(
     wanted: Preset,
     imatrix: Path | None,
     overrides: Mapping[str, GGMLType] | None,
-    progress: Callable[[int], None] | None,
+    progress: Step | None,
 ) -> str:
     """Runs `quantize_child`; without `dst` as a dry run. Returns its log."""
     if overrides and wanted.is_float:
@@ -205,12 +207,14 @@ def _run(
         "overrides": {name: int(type) for name, type in (overrides or {}).items()},
         "threads": usable_cpus(),
     }
+    need("llama_cpp")
     return run_child(
-        [sys.executable, "-m", "safegene_converter.gguf.quantize_child"],
+        python_command("-m", "safegene_converter.gguf.quantize_child"),
         what=f"llama_model_quantize {src} as {wanted.name}",
         error=EngineError,
         stdin=json.dumps(job).encode(),
         environment=python_environment(),
+        deadline_s=deadline_for(src, imatrix),
         grows=dst,
         progress=progress,
     )

@@ -31,10 +31,10 @@ import numpy.typing as npt
 from safegene_converter.fold.effect import PROBE, Gain, compared_rows, effect, scaled_b
 from safegene_converter.inputs.adapter import Adapter, read_adapter
 from safegene_converter.inputs.base import open_base
-from safegene_runtime.child import answer_job, run_job
-from safegene_runtime.engines.opening import open_engine
+from safegene_runtime.child import answer_job, deadline_for, run_job
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import PostconditionError, Problems
-from safegene_runtime.formats.gguf import map_tensor
+from safegene_runtime.formats.gguf.tensors import map_tensor
 from safegene_runtime.gating.bounds import beta_band
 
 __all__ = ["check_artifact"]
@@ -72,7 +72,13 @@ def check_artifact(
         "expected": expected,
     }
     what = f"self-check of {model or sidecar}"
-    return run_job("safegene_converter.gguf.selfcheck", job, what=what, error=PostconditionError)
+    return run_job(
+        "safegene_converter.gguf.selfcheck",
+        job,
+        what=what,
+        error=PostconditionError,
+        deadline_s=deadline_for(base, model, sidecar, adapter.path),
+    )
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:

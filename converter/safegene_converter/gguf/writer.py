@@ -16,22 +16,25 @@ from typing import Any
 
 from safegene_converter.fold.stream import Bytes, OutputStream, as_bytes
 from safegene_runtime.errors import FormatError, Problem, Problems
-from safegene_runtime.formats.gguf import (
+from safegene_runtime.formats.gguf.header import (
     ALIGNMENTS,
     DEFAULT_ALIGNMENT,
     MAGIC,
     MAX_DIMS,
     MAX_KEY_BYTES,
     MAX_NAME_BYTES,
+    TensorInfo,
+)
+from safegene_runtime.formats.gguf.types import (
     SCALAR_FORMATS,
     GGMLType,
-    TensorInfo,
     Texts,
     Value,
     ValueType,
     nbytes,
     type_traits,
 )
+from safegene_runtime.progress import Step
 
 __all__ = ["OutTensor", "Written", "encode_header", "write_gguf"]
 
@@ -125,7 +128,7 @@ def write_gguf(
     metadata: Mapping[str, Value],
     tensors: Sequence[OutTensor],
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
 ) -> Written:
     """Writes a GGUF file; not atomic, publishing is the caller's (`publish_folder`).
 

@@ -1,15 +1,9 @@
 """A SafeGene adapter folder: read once, checked as a whole, before anything is done with it.
 
-    adapter_config.json         as PEFT writes it
-    adapter_model.safetensors   `base_model.model.<module>.lora_{A,B}.weight`
-    safegene.json               optional: selected layers, and named expressions
-
-    {"format_version": 1,
-     "base_model": {"name": "...", "architecture": "llama", "n_layers": 30},
-     "selected_layers": [3, 4, 9],
-     "default_expression": "default",
-     "expressions": {"default": {"coefficients": {"3": 0.91, "4": 1.2, "9": 0.4},
-                                 "target": "which fine-tune", "n_shots": 48}}}
+    files, as they come (adapter_files)        -> adapter_config.json, tensors, safegene.json
+    names of tensors (adapter_keys)            -> factors of each module
+    adapter_config.json (peft_config)          -> rank, alpha and targets, as PEFT reads them
+    safegene.json (safegene_json), optional    -> a coefficient for each layer
 
 Without safegene.json it is a plain LoRA: one expression, "default", with every coefficient 1.
 
@@ -19,12 +13,9 @@ tensors and configuration must match one to one, or nothing is read.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
-import os
-import re
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,44 +24,29 @@ import numpy as np
 import numpy.typing as npt
 
 from safegene_converter import formula
-from safegene_converter.inputs import names
-from safegene_converter.inputs.peft_config import LoraSettings, parse_config, pattern_key
-from safegene_converter.inputs.safetensors_reader import SafetensorsFile, read_safetensors
+from safegene_converter.inputs.adapter_files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Weights,
+    read_adapter_files,
+)
+from safegene_converter.inputs.adapter_keys import STEM, Pairs, pair_factors
+from safegene_converter.inputs.peft_config import MODULE_PATTERNS, LoraSettings, parse_config
+from safegene_converter.inputs.safegene_json import (
+    PLAIN_EXPRESSION,
+    SAFEGENE_NAME,
+    SafegeneJson,
+    parse_safegene,
+)
+from safegene_runtime.architecture.table import layer_of, modules_of
 from safegene_runtime.errors import AdapterError, FormatError, Problem, Problems, UnsupportedError
-from safegene_runtime.formats import strictjson
-from safegene_runtime.formats.files import MANIFEST_NAME, open_regular, sha256_of
 
 __all__ = ["Adapter", "Module", "check_base_fits", "read_adapter"]
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-SAFEGENE_NAME = "safegene.json"
-FORMAT_VERSION = 1
-PLAIN_EXPRESSION = "default"
-RESTORE = "restore the file that was made with this adapter, or correct it"
-MAX_CONFIG_BYTES = 16 << 20
-MAX_WEIGHTS_BYTES = 8 << 30
-
-_NO_ADAPTERS = (
-    (MANIFEST_NAME, "an artifact", "pass the adapter that it was made from"),
-    ("reference.json", "a reference", "pass the adapter that it was recorded with"),
-    ("config.json", "a whole model", "this is a --base: pass the adapter that PEFT saved"),
-)
-"""What else may be passed by mistake: a file that tells, what it is, what to do."""
-
-_KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<factor>[AB])\.weight")
-_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.")
-_EXPRESSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_UNSUPPORTED_KEYS = (
-    ("lora_magnitude_vector", "DoRA", "train a plain LoRA"),
-    ("lora_embedding_", "an embedding delta", "train without embed_tokens"),
-    ("embed_tokens", "an embedding delta", "train without embed_tokens"),
-    ("lm_head", "an output head", "train without lm_head: it may be tied to the embedding"),
-    (".experts.", "a mixture of experts", "MoE experts are not supported yet"),
-    ("lora_B.bias", "a trained bias", "train with lora_bias=False"),
-    (".bias", "a trained bias", "train with bias='none'"),
-    ("norm.", "a norm", "llama.cpp skips norms without a word: train without them"),
-)
+PLAUSIBLE_SCALES = (1e-3, 1e2)
+"""Where the effective scales of published adapters lie, with room: alpha / r from 0.1 to 64."""
+PLAUSIBLE_CHANGE = 1.0
+"""Root mean square of an entry of dW; the weights of language models are about 0.02 to 0.1."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +86,12 @@ class Adapter:
         expression: the chosen one; `expressions` are all there are.
         target: which fine-tune the expression was calibrated on, if it says.
         base_model: name, architecture and n_layers of safegene.json, or None.
-        digests: what was read, by SHA-256: the two files as PEFT writes them by name, and under
+        digests: what was read, by SHA-256: the files as PEFT writes them by name, and under
             `safegene.json#<expression>` what the chosen expression says. One more expression in
             safegene.json changes none of them, so that what was recorded with this one still fits.
+        is_as_peft_reads: whether PEFT loads the folder onto the text model; not so for shards, null
+            in place of an empty pattern, and names of a compiled model, or of one with more parts.
+        cautions: what is allowed, and yet seldom meant; a sentence each.
     """
 
     path: Path
@@ -123,22 +102,13 @@ class Adapter:
     target: str | None
     base_model: Mapping[str, Any] | None
     digests: Mapping[str, str]
+    is_as_peft_reads: bool = True
+    cautions: tuple[str, ...] = ()
 
     @property
     def n_parameters(self) -> int:
         """How many numbers its factors hold."""
         return sum(module.a.size + module.b.size for module in self.modules)
-
-
-@dataclass(frozen=True)
-class _Safegene:
-    """What safegene.json says, checked by itself."""
-
-    base_model: Mapping[str, Any]
-    selected_layers: frozenset[int]
-    default_expression: str
-    coefficients: Mapping[str, Mapping[int, float]]
-    targets: Mapping[str, str | None]
 
 
 def read_adapter(path: Path, expression: str | None = None) -> Adapter:
@@ -154,35 +124,29 @@ def read_adapter(path: Path, expression: str | None = None) -> Adapter:
         AdapterError: tensors, configuration and safegene.json that contradict each other.
     """
     path = Path(path)
-    config_bytes, weights_bytes, safegene_bytes = _read_folder(path)
-    settings = parse_config(
-        strictjson.loads(config_bytes, str(path / CONFIG_NAME)), str(path / CONFIG_NAME)
-    )
+    files = read_adapter_files(path)
+    settings = parse_config(files.config, str(path / CONFIG_NAME))
     safegene = None
-    if safegene_bytes is not None:
-        safegene = _parse_safegene(
-            strictjson.loads(safegene_bytes, str(path / SAFEGENE_NAME)), str(path / SAFEGENE_NAME)
-        )
-    weights = read_safetensors(path / WEIGHTS_NAME, weights_bytes)
+    if files.safegene is not None:
+        safegene = parse_safegene(files.safegene, str(path / SAFEGENE_NAME))
+    weights = files.weights
     problems, refused = Problems(), Problems()
     pairs = _pair_factors(weights, problems, refused)
-    if refused:
-        refused.extend(problems)
-    refused.raise_if_any(UnsupportedError)
-    chosen, coefficients = _choose_expression(path, safegene, expression, pairs, problems)
+    settings = dataclasses.replace(settings, stem=pairs.stem)
+    chosen, coefficients = _choose_expression(path, safegene, expression)
     modules = []
-    for name, keys in pairs.items():
-        layer = int(_LAYER.match(name)[1])  # type: ignore[index]
-        module = _read_module(weights, name, layer, keys, settings, coefficients, problems)
+    for name, keys in pairs.keys.items():
+        module = _read_module(weights, name, keys, settings, coefficients, problems)
         if module is not None:
             modules.append(module)
-    _check_targets(path, settings, pairs.keys(), problems)
+    idle = _check_config(path, settings, pairs.keys, problems)
     if safegene is not None:
-        _check_layers(str(path / SAFEGENE_NAME), safegene, pairs.keys(), problems)
+        layers = set(map(layer_of, pairs.keys))
+        safegene.check_layers(str(path / SAFEGENE_NAME), layers, problems)
     problems.raise_if_any(AdapterError)
-    digests = {CONFIG_NAME: sha256_of(config_bytes), WEIGHTS_NAME: sha256_of(weights_bytes)}
+    digests = dict(files.digests)
     if safegene is not None:
-        digests[f"{SAFEGENE_NAME}#{chosen}"] = _digest_expression(safegene, chosen)
+        digests[f"{SAFEGENE_NAME}#{chosen}"] = safegene.digest(chosen)
     return Adapter(
         path=path,
         settings=settings,
@@ -192,6 +156,13 @@ def read_adapter(path: Path, expression: str | None = None) -> Adapter:
         target=safegene.targets[chosen] if safegene else None,
         base_model=safegene.base_model if safegene else None,
         digests=digests,
+        is_as_peft_reads=(
+            weights.path.name == WEIGHTS_NAME
+            and pairs.stem == STEM
+            and not pairs.is_compiled
+            and None not in (files.config.get(name, {}) for name in MODULE_PATTERNS)
+        ),
+        cautions=(*idle, *_implausible(modules)),
     )
 
 
@@ -250,89 +221,25 @@ def _is_expected(adapter: Adapter, module: str) -> bool:
         return False
     if adapter.base_model is None:
         return True
-    layer = _LAYER.match(module)
-    selected = {module.layer for module in adapter.modules}
-    return layer is not None and int(layer[1]) in selected
+    return layer_of(module) in {module.layer for module in adapter.modules}
 
 
-def _read_folder(path: Path) -> tuple[bytes, bytes, bytes | None]:
-    """Reads each file once, so that what is digested is what is used."""
-    problems = Problems()
-    if not path.is_dir():
-        got = "a file" if path.exists() else "nothing there"
-        problems.add(str(path), "adapter", "a folder with adapter_config.json", got,
-                     "pass the folder that PEFT saved")  # fmt: skip
-        problems.raise_if_any(AdapterError)
-    for name, kind, fix in _NO_ADAPTERS:
-        if (path / name).exists() and not (path / CONFIG_NAME).exists():
-            problems.add(str(path), "adapter", f"a folder with {CONFIG_NAME}", kind, fix)
-            problems.raise_if_any(AdapterError)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (path / name).exists():
-            got, fix = "no such file", "pass the folder that PEFT saved"
-            pickles = [*path.glob("adapter_model.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
-            if name == WEIGHTS_NAME and pickles:
-                got = f"{pickles[0].name} (pickle: it can run code, and is never opened)"
-                fix = "save again with safe_serialization=True"
-            problems.add(str(path), name, "a file", got, fix)
-    problems.raise_if_any(AdapterError)
-    config = _read(path / CONFIG_NAME, MAX_CONFIG_BYTES)
-    safegene = None
-    if os.path.lexists(path / SAFEGENE_NAME):
-        safegene = _read(path / SAFEGENE_NAME, MAX_CONFIG_BYTES)
-    return config, _read(path / WEIGHTS_NAME, MAX_WEIGHTS_BYTES), safegene
-
-
-def _read(path: Path, max_bytes: int) -> bytes:
-    # the hub's cache is made of links; what they lead to is read once and digested
-    with open_regular(path, follow_symlinks=True) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > max_bytes:
-            raise FormatError(
-                Problem(str(path), "size", f"at most {max_bytes} bytes", f"{size} bytes",
-                        "is it the right file?")
-            )  # fmt: skip
-        return file.read(max_bytes)
-
-
-def _pair_factors(
-    weights: SafetensorsFile, problems: Problems, refused: Problems
-) -> dict[str, dict[str, str]]:
-    """Module name -> {"A": key, "B": key}; notes every tensor that is not half of a pair."""
+def _pair_factors(weights: Weights, problems: Problems, refused: Problems) -> Pairs:
     where = str(weights.path)
-    pairs: dict[str, dict[str, str]] = {}
     if not weights.tensors:
         problems.add(where, "tensors", "at least one pair of factors", "none",
                      "PEFT would run the base model without a word")  # fmt: skip
         problems.raise_if_any(AdapterError)
-    for key in weights.tensors:
-        found = _KEY.fullmatch(key)
-        module = found["module"] if found else key
-        known = [entry for entry in _UNSUPPORTED_KEYS if entry[0] in f"{module}."]
-        if known or "modules_to_save" in key:
-            what, fix = known[0][1:] if known else ("a whole saved module", "train without it")
-            refused.add(where, key, "factors of linear modules in the blocks", what, fix)
-        elif not found:
-            fix = "save with PeftModel.save_pretrained"
-            problems.add(where, repr(key)[:200], "base_model.model.<module>.lora_A|B.weight",
-                         "another name", fix)  # fmt: skip
-        elif (
-            not (layer := _LAYER.match(module)) or module[layer.end() :] not in names.BLOCK_MODULES
-        ):
-            refused.add(where, key, f"a linear module of a block ({', '.join(names.BLOCK_MODULES)})",
-                        module, "train on these modules only")  # fmt: skip
-        else:
-            pairs.setdefault(module, {})[found["factor"]] = key
-    for module, keys in sorted(pairs.items()):
-        for factor in {"A", "B"} - keys.keys():
-            problems.add(where, module, f"lora_{factor}", "only the other factor", "save it again")
-    return {module: keys for module, keys in pairs.items() if len(keys) == 2}
+    pairs = pair_factors(weights.tensors, where, problems, refused)
+    if refused:
+        refused.extend(problems)
+    refused.raise_if_any(UnsupportedError)
+    return pairs
 
 
 def _read_module(
-    weights: SafetensorsFile,
+    weights: Weights,
     name: str,
-    layer: int,
     keys: Mapping[str, str],
     settings: LoraSettings,
     coefficients: Mapping[int, float] | None,
@@ -340,6 +247,7 @@ def _read_module(
 ) -> Module | None:
     where = str(weights.path)
     found = len(problems)
+    layer = layer_of(name)
     shapes = [weights.tensors[keys[factor]].shape for factor in "AB"]
     if any(len(shape) != 2 or 0 in shape for shape in shapes):
         problems.add(where, name, "factors (r, in) and (out, r)", f"{shapes[0]} and {shapes[1]}",
@@ -389,36 +297,70 @@ def _read_module(
     return module
 
 
-def _check_targets(path: Path, settings: LoraSettings, modules: Any, problems: Problems) -> None:
-    """Everything the configuration names must be met by at least one module with tensors."""
+def _check_config(
+    path: Path, settings: LoraSettings, modules: Mapping[str, Any], problems: Problems
+) -> list[str]:
+    """What the configuration names and no tensor meets: problems, or cautions as in PEFT."""
     where = str(path / CONFIG_NAME)
-
-    def check(name: str, key: str, is_met: bool) -> None:
-        if not is_met:
-            problems.add(where, name, "something the tensors match", repr(key)[:100],
-                         "restore the weights, or remove the entry")  # fmt: skip
-
-    if not isinstance(settings.targets, str):
-        for target in sorted(settings.targets):
-            met = any(module == target or module.endswith(f".{target}") for module in modules)
-            check("target_modules", target, met)
-    for name, patterns in (
+    layers = set(map(layer_of, modules))
+    for name, keys in (
         ("rank_pattern", settings.rank_pattern),
         ("alpha_pattern", settings.alpha_pattern),
+        ("layers_to_transform", sorted(settings.layers_to_transform or ())),
     ):
-        for key in patterns:
-            check(name, key, any(pattern_key({key: None}, module) for module in modules))
-    layers = {int(_LAYER.match(module)[1]) for module in modules}  # type: ignore[index]
-    for layer in sorted(settings.layers_to_transform or ()):
-        check("layers_to_transform", str(layer), layer in layers)
+        for key in keys:
+            if not (
+                key in layers
+                if isinstance(key, int)
+                else any(settings.matches(module, pattern=key) for module in modules)
+            ):
+                problems.add(where, name, "something the tensors match", repr(str(key))[:100],
+                             "restore the weights, or remove the entry")  # fmt: skip
+    if isinstance(settings.targets, str):
+        return []
+    cautions = []
+    linear = [module for layer in layers for module in modules_of(layer)]
+    for target in sorted(settings.targets):
+        if any(settings.matches(module, target=target) for module in modules):
+            continue
+        meant = [module for module in linear if settings.matches(module, target=target)]
+        if not meant or not all(map(settings.is_excluded, meant)):
+            cautions.append(f"{target[:100]!r} of target_modules has no tensors")
+    return cautions
+
+
+def _implausible(modules: Sequence[Module]) -> Iterator[str]:
+    """Cautions about deltas that are seldom meant; each names how many modules, and the worst."""
+    low, high = PLAUSIBLE_SCALES
+    scales = {module.name: formula.effective_scale(module) for module in modules}
+    changes = {module.name: _change_of(module) for module in modules}
+    for found, what in (
+        ({name: -s for name, s in scales.items() if s < 0},
+         "the effective scale is negative, so that the delta is subtracted"),
+        ({name: abs(s) for name, s in scales.items() if abs(s) > high},
+         f"the effective scale is above {high:g}"),
+        ({name: 1 / abs(s) for name, s in scales.items() if abs(s) < low},
+         f"the effective scale is below {low:g}"),
+        ({name: c for name, c in changes.items() if c > PLAUSIBLE_CHANGE},
+         "the delta is larger than the weights of any language model"),
+    ):  # fmt: skip
+        if found:
+            worst = max(found, key=lambda name: found[name])
+            yield (
+                f"in {len(found)} of {len(modules)} modules {what}: {worst} has the effective "
+                f"scale {scales[worst]:g} and changes weights by about {changes[worst]:.2g}"
+            )
+
+
+def _change_of(module: Module) -> float:
+    """Root mean square of an entry of dW, as if the directions of A and B were unrelated."""
+    norms = [float(np.linalg.norm(factor.astype(np.float64))) for factor in (module.a, module.b)]
+    size = module.rank * module.shape[0] * module.shape[1]
+    return abs(formula.effective_scale(module)) * math.prod(norms) / math.sqrt(size)
 
 
 def _choose_expression(
-    path: Path,
-    safegene: _Safegene | None,
-    expression: str | None,
-    modules: Any,
-    problems: Problems,
+    path: Path, safegene: SafegeneJson | None, expression: str | None
 ) -> tuple[str, Mapping[int, float] | None]:
     """The expression's name and its coefficients by layer (None: all 1)."""
     known = tuple(safegene.coefficients) if safegene else (PLAIN_EXPRESSION,)
@@ -430,109 +372,3 @@ def _choose_expression(
                     "pass one of them, or leave --expression out")
         )  # fmt: skip
     return chosen, safegene.coefficients[chosen] if safegene else None
-
-
-def _digest_expression(safegene: _Safegene, name: str) -> str:
-    """SHA-256 of what one expression does: its base and its coefficients by layer, as compact JSON."""
-    meaning = {
-        "base_model": dict(safegene.base_model),
-        "coefficients": {str(n): c for n, c in sorted(safegene.coefficients[name].items())},
-    }
-    return sha256_of(json.dumps(meaning, sort_keys=True, separators=(",", ":")).encode())
-
-
-def _check_layers(where: str, safegene: _Safegene, modules: Any, problems: Problems) -> None:
-    """selected_layers, every expression's coefficients and the tensors name the same layers."""
-    layers = {int(_LAYER.match(module)[1]) for module in modules}  # type: ignore[index]
-    selected = safegene.selected_layers
-    for layer in sorted(selected - layers):
-        problems.add(where, "selected_layers", "layers that have tensors", f"layer {layer}",
-                     "remove it, or restore the tensors")  # fmt: skip
-    for layer in sorted(layers - selected):
-        problems.add(where, "selected_layers", f"layer {layer}, which has tensors", "not selected",
-                     "select it, or remove its tensors")  # fmt: skip
-    for name, coefficients in safegene.coefficients.items():
-        field_name = f"expressions.{name}.coefficients"
-        for layer in sorted(coefficients.keys() - layers):
-            problems.add(where, field_name, "layers that have tensors", f"layer {layer}",
-                         "remove the coefficient")  # fmt: skip
-        for layer in sorted((selected | layers) - coefficients.keys()):
-            problems.add(where, field_name, f"a coefficient for layer {layer}", "none",
-                         "add it: there is no default")  # fmt: skip
-        for layer in sorted(n for n in coefficients if n >= safegene.base_model["n_layers"]):
-            problems.add(where, field_name, f"layers below {safegene.base_model['n_layers']}",
-                         f"layer {layer}", "remove it, or correct n_layers")  # fmt: skip
-
-
-def _parse_safegene(raw: Any, where: str) -> _Safegene:
-    problems = Problems()
-    top = ("format_version", "base_model", "selected_layers", "default_expression", "expressions")
-    if not strictjson.check_keys(raw, where, problems, required=top):
-        problems.raise_if_any(AdapterError)
-    if type(raw["format_version"]) is not int or raw["format_version"] != FORMAT_VERSION:
-        problems.add(where, "format_version", FORMAT_VERSION, repr(raw["format_version"]),
-                     "use the version of safegene that made this adapter")  # fmt: skip
-        problems.raise_if_any(AdapterError)
-    base = raw["base_model"]
-    fields = ("name", "architecture", "n_layers")
-    if strictjson.check_keys(base, f"{where}: base_model", problems, required=fields):
-        for name, kind in zip(fields, (str, str, int), strict=True):
-            if type(base[name]) is not kind or not base[name]:
-                problems.add(where, f"base_model.{name}", kind.__name__, repr(base[name]), RESTORE)
-    layers = raw["selected_layers"]
-    if (
-        not isinstance(layers, list)
-        or not layers
-        or not all(type(n) is int and n >= 0 for n in layers)
-        or len(set(layers)) != len(layers)
-    ):
-        problems.add(
-            where, "selected_layers", "layer numbers, each once", repr(layers)[:100], RESTORE
-        )
-    expressions = raw["expressions"]
-    if not isinstance(expressions, dict) or not expressions:
-        problems.add(
-            where, "expressions", "at least one expression", repr(expressions)[:100], RESTORE
-        )
-    problems.raise_if_any(AdapterError)
-    coefficients, targets = {}, {}
-    for name, entry in expressions.items():
-        if not _EXPRESSION.fullmatch(name):
-            problems.add(where, "expressions", "names of letters, digits, . _ -", repr(name)[:100],
-                         "rename it")  # fmt: skip
-        coefficients[name] = _parse_expression(f"{where}: expressions.{name}", entry, problems)
-        targets[name] = entry.get("target") if isinstance(entry, dict) else None
-    if raw["default_expression"] not in expressions:
-        known = ", ".join(expressions)
-        got = repr(raw["default_expression"])[:100]
-        problems.add(where, "default_expression", f"one of {known}", got, "name one of them")
-    problems.raise_if_any(AdapterError)
-    return _Safegene(base, frozenset(layers), raw["default_expression"], coefficients, targets)
-
-
-def _parse_expression(where: str, entry: Any, problems: Problems) -> dict[int, float]:
-    optional = ("target", "n_shots")
-    if not strictjson.check_keys(
-        entry, where, problems, required=("coefficients",), optional=optional
-    ):
-        return {}
-    if not isinstance(entry.get("target", ""), str):
-        problems.add(where, "target", "a text", repr(entry["target"])[:100], RESTORE)
-    n_shots = entry.get("n_shots", 0)
-    if type(n_shots) is not int or n_shots < 0:
-        problems.add(where, "n_shots", "how many prompts it was calibrated on", repr(n_shots)[:100],
-                     RESTORE)  # fmt: skip
-    if not isinstance(entry["coefficients"], dict):
-        problems.add(where, "coefficients", "an object", type(entry["coefficients"]).__name__,
-                     RESTORE)  # fmt: skip
-        return {}
-    coefficients = {}
-    for layer, value in entry["coefficients"].items():
-        if not re.fullmatch(r"0|[1-9][0-9]{0,5}", layer):
-            problems.add(where, "coefficients", "layer numbers as keys", repr(layer)[:100], RESTORE)
-        elif type(value) not in (int, float) or not 0 < abs(value) <= sys.float_info.max:
-            problems.add(where, f"coefficients.{layer}", "a finite number that is not 0",
-                         repr(value)[:100], "to drop a layer, leave it out everywhere")  # fmt: skip
-        else:
-            coefficients[int(layer)] = float(value)
-    return coefficients

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from safegene_converter import formula
+from safegene_converter.inputs.adapter_keys import STEM
+from safegene_converter.inputs.patterns import why_refused
 from safegene_runtime.errors import AdapterError, Problems, UnsupportedError
 
-__all__ = ["HONOURED", "INERT", "REFUSED", "LoraSettings", "parse_config", "pattern_key"]
+__all__ = [
+    "DEAD", "DEFAULTS", "HONOURED", "INERT", "MODULE_PATTERNS", "REFUSED", "LoraSettings", "parse_config",
+]  # fmt: skip
 
 HONOURED = frozenset(
     {
@@ -68,12 +72,23 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 """Fields that must hold one of these values; the text says what to do otherwise."""
 
-_HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal")
-_MAX_PATTERN = 512
-_MAX_WAYS = 10**10
-"""Ways to match that are tried at worst, counted with room: `.*` six times is 41**6."""
-_MODULE_CHARACTERS = 40
-"""More than the name of any linear module of a block has."""
+DEAD: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "enable_lora": ((None, False), "it splits a fused weight: train with peft 0.21"),
+    "merge_weights": ((False, None), "save the adapter with its weights apart from the base"),
+}
+"""Fields of peft 0.1 and 0.2 that later versions ignore, and the values under which both agree."""
+
+DEFAULTS: Mapping[str, Any] = {
+    "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "fan_in_fan_out": False,
+    "init_lora_weights": True,
+}  # fmt: skip
+"""PEFT's own values of what a configuration leaves out. It does not load null in place of a number."""
+
+MODULE_PATTERNS = ("rank_pattern", "alpha_pattern")
+"""PEFT 0.21 loads no null here; other readers do, and there is one thing it can mean."""
+
+_HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_MAX_RANK = 1 << 20
 _KEY_PATTERN = r"(.*\.)?({})$"
 _LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 _ALL_LINEAR = "all-linear"
@@ -84,9 +99,12 @@ _RESTORE = "restore the file that PEFT saved with these weights"
 class LoraSettings:
     """The honoured fields, checked; methods answer for one module as PEFT would.
 
+    Modules are named as in the text model. PEFT matched the names of the model that was trained.
+
     Attributes:
         targets: names or suffixes of modules, or one regular expression (a str).
         layers_to_transform: None, or the only layers that `targets` applies to.
+        stem: where the model that was trained keeps its text layers.
     """
 
     rank: int
@@ -98,15 +116,16 @@ class LoraSettings:
     excluded: frozenset[str] | str
     layers_to_transform: frozenset[int] | None
     layers_pattern: tuple[str, ...] = field(default=())
+    stem: str = STEM
 
     def rank_of(self, module: str) -> int:
         """The rank PEFT gives a module: the first matching pattern wins."""
-        key = pattern_key(self.rank_pattern, module)
+        key = _pattern_key(self.rank_pattern, self._trained(module))
         return self.rank if key is None else self.rank_pattern[key]
 
     def alpha_of(self, module: str) -> float:
         """The alpha PEFT gives a module: the first matching pattern wins."""
-        key = pattern_key(self.alpha_pattern, module)
+        key = _pattern_key(self.alpha_pattern, self._trained(module))
         return self.alpha if key is None else self.alpha_pattern[key]
 
     def scaling_of(self, module: str) -> float:
@@ -115,11 +134,9 @@ class LoraSettings:
 
     def is_target(self, module: str) -> bool:
         """Whether PEFT would put a LoRA on this linear module."""
-        if isinstance(self.excluded, str):
-            if self.excluded and re.fullmatch(self.excluded, module):
-                return False
-        elif _names(self.excluded, module):
+        if self.is_excluded(module):
             return False
+        module = self._trained(module)
         if isinstance(self.targets, str):
             return self.targets.lower() == _ALL_LINEAR or bool(re.fullmatch(self.targets, module))
         if module in self.targets:
@@ -127,6 +144,24 @@ class LoraSettings:
         if not _names(self.targets, module):
             return False
         return not self.layers_to_transform or self._layer_of(module) in self.layers_to_transform
+
+    def is_excluded(self, module: str) -> bool:
+        """Whether PEFT would leave this module alone although it is targeted."""
+        module = self._trained(module)
+        if isinstance(self.excluded, str):
+            return bool(self.excluded and re.fullmatch(self.excluded, module))
+        return _names(self.excluded, module)
+
+    def matches(self, module: str, *, target: str = "", pattern: str = "") -> bool:
+        """Whether an entry of `targets`, or a key of a pattern, is about this module."""
+        module = self._trained(module)
+        if pattern:
+            return _pattern_key({pattern: None}, module) is not None
+        return _names(frozenset({target}), module)
+
+    def _trained(self, module: str) -> str:
+        """The name of a module in the model that was trained."""
+        return self.stem + module.removeprefix(STEM) if self.stem != STEM else module
 
     def _layer_of(self, module: str) -> int | None:
         patterns = [_LAYERS_PATTERN.format(pattern) for pattern in self.layers_pattern]
@@ -136,7 +171,7 @@ class LoraSettings:
         return None
 
 
-def pattern_key(patterns: Mapping[str, Any], module: str) -> str | None:
+def _pattern_key(patterns: Mapping[str, Any], module: str) -> str | None:
     """The first pattern that matches a module, as `peft.utils.other.get_pattern_key`."""
     for pattern in patterns:
         if re.match(_KEY_PATTERN.format(pattern), module):
@@ -155,18 +190,18 @@ def parse_config(config: Any, where: str) -> LoraSettings:
     if not isinstance(config, dict):
         problems.add(where, "value", "a JSON object", type(config).__name__, _RESTORE)
         problems.raise_if_any(AdapterError)
-    known = HONOURED | INERT | REFUSED.keys()
+    known = HONOURED | INERT | REFUSED.keys() | DEAD.keys()
     for name in sorted(config.keys() - known):
         problems.add(where, name, "a field of peft 0.21's LoraConfig", "an unknown field",
                      "remove it if it changes nothing, or save with peft 0.21")  # fmt: skip
     if config.get("peft_type") != "LORA":
         refused.add(where, "peft_type", "LORA", repr(config.get("peft_type")),
                     "only LoRA-shaped adapters can be folded")  # fmt: skip
-    for name, (allowed, fix) in REFUSED.items():
+    for name, (allowed, fix) in (*REFUSED.items(), *DEAD.items()):
         value = config.get(name, allowed[0])
         if not any(value is a or (value == a and type(value) is type(a)) for a in allowed):
             refused.add(where, name, f"{allowed[0]!r}", repr(value)[:100], fix)
-    init = config.get("init_lora_weights", True)
+    init = config.get("init_lora_weights", DEFAULTS["init_lora_weights"])
     if not any(init is a or (isinstance(a, str) and init == a) for a in _HARMLESS_INITS):
         refused.add(where, "init_lora_weights", "an initialisation that leaves the base alone",
                     repr(init)[:100], "it changed the base weights: convert the adapter to plain "
@@ -187,7 +222,7 @@ def _check_inert(config: Mapping[str, Any], where: str, problems: Problems) -> N
         problems.add(
             where, "task_type", "a task of PEFT such as CAUSAL_LM", repr(task)[:100], _RESTORE
         )
-    dropout = config.get("lora_dropout", 0.0)
+    dropout = config.get("lora_dropout", DEFAULTS["lora_dropout"])
     if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
         problems.add(where, "lora_dropout", "a number from 0 to 1", repr(dropout)[:100], _RESTORE)
     for name in _INERT_OBJECTS:
@@ -196,26 +231,28 @@ def _check_inert(config: Mapping[str, Any], where: str, problems: Problems) -> N
 
 
 def _parse_honoured(config: Mapping[str, Any], where: str, problems: Problems) -> LoraSettings:
-    rank = config.get("r")
-    if type(rank) is not int or rank <= 0:
-        problems.add(where, "r", "a positive integer", repr(rank), _RESTORE)
+    rank = config.get("r", DEFAULTS["r"])
+    if not _is_rank(rank):
+        problems.add(where, "r", "a positive integer", repr(rank)[:100], _RESTORE)
         rank = 1
-    alpha = config.get("lora_alpha")
+    alpha = config.get("lora_alpha", DEFAULTS["lora_alpha"])
     if not _is_scale(alpha):
-        problems.add(where, "lora_alpha", "a number above 0", repr(alpha),
+        problems.add(where, "lora_alpha", "a number above 0", repr(alpha)[:100],
                      "the scale would be zero or undefined: llama.cpp reads 0 as 1")  # fmt: skip
         alpha = 1
-    for name in ("use_rslora", "fan_in_fan_out"):
-        if type(config.get(name, False)) is not bool:
-            problems.add(where, name, "true or false", repr(config[name]), _RESTORE)
+    for name in ("use_rslora", "fan_in_fan_out"):  # null is false, for PEFT as for us
+        if type(config.get(name)) not in (bool, type(None)):
+            problems.add(where, name, "true or false", repr(config[name])[:100], _RESTORE)
     ranks = _parse_pattern(config, "rank_pattern", where, problems)
     for key, value in ranks.items():
-        if type(value) is not int or value <= 0:
-            problems.add(where, f"rank_pattern.{key}", "a positive integer", repr(value), _RESTORE)
+        if not _is_rank(value):
+            got = repr(value)[:100]
+            problems.add(where, f"rank_pattern.{key}", "a positive integer", got, _RESTORE)
     alphas = _parse_pattern(config, "alpha_pattern", where, problems)
     for key, value in alphas.items():
         if not _is_scale(value):
-            problems.add(where, f"alpha_pattern.{key}", "a number above 0", repr(value), _RESTORE)
+            got = repr(value)[:100]
+            problems.add(where, f"alpha_pattern.{key}", "a number above 0", got, _RESTORE)
     targets = _parse_modules(config, "target_modules", where, problems)
     if not targets:
         problems.add(where, "target_modules", "the modules the adapter was trained on", "none",
@@ -223,7 +260,7 @@ def _parse_honoured(config: Mapping[str, Any], where: str, problems: Problems) -
     layers, patterns = _parse_layers(config, where, problems)
     return LoraSettings(
         rank=rank,
-        alpha=alpha,  # type: ignore[arg-type]
+        alpha=alpha,
         use_rslora=config.get("use_rslora") is True,
         rank_pattern=ranks,
         alpha_pattern=alphas,
@@ -298,7 +335,7 @@ def _parse_layers(
 def _is_pattern(
     pattern: str, where: str, name: str, problems: Problems, around: str = "{}"
 ) -> bool:
-    """Whether a pattern compiles, is short, and ends: else it is no module name but an attack.
+    """Whether a pattern compiles and is quick to match; notes why not.
 
     Args:
         pattern: what the configuration says.
@@ -307,50 +344,16 @@ def _is_pattern(
         problems: gets what is wrong.
         around: what PEFT matches, with the pattern in its place.
     """
-    try:
-        if len(pattern) > _MAX_PATTERN:
-            raise re.error("too long")
-        re.compile(pattern)
-        parsed = re._parser.parse(around.format(pattern))  # type: ignore[attr-defined]
-        if _ways(parsed) >= _MAX_WAYS:
-            raise re.error("it may match in so many ways that it would not end")
-    except (re.error, RecursionError, OverflowError) as error:
-        problems.add(where, name, "a regular expression", f"{pattern[:80]!r} ({error})",
+    if reason := why_refused(pattern, around):
+        problems.add(where, name, "a regular expression that is quick to match",
+                     f"{pattern[:80]!r} ({reason})",
                      "list the modules, or repeat less within what is repeated")  # fmt: skip
         return False
     return True
 
 
-def _ways(parsed: Iterable[tuple[Any, Any]]) -> int:
-    """In how many ways a parsed pattern could match a module's name, at most; up to `_MAX_WAYS`.
-
-    The matcher tries one after the other, and all of them where none fits: `(.*)*x` has 41**40.
-    """
-    total = 1
-    for operator, argument in parsed:
-        total = min(total * _ways_of(str(operator), argument), _MAX_WAYS)
-    return total
-
-
-def _ways_of(operator: str, argument: Any) -> int:
-    if operator.endswith("REPEAT"):
-        least, most, body = argument
-        ways = _ways(body)
-        found, most = 0, min(int(most), _MODULE_CHARACTERS)
-        for count in range(min(least, most), most + 1):
-            found = min(found + ways**count, _MAX_WAYS)
-        return found
-    if operator == "BRANCH":
-        return sum(map(_ways, argument[1]))
-    if operator == "SUBPATTERN":
-        return _ways(argument[-1])
-    if operator in ("ASSERT", "ASSERT_NOT"):
-        return _ways(argument[1])
-    if operator == "ATOMIC_GROUP":
-        return _ways(argument)
-    if operator == "GROUPREF_EXISTS":
-        return _ways(argument[1]) + _ways(argument[2] or ())
-    return 1  # one character, one place, or the text of a group again
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value <= _MAX_RANK
 
 
 def _is_scale(value: Any) -> bool:

@@ -26,8 +26,12 @@ from safegene_runtime.formats.files import open_regular
 __all__ = ["SafetensorsFile", "SafetensorsTensor", "read_safetensors"]
 
 MAX_HEADER_BYTES = 16 << 20
-MAX_TENSORS = 200_000
+MAX_TENSORS = 50_000
+MAX_MARKS = 16 * MAX_TENSORS
+"""Commas and colons of a header: a tensor of two dimensions has nine, and each costs memory."""
 SAVE_AGAIN = "save the file again"
+MAX_PROBLEMS = 100
+"""More than anyone reads; a hostile header has one for each of its tensors."""
 MAX_DIMS = 8
 LENGTH_BYTES = 8
 
@@ -111,13 +115,22 @@ def read_safetensors(path: Path, data: bytes | None = None) -> SafetensorsFile:
             overlap, leave holes, or do not cover the file.
     """
     if data is not None:
-        return SafetensorsFile(path, _parse(path, data, len(data)), data)
+        return SafetensorsFile(path, _parse_within_memory(path, data, len(data)), data)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(LENGTH_BYTES)
-        length = int.from_bytes(head, "little") if len(head) == LENGTH_BYTES else 0
-        head += file.read(min(length, MAX_HEADER_BYTES))
-    return SafetensorsFile(path, _parse(path, head, size))
+        # no more than there is: `read` asks for all of its memory first
+        head += file.read(min(int.from_bytes(head, "little"), MAX_HEADER_BYTES, size))
+    return SafetensorsFile(path, _parse_within_memory(path, head, size))
+
+
+def _parse_within_memory(path: Path, head: bytes, size: int) -> dict[str, SafetensorsTensor]:
+    try:
+        return _parse(path, head, size)
+    except MemoryError:
+        raise FormatError(
+            Problem(str(path), "header", "one that fits into memory", "more", "free some memory")
+        ) from None
 
 
 def _parse(path: Path, head: bytes, size: int) -> dict[str, SafetensorsTensor]:
@@ -137,6 +150,9 @@ def _parse(path: Path, head: bytes, size: int) -> dict[str, SafetensorsTensor]:
     header = head[LENGTH_BYTES : LENGTH_BYTES + length]
     if not header.startswith(b"{"):
         raise wrong("header", "a JSON object", repr(header[:16]), "is it a safetensors file?")
+    marks = header.count(b",") + header.count(b":")
+    if marks > MAX_MARKS:
+        raise wrong("header", f"at most {MAX_MARKS} commas and colons", marks)
     raw = strictjson.loads(header, where)
     if not isinstance(raw, dict):
         raise wrong("header", "a JSON object", type(raw).__name__)
@@ -147,11 +163,13 @@ def _parse(path: Path, head: bytes, size: int) -> dict[str, SafetensorsTensor]:
         raise wrong("header", f"at most {MAX_TENSORS} tensors", len(raw))
     problems = Problems()
     start = LENGTH_BYTES + length
-    tensors = {
-        name: tensor
-        for name, entry in raw.items()
-        if (tensor := _tensor(where, name, entry, start, problems))
-    }
+    tensors = {}
+    for name, entry in raw.items():
+        tensor = _tensor(where, name, entry, start, problems)
+        if tensor is not None:
+            tensors[name] = tensor
+        elif len(problems) >= MAX_PROBLEMS:
+            break
     problems.raise_if_any(FormatError)
     position = start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
@@ -160,8 +178,10 @@ def _parse(path: Path, head: bytes, size: int) -> dict[str, SafetensorsTensor]:
             got = f"{tensor.begin - start} ({what} bytes)"
             problems.add(where, f"{name}.data_offsets", f"to start at {position - start}", got,
                          SAVE_AGAIN)  # fmt: skip
+            if len(problems) >= MAX_PROBLEMS:
+                break
         position = max(position, tensor.end)
-    if position != size:
+    if position != size and not problems:
         got = f"{size} bytes"
         problems.add(where, "size", f"{position} bytes", got, "truncated, or bytes were added")
     problems.raise_if_any(FormatError)
@@ -176,8 +196,9 @@ def _tensor(
     if not strictjson.check_keys(entry, f"{where}: {name}", problems, required=fields):
         return None
     dtype, shape, offsets = (entry[key] for key in fields)
-    if dtype not in _BITS:
-        problems.add(where, f"{name}.dtype", f"one of {', '.join(_BITS)}", repr(dtype), SAVE_AGAIN)
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        problems.add(where, f"{name}.dtype", f"one of {', '.join(_BITS)}", repr(dtype)[:100],
+                     SAVE_AGAIN)  # fmt: skip
         return None
     if not _is_counts(shape) or len(shape) > MAX_DIMS:
         problems.add(

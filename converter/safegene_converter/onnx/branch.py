@@ -14,9 +14,10 @@ from safegene_converter.fold.survival import Meter, Mode, Survival, passes
 from safegene_converter.inputs.adapter import Module
 from safegene_converter.inputs.onnx_graph import Linear
 from safegene_converter.onnx import weights
-from safegene_converter.onnx.job import Job, Touched
+from safegene_converter.onnx.fold import OnnxFold, Touched
 from safegene_converter.onnx.writer import Change, insert_nodes
 from safegene_runtime.artifact.manifest import ModuleEntry, SlotEntry
+from safegene_runtime.artifact.provenance import FACTOR_MARK
 from safegene_runtime.errors import BaseModelError, Problems, SurvivalError
 from safegene_runtime.formats.files import sha256_of
 from safegene_runtime.formats.onnx.file import OnnxFile
@@ -32,7 +33,7 @@ ADAPTER_VERSION = 1
 def slot_names(linear: Linear) -> tuple[str, str]:
     """The names of A and B in the graph, and in the `.onnx_adapter`."""
     stem = linear.weight.name.removesuffix(".weight").removesuffix("_Q4").removesuffix("_Q8")
-    return f"{stem}.safegene.lora_A", f"{stem}.safegene.lora_B"
+    return f"{stem}{FACTOR_MARK}A", f"{stem}{FACTOR_MARK}B"
 
 
 def _slot_type(model: OnnxFile, linear: Linear) -> DataType:
@@ -40,13 +41,13 @@ def _slot_type(model: OnnxFile, linear: Linear) -> DataType:
     return weights.kind_of(model, linear).data_type
 
 
-def slots_of(job: Job) -> Iterator[tuple[Touched, tuple[str, str], DataType, list[Any]]]:
+def slots_of(fold: OnnxFold) -> Iterator[tuple[Touched, tuple[str, str], DataType, list[Any]]]:
     """Each touched weight with the names, the type and the values of its factors, as stored.
 
     A^T (in, R) and B^T (R, out): what MatMul wants on its right.
     """
-    for one in job.touched:
-        kind = _slot_type(job.base.model, one.linear)
+    for one in fold.touched:
+        kind = _slot_type(fold.base.model, one.linear)
         a, b = one.factors()
         values = [
             np.ascontiguousarray(weights.from_float32(np.ascontiguousarray(factor.T), kind))
@@ -55,13 +56,13 @@ def slots_of(job: Job) -> Iterator[tuple[Touched, tuple[str, str], DataType, lis
         yield one, slot_names(one.linear), kind, values
 
 
-def slot_entries(job: Job) -> tuple[SlotEntry, ...]:
+def slot_entries(fold: OnnxFold) -> tuple[SlotEntry, ...]:
     """What the manifest says of the slots, in the order of their names."""
     return tuple(
         sorted(
             (
                 SlotEntry(name, (value.shape[0], value.shape[1]), FLOAT_DATA[kind])
-                for _, slots, kind, values in slots_of(job)
+                for _, slots, kind, values in slots_of(fold)
                 for name, value in zip(slots, values, strict=True)
             ),
             key=lambda entry: entry.name,
@@ -69,11 +70,11 @@ def slot_entries(job: Job) -> tuple[SlotEntry, ...]:
     )
 
 
-def branch(job: Job, proto: Any, change: Change, tell: Progress) -> list[ModuleEntry]:
+def branch(fold: OnnxFold, proto: Any, change: Change, tell: Progress) -> list[ModuleEntry]:
     """Adds the factors behind every touched linear, as constants or, for `adapter`, as slots.
 
     Args:
-        job: the request.
+        fold: what is folded into what.
         proto: the graph, changed here.
         change: the initializers that come with it.
         tell: told how far it is.
@@ -88,16 +89,16 @@ def branch(job: Job, proto: Any, change: Change, tell: Progress) -> list[ModuleE
     modules: list[ModuleEntry] = []
     problems, clashes = Problems(), Problems()
     node_type = type(graph.node[0])
-    for number, (one, slots, kind, values) in enumerate(slots_of(job)):
+    for number, (one, slots, kind, values) in enumerate(slots_of(fold)):
         linear = one.linear
         for name in slots:
             if name in taken:
                 clashes.add(
-                    str(job.base.model.path), name, "a name that is free", "one that is taken",
+                    str(fold.base.model.path), name, "a name that is free", "one that is taken",
                     "rename it in the base",
                 )  # fmt: skip
             taken.add(name)
-        if job.form == "branch":
+        if not fold.form.has_slots:
             for name, value in zip(slots, values, strict=True):
                 change.added[name] = (value, kind, tuple(value.shape))
         else:
@@ -120,7 +121,7 @@ def branch(job: Job, proto: Any, change: Change, tell: Progress) -> list[ModuleE
             survival = None
             if kind is not DataType.FLOAT:
                 survival = _factor_survival(module, kind)
-                if not passes(survival, job.bounds):
+                if not passes(survival, fold.bounds):
                     problems.add(
                         place.tensor, "survival", "a delta that survives in " + kind.name,
                         f"gain {survival.gain:.3f}, relative error {survival.relative_error:.3f}",
@@ -129,13 +130,13 @@ def branch(job: Job, proto: Any, change: Change, tell: Progress) -> list[ModuleE
             modules.append(
                 module_entry(
                     module, place.tensor,
-                    weights.kind_of(job.base.model, linear).name,
-                    weights.kind_of(job.base.model, linear).name,
+                    weights.kind_of(fold.base.model, linear).name,
+                    weights.kind_of(fold.base.model, linear).name,
                     0, sum(value.nbytes for value in values) // len(one.parts),
                     sha256_of(b"".join(value.tobytes() for value in values)), survival,
                 )
             )  # fmt: skip
-        tell("adding branches", number + 1, len(job.touched))
+        tell("adding branches", number + 1, len(fold.touched))
     clashes.raise_if_any(BaseModelError)
     problems.raise_if_any(SurvivalError)
     insert_nodes(graph, after)
@@ -144,14 +145,12 @@ def branch(job: Job, proto: Any, change: Change, tell: Progress) -> list[ModuleE
 
 def _factor_survival(module: Module, kind: DataType) -> Survival:
     """What rounding the factors to the graph's own type leaves of the delta."""
-    b, a = formula.scaled_b(module), module.a
     stored = [
         weights.to_float32(weights.from_float32(np.ascontiguousarray(factor), kind), kind)
-        for factor in (b, a)
+        for factor in (formula.scaled_b(module), module.a)
     ]
-    meter = Meter(Mode.GRID)
-    delta = b @ a
-    meter.add(np.zeros_like(delta), delta, stored[0] @ stored[1])
+    meter, delta = Meter(Mode.GRID), formula.delta(module)
+    meter.add(np.zeros_like(delta), delta, formula.product(*stored))
     return meter.result()
 
 
@@ -179,12 +178,12 @@ def _add_inputs(
         change.added[name] = (np.zeros(empty, dtype), kind, empty)
 
 
-def write_adapter(job: Job, path: Path) -> None:
+def write_adapter(fold: OnnxFold, path: Path) -> None:
     """The values of all slots, in the file format of `onnxruntime.LoraAdapter`."""
     import onnxruntime
 
     parameters = {}
-    for _, slots, kind, values in slots_of(job):
+    for _, slots, kind, values in slots_of(fold):
         for name, value in zip(slots, values, strict=True):
             if kind is DataType.BFLOAT16:
                 made = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(value, int(kind))

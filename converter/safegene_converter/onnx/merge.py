@@ -13,7 +13,7 @@ from safegene_converter.fold.manifest_lines import module_entry
 from safegene_converter.fold.survival import Meter, Mode, Survival, passes
 from safegene_converter.inputs.onnx_graph import Linear, Place, users_of
 from safegene_converter.onnx import weights
-from safegene_converter.onnx.job import Job, Touched
+from safegene_converter.onnx.fold import OnnxFold, Touched
 from safegene_converter.onnx.weights import Encoded
 from safegene_converter.onnx.writer import Change, insert_nodes
 from safegene_runtime.artifact.manifest import ModuleEntry
@@ -30,11 +30,11 @@ INT_ATTRIBUTE = 2
 """AttributeProto.INT."""
 
 
-def merge(job: Job, proto: Any, change: Change, tell: Progress) -> list[ModuleEntry]:
+def merge(fold: OnnxFold, proto: Any, change: Change, tell: Progress) -> list[ModuleEntry]:
     """Merges every touched weight, promoted where the gate asks for it.
 
     Args:
-        job: the request.
+        fold: what is folded into what.
         proto: the graph; the nodes of promoted weights are changed here.
         change: the initializers that come with it.
         tell: told how far it is.
@@ -44,27 +44,27 @@ def merge(job: Job, proto: Any, change: Change, tell: Progress) -> list[ModuleEn
     """
     modules: list[ModuleEntry] = []
     problems = Problems()
-    users = users_of(job.base.model)
+    users = users_of(fold.base.model)
     after: dict[int, list[Any]] = {}
-    for number, one in enumerate(job.touched):
+    for number, one in enumerate(fold.touched):
         try:
-            encoded, survivals = _merge_one(job, one)
+            encoded, survivals = _merge_one(fold, one)
         except SurvivalError as error:
             problems.extend(error.problems)
             continue
         finally:
-            tell("merging", number + 1, len(job.touched))
-        before = weights.kind_of(job.base.model, one.linear)
+            tell("merging", number + 1, len(fold.touched))
+        before = weights.kind_of(fold.base.model, one.linear)
         index = one.linear.node
         node = proto.graph.node[index]
-        if follows := _store(job.base.model, one.linear, encoded, node, change, users):
+        if follows := _store(fold.base.model, one.linear, encoded, node, change, users):
             after[index] = [follows]
         for (module, place), survival in zip(one.parts, survivals, strict=True):
             share = module.shape[0] / one.linear.shape[0]
             modules.append(
                 module_entry(
                     module, place.tensor, before.name, encoded.kind.name,
-                    round(_stored_bytes(job.base.model, one.linear) * share),
+                    round(_stored_bytes(fold.base.model, one.linear) * share),
                     round(encoded.nbytes * share),
                     sha256_of(b"".join(_row_bytes(encoded, one.linear, place))),
                     survival,
@@ -75,17 +75,17 @@ def merge(job: Job, proto: Any, change: Change, tell: Progress) -> list[ModuleEn
     return sorted(modules, key=lambda entry: entry.tensor)
 
 
-def _merge_one(job: Job, one: Touched) -> tuple[Encoded, list[Survival]]:
+def _merge_one(fold: OnnxFold, one: Touched) -> tuple[Encoded, list[Survival]]:
     """Tries kinds, cheapest first, until the delta of every module survives."""
-    model, linear = job.base.model, one.linear
+    model, linear = fold.base.model, one.linear
     now = weights.kind_of(model, linear)
     stored_base = weights.read_weight(model, linear)
     # with the float weights at hand they are what the delta is added to, and quantised once
-    once = job.hf is not None and now.name != "F32"
-    base = _float_weight(job, one, stored_base) if once else stored_base
+    once = fold.hf is not None and now.name != "F32"
+    base = _float_weight(fold, one, stored_base) if once else stored_base
     delta = one.delta()
     tried: list[str] = []
-    kinds = weights.kinds_to_try(now, linear.shape) if job.promote else (now,)
+    kinds = weights.kinds_to_try(now, linear.shape) if fold.promote else (now,)
     for kind in kinds:
         encoded, decoded = weights.encode(base + delta, kind, linear)
         own = None
@@ -102,7 +102,7 @@ def _merge_one(job: Job, one: Touched) -> tuple[Encoded, list[Survival]]:
                 np.ascontiguousarray(own[rows]) if own is not None else None,
             )
             survivals.append(meter.result())
-        if all(passes(survival, job.bounds) for survival in survivals):
+        if all(passes(survival, fold.bounds) for survival in survivals):
             if kind == now and now.blocks is not None:
                 packed = weights.read_packed(model, linear)
                 encoded = weights.keep_rows(encoded, packed, one.rows)
@@ -115,30 +115,30 @@ def _merge_one(job: Job, one: Touched) -> tuple[Encoded, list[Survival]]:
         Problem(
             linear.name,
             "survival",
-            f"gain in [{job.bounds.gain_min:g}, {job.bounds.gain_max:g}] and relative error <= "
-            f"{job.bounds.error_max:g}",
+            f"gain in [{fold.bounds.gain_min:g}, {fold.bounds.gain_max:g}] and relative error <= "
+            f"{fold.bounds.error_max:g}",
             "; ".join(tried),
             "use --as branch, which keeps the delta in float",
         )
     )
 
 
-def _float_weight(job: Job, one: Touched, stored: Rows) -> Rows:
+def _float_weight(fold: OnnxFold, one: Touched, stored: Rows) -> Rows:
     """The weight before it was exported, (out, in).
 
     Rows of other modules as well where they are packed: a promotion rounds all rows anew. In floats
     nothing happens to them, so they stay what the graph has.
     """
-    if job.hf is None:
+    if fold.hf is None:
         return stored
     base = stored.copy()
     touched = {module.name for module, _ in one.parts}
-    for module, places in job.base.places.items():
+    for module, places in fold.base.places.items():
         if one.linear.layout != "nbits" and module not in touched:
             continue
         for place in places:
             if place.linear.node == one.linear.node:
-                base[slice(*place.rows)] = job.hf.read_weight(module)
+                base[slice(*place.rows)] = fold.hf.read_weight(module)
     return base
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safegene_converter.inputs.onnx_graph import PASS_ON
 from safegene_runtime.errors import PostconditionError, Problem
+from safegene_runtime.formats.onnx.linear import PASS_ON
 
 __all__ = ["OnnxReader", "StoredWeight", "fields_of"]
 

@@ -33,10 +33,11 @@ import numpy.typing as npt
 
 from safegene_converter.fold.effect import PROBE, REPORT, Gain, compared_rows, effect, scaled_b
 from safegene_converter.inputs.adapter import Adapter, Module, read_adapter
-from safegene_converter.onnx.job import WEIGHT_ERROR_MAX
+from safegene_converter.onnx.fold import WEIGHT_ERROR_MAX
 from safegene_converter.onnx.reader import OnnxReader, StoredWeight
 from safegene_converter.onnx.unchanged import NOTHING_ELSE, compare_unchanged
-from safegene_runtime.child import answer_job, run_job
+from safegene_runtime.artifact.forms import ONNX, Form, form_named
+from safegene_runtime.child import answer_job, deadline_for, run_job
 from safegene_runtime.engines.ort import OrtEngine
 from safegene_runtime.errors import PostconditionError, Problems
 from safegene_runtime.formats.onnx.file import read_onnx
@@ -63,7 +64,7 @@ def check_onnx(
     form: str,
     slots: dict[str, Any],
     survived: tuple[float, float],
-    is_float: bool,
+    precision: str,
 ) -> dict[str, Any]:
     """Checks a finished artifact in a child process.
 
@@ -73,10 +74,10 @@ def check_onnx(
         adapter_file: its .onnx_adapter, for that form.
         oracle: a graph with a branch: the artifact, or one made for this check.
         adapter: what went in.
-        form: `merged`, `branch` or `adapter`.
+        form: of the artifact, by name.
         slots: {weight: {"names": [A, B], "modules": [[module, first row, end]]}}.
         survived: the least and the greatest gain that counted as surviving a merge.
-        is_float: whether the artifact's arithmetic is the branch's but for rounding.
+        precision: the class that the rounding of the artifact beside the branch is of.
 
     Returns:
         {"beta": ..., "shift": root mean square of the expected change of the logits}.
@@ -94,16 +95,22 @@ def check_onnx(
         "form": form,
         "slots": slots,
         "survived": survived,
-        "is_float": is_float,
+        "precision": precision,
     }
     what = f"self-check of {artifact}"
-    return run_job("safegene_converter.onnx.selfcheck", job, what=what, error=PostconditionError)
+    return run_job(
+        "safegene_converter.onnx.selfcheck",
+        job,
+        what=what,
+        error=PostconditionError,
+        deadline_s=deadline_for(base.parent, artifact.parent, oracle.parent, adapter.path),
+    )
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
     problems = Problems()
     artifact, oracle = Path(job["artifact"]), Path(job["oracle"])
-    _check_graph(artifact, Path(job["base"]), job["form"] == "adapter", problems)
+    _check_graph(artifact, Path(job["base"]), _form(job).has_slots, problems)
     _compare(job, problems)
     problems.raise_if_any(PostconditionError)
     z_base = _probe(Path(job["base"]), None)
@@ -115,10 +122,14 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
             str(artifact), "logits without the adapter", "the base's, bit for bit", "others",
             "rank 0 adds nothing: please report this",
         )  # fmt: skip
-    band = beta_band("f16" if job["is_float"] else "unknown")
+    band = beta_band(job["precision"])
     found = effect(band, z_base, z_expected, z_artifact, str(artifact), problems)
     problems.raise_if_any(PostconditionError)
     return found
+
+
+def _form(job: dict[str, Any]) -> Form:
+    return form_named(ONNX, job["form"])
 
 
 def _check_graph(path: Path, base: Path, has_slots: bool, problems: Problems) -> None:
@@ -154,14 +165,14 @@ def _compare(job: dict[str, Any], problems: Problems) -> None:
     oracle = artifact if job["oracle"] == job["artifact"] else OnnxReader(Path(job["oracle"]))
     slots: Slots = job["slots"]
     _compare_factors(str(oracle.path), _constants(oracle), slots, modules, problems)
-    if job["form"] == "adapter":
+    if _form(job).has_slots:
         path = Path(job["adapter_file"])
         _compare_factors(
             str(path), _adapter_values(path, slots, problems), slots, modules, problems
         )
-    if job["form"] == "merged":
+    if _form(job).merges:
         _compare_weights(base, artifact, slots, modules, job["survived"], problems)
-    compare_unchanged(base, artifact, slots, job["form"], problems)
+    compare_unchanged(base, artifact, slots, _form(job), problems)
 
 
 def _constants(model: OnnxReader) -> ReadFactor:

@@ -1,9 +1,7 @@
 """The weights of an ONNX linear as (out, in) float32, and back into the bytes of its initializers.
 
 A weight is stored as one float initializer, or as the two or three of `MatMulNBits`; the runtime's
-`onnx_linear` reads it. Encoding gives
-the new content of those initializers by name, and, where a weight was promoted to another kind, what
-has to become of the node.
+`formats.onnx.linear` reads it. Encoding gives the new content of those initializers by role.
 """
 
 from __future__ import annotations
@@ -15,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safegene_converter.encoding import nbits
+from safegene_converter.encoding import nbits_quantizer
 from safegene_converter.inputs.onnx_graph import Linear
+from safegene_runtime.formats.onnx import nbits
 from safegene_runtime.formats.onnx.file import OnnxFile
 from safegene_runtime.formats.onnx.linear import (
     FLOAT_DATA,
@@ -69,10 +68,10 @@ def kind_of(model: OnnxFile, linear: Linear) -> Kind:
         BaseModelError: a MatMulNBits with a group index or another layout we do not know.
     """
     if linear.layout != "nbits":
-        return Kind(FLOAT_DATA[linear.weight.dtype], linear.weight.dtype)
+        return Kind(linear.type, linear.weight.dtype)
     packed = read_packed(model, linear)
     scales = part_of(model, linear, 2)
-    return Kind(f"INT{packed.kind.bits}", scales.dtype, packed.kind)
+    return Kind(linear.type, scales.dtype, packed.kind)
 
 
 def from_float32(values: Rows, kind: DataType) -> npt.NDArray[Any]:
@@ -105,7 +104,7 @@ def encode(weight: Rows, kind: Kind, linear: Linear) -> tuple[Encoded, Rows]:
     A float weight keeps the layout of the linear; one that was packed becomes (in, out).
     """
     if kind.blocks is not None:
-        packed = nbits.quantize(weight, kind.blocks)
+        packed = nbits_quantizer.quantize(weight, kind.blocks)
         parts: dict[str, npt.NDArray[Any]] = {"weight": packed.b, "scales": packed.scales}
         if packed.zero_points is not None:
             parts["zero_points"] = packed.zero_points

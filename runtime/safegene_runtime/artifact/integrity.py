@@ -1,26 +1,27 @@
-"""The first rung: the folder is what its manifest says, and belongs to this reference."""
+"""The rung `integrity`: the folder is what its manifest says, and belongs to this reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safegene_runtime.artifact.forms import ONNX
 from safegene_runtime.artifact.manifest import Manifest, check_files
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, check_provenance
 from safegene_runtime.errors import EngineError, ManifestError, Problem, Problems, RecordError
-from safegene_runtime.formats.files import sha256_file
-from safegene_runtime.formats.gguf import GGUFModel, open_model, read_gguf
+from safegene_runtime.formats.gguf.header import read_gguf
+from safegene_runtime.formats.gguf.model import GGUFModel, open_model
+from safegene_runtime.formats.gguf.weights import elements_by_type
+from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.bounds import precision_of
+from safegene_runtime.progress import Progress, counted
 from safegene_runtime.record.reference import Reference
 
-__all__ = ["Served", "check_integrity", "model_precision"]
-
-Tell = Callable[[str, int, int], None]
+__all__ = ["ServedModel", "check_integrity", "model_precision"]
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """What an artifact makes an engine run, and the bounds class of its weights."""
 
     model: Path
@@ -29,38 +30,38 @@ class Served:
 
 
 def check_integrity(
-    manifest: Manifest, folder: Path, record: Reference | None, base: Path | None, tell: Tell
-) -> Served:
+    manifest: Manifest,
+    folder: Path,
+    record: Reference | None,
+    base: Path | None,
+    tell: Progress,
+    files: SealedFiles,
+) -> ServedModel:
     """Holds the files against the manifest, and the manifest against the reference, if there is one.
+
+    What is read is kept in `files`, which is entered: nothing of it is read from the disk again.
 
     Raises:
         ManifestError: the folder is not what its manifest says.
         RecordError: the reference was recorded with another adapter or expression.
         EngineError: a sidecar without its base, or a base where none is needed.
         FormatError: a model file that breaks its format.
+        UnsupportedError: weights whose precision is not known.
     """
-    total, done = sum(entry.size_bytes for entry in manifest.files), 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("hashing the artifact", done, total)
-
-    check_files(manifest, folder, step)
+    total = sum(entry.size_bytes for entry in manifest.files)
+    step = counted(tell, "hashing the artifact", total)
+    check_files(manifest, folder, step, files)
     # without one it serves, and does not verify: what it was verified against is in the manifest
     if record is not None:
         _check_same_adapter(manifest, folder, record)
     problems = Problems()
-    needed = {"sidecar": ("adapter",), "adapter": ("model", "adapter")}.get(
-        manifest.artifact["form"], ("model",)
-    )
-    entries = {role: manifest.file(role) for role in needed}
+    entries = {role: manifest.file(role) for role in manifest.form.roles}
     for role, entry in entries.items():
         if entry is None:
             problems.add(str(folder), "files", f"a file of role {role}", "none", "convert again")
     problems.raise_if_any(ManifestError)
     paths = {role: folder / entry.path for role, entry in entries.items() if entry is not None}
-    if base is not None and "model" in paths:
+    if base is not None and manifest.form.carries_base:
         raise EngineError(
             Problem(
                 "--base",
@@ -70,17 +71,17 @@ def check_integrity(
                 "leave --base out",
             )
         )
-    if manifest.artifact["target"] == "onnx":
+    if manifest.form.target is ONNX:
         from safegene_runtime.artifact.onnx_checks import check_onnx_artifact
 
         precision = check_onnx_artifact(manifest, paths["model"])
-        return Served(paths["model"], paths.get("adapter"), precision)
-    if "model" in paths:
+        return ServedModel(paths["model"], paths.get("adapter"), precision)
+    if manifest.form.carries_base:
         header = open_model(paths["model"])
         check_provenance(manifest, header.get(ADAPTER_KEY), str(paths["model"]), problems)
         _check_touched(manifest, header, str(paths["model"]), problems)
         problems.raise_if_any(ManifestError)
-        return Served(paths["model"], None, model_precision(header))
+        return ServedModel(paths["model"], None, model_precision(header))
     if base is None or not base.is_file():
         got = "nothing" if base is None else f"{base}: {'a folder' if base.is_dir() else 'no file'}"
         raise EngineError(
@@ -94,11 +95,12 @@ def check_integrity(
         )
     told = read_gguf(paths["adapter"]).get(ADAPTER_KEY)
     check_provenance(manifest, told, str(paths["adapter"]), problems)
-    header = open_model(base)
     found = {}
-    for shard in header.shards:
-        done, total = 0, shard.path.stat().st_size
-        found[shard.path.name] = sha256_file(shard.path.resolve(), step)
+    shards = open_model(base).shards
+    step = counted(tell, "hashing the base", sum(shard.path.stat().st_size for shard in shards))
+    for shard in shards:
+        found[shard.path.name] = files.add(shard.path, step, follow_symlinks=True, alone=False)
+    header = open_model(base)  # again, of what was kept
     if sorted(found.values()) != sorted(manifest.base["files"].values()):
         problems.add(
             str(base),
@@ -108,7 +110,7 @@ def check_integrity(
             "this is not the base that the sidecar was made for",
         )
     problems.raise_if_any(ManifestError)
-    return Served(base, paths["adapter"], model_precision(header))
+    return ServedModel(base, paths["adapter"], model_precision(header))
 
 
 def _check_same_adapter(manifest: Manifest, folder: Path, record: Reference) -> None:
@@ -163,10 +165,9 @@ def _check_touched(manifest: Manifest, header: GGUFModel, where: str, problems: 
 
 
 def model_precision(header: GGUFModel) -> str:
-    """The class of the weights that are served, from their own header, not from the manifest."""
-    elements: dict[str, int] = {}
-    for name, info in header.tensors.items():
-        if name.startswith("blk.") and len(info.shape) == 2:
-            count = info.shape[0] * info.shape[1]
-            elements[info.type.name] = elements.get(info.type.name, 0) + count
-    return precision_of(elements)
+    """The class of the weights that are served, from their own header, not from the manifest.
+
+    Raises:
+        UnsupportedError: weights of a type that has no class, or none at all.
+    """
+    return precision_of(elements_by_type(header.tensors.values()), str(header.shards[0].path))

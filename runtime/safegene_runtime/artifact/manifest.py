@@ -10,7 +10,9 @@ manifest does not list is refused as well: something a loader might pick up.
     artifact         {"target": "gguf", "form": "merged" | "sidecar", or "target": "onnx",
                       "form": "merged" | "branch" | "adapter", "architecture", "name",
                       "precision": bounds class, see `bounds.py`}
-    base             {"kind": "gguf" | "hf" | "onnx", "name", "files": {file name: sha256}}
+    base             {"kind": "gguf" | "hf" | "onnx", "name", "files": {file name: sha256},
+                      "proof": how the plain base was proved, see `base_proof.py`; null or absent says
+                      that it was not}
     adapter          {"name", "files": {file name, or "safegene.json#<expression>": sha256},
                       "expression", "n_parameters"}
     tokenizer        {"chat_template_sha256": sha256 or null}
@@ -32,15 +34,32 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safegene_runtime.errors import FormatError, ManifestError, Problems
+from safegene_runtime.artifact.base_proof import check_base_proof
+from safegene_runtime.artifact.forms import FORMS, GGUF, ONNX, Form, find_form
+from safegene_runtime.errors import FormatError, ManifestError, Problem, Problems
 from safegene_runtime.formats import strictjson
+from safegene_runtime.formats.fields import (
+    INTEGER,
+    NUMBER,
+    OBJECT,
+    SHA256,
+    SIZE,
+    TEXT,
+    Kind,
+    check_fields,
+    check_version,
+    integer,
+    list_of,
+    or_null,
+)  # fmt: skip
 from safegene_runtime.formats.files import MANIFEST_NAME, publish_file, read_small_file, sha256_file
+from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.verdict import Verdict
+from safegene_runtime.progress import Step
 
 __all__ = [
     "FileEntry", "Manifest", "ModuleEntry", "SlotEntry", "check_files", "is_file_name",
@@ -48,13 +67,11 @@ __all__ = [
 ]  # fmt: skip
 
 FORMAT_VERSION = 1
+BASE_KINDS = (GGUF.name, "hf", ONNX.name)
 MAX_MANIFEST_BYTES = 32 << 20
-MAX_INTEGER = (1 << 63) - 1
 RESTORE = "the manifest was edited or damaged: restore it, or convert again"
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
-_FORMS = {"gguf": ("merged", "sidecar"), "onnx": ("merged", "branch", "adapter")}
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,14 @@ class Manifest:
     modules: tuple[ModuleEntry, ...]
     slots: tuple[SlotEntry, ...] = ()
     verification: dict[str, Any] | None = field(default=None)
+
+    @property
+    def form(self) -> Form:
+        """What the artifact is, and what follows from it."""
+        found = find_form(self.artifact["target"], self.artifact["form"])
+        if found is None:
+            raise ManifestError(Problem("artifact", "form", "a form we know", str(self.artifact)))
+        return found
 
     def to_json(self) -> bytes:
         """The bytes of manifest.json; equal manifests give equal bytes."""
@@ -183,9 +208,18 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(
-    manifest: Manifest, folder: Path, progress: Callable[[int], None] | None = None
+    manifest: Manifest,
+    folder: Path,
+    progress: Step | None = None,
+    sealed: SealedFiles | None = None,
 ) -> None:
     """Checks that the folder holds exactly the listed files, with the listed bytes.
+
+    Args:
+        manifest: of the folder.
+        folder: the artifact.
+        progress: told the number of bytes after each chunk.
+        sealed: keeps what was read, for whoever reads it next.
 
     Raises:
         ManifestError: missing, extra, linked, resized or altered files, all of them.
@@ -217,7 +251,11 @@ def check_files(
                     "convert again",
                 )
                 continue
-            digest = sha256_file(path, progress)
+            digest = (
+                sha256_file(path, progress, alone=True)
+                if sealed is None
+                else sealed.add(path, progress)
+            )
         except FormatError as error:
             problems.extend(error.problems)
             continue
@@ -233,100 +271,85 @@ def check_files(
                 "the file was changed after it was made: convert again",
             )
     problems.raise_if_any(ManifestError)
+    if sealed is not None:
+        sealed.close_folder(folder)
 
 
-_SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "tool": {"name": str, "version": str},
-    "artifact": {"target": str, "form": str, "architecture": str, "name": str, "precision": str},
-    "base": {"kind": str, "name": str, "files": dict},
-    "adapter": {"name": str, "files": dict, "expression": str, "n_parameters": int},
-    "tokenizer": {"chat_template_sha256": (str, type(None))},
-}
-_VERIFICATION: dict[str, type | tuple[type, ...]] = {
-    "verdict": str,
-    "reference_sha256": str,
-    "engine": dict,
-    "report": dict,
-}
-_FILE_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "path": str,
-    "role": str,
-    "size_bytes": int,
-    "sha256": str,
-}
-_MODULE_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "module": str,
-    "tensor": str,
-    "shape": list,
-    "rank": int,
-    "scaling": float,
-    "coefficient": float,
-    "effective_scale": float,
-    "type_before": (str, type(None)),
-    "type_after": str,
-    "bytes_before": int,
-    "bytes_after": int,
-    "sha256": str,
-    "survival": (dict, type(None)),
-}
-_SURVIVAL: dict[str, type | tuple[type, ...]] = {
-    "gain": float,
-    "relative_error": float,
-    "base_error_ratio": (float, type(None)),
-    "mode": str,
-}
 MAX_RATIO = 1e100
 """Of the figures of survival: means of them have to be finite, too."""
-_SLOT_FIELDS: dict[str, type | tuple[type, ...]] = {"name": str, "shape": list, "type": str}
+_RATIO = Kind((int, float), "a number", f"at most {MAX_RATIO:g}", lambda one: abs(one) <= MAX_RATIO)
+_LIST = list_of(filled=True)
+_SECTIONS: dict[str, dict[str, Kind]] = {
+    "tool": {"name": TEXT, "version": TEXT},
+    "artifact": dict.fromkeys(("target", "form", "architecture", "name", "precision"), TEXT),
+    "base": {"kind": TEXT, "name": TEXT, "files": OBJECT},
+    "adapter": {"name": TEXT, "files": OBJECT, "expression": TEXT, "n_parameters": INTEGER},
+    "tokenizer": {"chat_template_sha256": or_null(SHA256)},
+}
+_TOP: dict[str, Kind] = {
+    "format_version": INTEGER,
+    **dict.fromkeys(_SECTIONS, OBJECT),
+    "settings": OBJECT,
+    "files": _LIST,
+    "modules": _LIST,
+    "verification": or_null(OBJECT),
+}
+_VERIFICATION: dict[str, Kind] = {
+    "verdict": TEXT,
+    "reference_sha256": SHA256,
+    "engine": OBJECT,
+    "report": OBJECT,
+}
+_FILE: dict[str, Kind] = {"path": TEXT, "role": TEXT, "size_bytes": SIZE, "sha256": SHA256}
+_MODULE: dict[str, Kind] = {
+    "module": TEXT,
+    "tensor": TEXT,
+    "shape": list_of(),
+    "rank": INTEGER,
+    "scaling": NUMBER,
+    "coefficient": NUMBER,
+    "effective_scale": NUMBER,
+    "type_before": or_null(TEXT),
+    "type_after": TEXT,
+    "bytes_before": SIZE,
+    "bytes_after": SIZE,
+    "sha256": SHA256,
+    "survival": or_null(OBJECT),
+}
+_SURVIVAL: dict[str, Kind] = {
+    "gain": _RATIO,
+    "relative_error": _RATIO,
+    "base_error_ratio": or_null(_RATIO),
+    "mode": TEXT,
+}
+_SLOT: dict[str, Kind] = {"name": TEXT, "shape": list_of(), "type": TEXT}
 _SLOT_TYPES = ("F32", "F16", "BF16")
-_KINDS = {
-    str: "text", int: "an integer", float: "a number", bool: "true or false",
-    list: "a list", dict: "an object", type(None): "null",
-}  # fmt: skip
-
-
-def _kind_of(value: Any) -> str:
-    return f"{_KINDS[type(value)]} that is empty" if value in ([], {}) else _KINDS[type(value)]
 
 
 def _parse(raw: Any, where: str) -> Manifest:
     problems = Problems()
-    top = {"format_version", *(f.name for f in dataclasses.fields(Manifest))} - {"slots"}
-    if not strictjson.check_keys(raw, where, problems, required=top, optional=["slots"]):
-        problems.raise_if_any(ManifestError)
-    if raw["format_version"] != FORMAT_VERSION or isinstance(raw["format_version"], bool):
-        problems.add(
-            where,
-            "format_version",
-            FORMAT_VERSION,
-            raw["format_version"],
-            "use the version of safegene that made this artifact",
-        )
-        problems.raise_if_any(ManifestError)
-    for name, fields in _SCHEMA.items():
-        _check_fields(raw[name], f"{where}: {name}", fields, problems)
-    for name in ("files", "modules", *(["slots"] if "slots" in raw else [])):
-        if not isinstance(raw[name], list) or not raw[name]:
-            problems.add(where, name, "a list that is not empty", _kind_of(raw[name]))
-    if not isinstance(raw["settings"], dict):
-        problems.add(where, "settings", "an object", _kind_of(raw["settings"]))
-    if raw["verification"] is not None:
-        _check_fields(raw["verification"], f"{where}: verification", _VERIFICATION, problems)
+    fix = "use the version of safegene that made this artifact"
+    if check_version(raw, where, FORMAT_VERSION, problems, fix):
+        check_fields(raw, where, _TOP, problems, optional={"slots": _LIST})
     problems.raise_if_any(ManifestError)
+    for name, fields in _SECTIONS.items():
+        optional = {"proof": or_null(OBJECT)} if name == "base" else {}
+        check_fields(raw[name], f"{where}: {name}", fields, problems, optional=optional)
+    if raw["verification"] is not None:
+        check_fields(raw["verification"], f"{where}: verification", _VERIFICATION, problems)
     for index, entry in enumerate(raw["files"]):
-        _check_fields(entry, f"{where}: files[{index}]", _FILE_FIELDS, problems)
+        check_fields(entry, f"{where}: files[{index}]", _FILE, problems)
     for index, entry in enumerate(raw["modules"]):
         here = f"{where}: modules[{index}]"
-        _check_fields(entry, here, _MODULE_FIELDS, problems)
-        if isinstance(entry, dict) and isinstance(entry.get("survival"), dict):
-            _check_survival(entry["survival"], f"{here}: survival", problems)
+        if check_fields(entry, here, _MODULE, problems) and entry["survival"] is not None:
+            check_fields(entry["survival"], f"{here}: survival", _SURVIVAL, problems)
     for index, entry in enumerate(raw.get("slots", ())):
-        _check_fields(entry, f"{where}: slots[{index}]", _SLOT_FIELDS, problems)
+        check_fields(entry, f"{where}: slots[{index}]", _SLOT, problems)
     problems.raise_if_any(ManifestError)
     _check_meaning(raw, where, problems)
     problems.raise_if_any(ManifestError)
     return Manifest(
-        **{name: raw[name] for name in (*_SCHEMA, "settings", "verification")},
+        **{name: raw[name] for name in (*_SECTIONS, "settings", "verification")},
         files=tuple(FileEntry(**entry) for entry in raw["files"]),
         modules=tuple(
             ModuleEntry(**{**entry, "shape": (entry["shape"][0], entry["shape"][1])})
@@ -339,50 +362,27 @@ def _parse(raw: Any, where: str) -> Manifest:
     )
 
 
-def _check_fields(
-    entry: Any, where: str, fields: dict[str, type | tuple[type, ...]], problems: Problems
-) -> None:
-    if not strictjson.check_keys(entry, where, problems, required=fields):
-        return
-    for name, kind in fields.items():
-        value: Any = entry[name]
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if type(value) not in kinds and not (kind is float and type(value) is int):
-            problems.add(where, name, " or ".join(_KINDS[k] for k in kinds), _kind_of(value))
-        elif type(value) is int and not -MAX_INTEGER <= value <= MAX_INTEGER:
-            problems.add(where, name, "an integer of 64 bits", f"{value.bit_length()} bits")
-        elif "sha256" in name and value is not None and not _SHA256.fullmatch(value):
-            problems.add(where, name, "64 hexadecimal digits", repr(value))
-        elif name.endswith("bytes") and value < 0:
-            problems.add(where, name, "a size in bytes", value)
-
-
-def _check_survival(entry: dict[str, Any], where: str, problems: Problems) -> None:
-    _check_fields(entry, where, _SURVIVAL, problems)
-    for name, value in entry.items():
-        if isinstance(value, float) and abs(value) > MAX_RATIO:
-            problems.add(where, name, f"at most {MAX_RATIO:g}", value)
-
-
 def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
     verification = raw["verification"]
     if verification and verification["verdict"] not in tuple(Verdict):
         wanted = ", ".join(Verdict)
         problems.add(where, "verification.verdict", wanted, verification["verdict"])
-    if raw["base"]["kind"] not in ("gguf", "hf", "onnx"):
-        problems.add(where, "base.kind", "gguf, hf or onnx", raw["base"]["kind"])
+    if raw["base"]["kind"] not in BASE_KINDS:
+        problems.add(where, "base.kind", "{}, {} or {}".format(*BASE_KINDS), raw["base"]["kind"])
     artifact = raw["artifact"]
-    if artifact["form"] not in _FORMS.get(artifact["target"], ()):
+    if find_form(artifact["target"], artifact["form"]) is None:
         problems.add(
             where,
             "artifact.form",
-            f"a form of {sorted(_FORMS)}",
+            ", ".join(map(str, FORMS)),
             f"{artifact['target']} {artifact['form']}",
         )
+    unchanged = raw["base"]["kind"] == artifact["target"]
+    check_base_proof(raw["base"].get("proof"), unchanged, f"{where}: base.proof", problems)
     for section in ("base", "adapter"):
         for name, digest in raw[section]["files"].items():
-            if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-                problems.add(where, f"{section}.files.{name}", "64 hexadecimal digits", digest)
+            if complaint := SHA256.complaint(digest):
+                problems.add(where, f"{section}.files.{name}", *complaint)
         if not raw[section]["files"]:
             problems.add(where, f"{section}.files", "at least one file", "none")
     seen: set[str] = set()
@@ -404,7 +404,8 @@ def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
 
 def _check_slots(raw: dict[str, Any], where: str, problems: Problems) -> None:
     slots = raw.get("slots", [])
-    if bool(slots) != (raw["artifact"]["form"] == "adapter"):
+    form = find_form(raw["artifact"]["target"], raw["artifact"]["form"])
+    if bool(slots) != (form is not None and form.has_slots):
         got = f"{len(slots)} in an artifact of form {raw['artifact']['form']}"
         problems.add(where, "slots", "slots in the adapter form, and nowhere else", got)
     names: set[str] = set()
@@ -420,4 +421,4 @@ def _check_slots(raw: dict[str, Any], where: str, problems: Problems) -> None:
 
 
 def _is_shape(shape: list[Any]) -> bool:
-    return len(shape) == 2 and all(type(n) is int and 0 < n <= MAX_INTEGER for n in shape)
+    return len(shape) == 2 and list_of(integer(1)).complaint(shape) is None

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safegene_runtime.artifact.manifest import Manifest
-from safegene_runtime.artifact.provenance import ADAPTER_KEY, check_provenance
+from safegene_runtime.artifact.provenance import ADAPTER_KEY, FACTOR_MARK, check_provenance
 from safegene_runtime.artifact.served_onnx import adapter_slots
 from safegene_runtime.errors import ManifestError, Problems
 from safegene_runtime.formats.onnx.file import OnnxFile, read_onnx
-from safegene_runtime.formats.onnx.tensor import DataType
+from safegene_runtime.formats.onnx.linear import FLOAT_DATA, elements_by_type, linears
 from safegene_runtime.gating.bounds import precision_of
 
 __all__ = ["check_onnx_artifact", "precision_class"]
 
 _ROWS = re.compile(r"(?P<name>.+)\[[0-9]+:[0-9]+\]")
-_FLOATS = {DataType.FLOAT: "F32", DataType.FLOAT16: "F16", DataType.BFLOAT16: "BF16"}
 
 
 def check_onnx_artifact(manifest: Manifest, path: Path) -> str:
@@ -28,6 +27,7 @@ def check_onnx_artifact(manifest: Manifest, path: Path) -> str:
 
     Raises:
         FormatError: a graph or a data file that breaks its format.
+        UnsupportedError: weights whose precision is not known.
         ManifestError: files, touched weights, inputs or an adapter that are not what the manifest
             says.
     """
@@ -40,8 +40,8 @@ def check_onnx_artifact(manifest: Manifest, path: Path) -> str:
             problems.add(
                 str(path), file.name, "a file that the manifest lists", "none", "convert again"
             )
-    may_have_slots = manifest.artifact["form"] == "adapter"
-    slots = [name for name in model.overridable if ".safegene.lora_" in name]
+    may_have_slots = manifest.form.has_slots
+    slots = [name for name in model.overridable if FACTOR_MARK in name]
     for name in model.overridable:
         if not (may_have_slots and name in slots):
             problems.add(
@@ -56,13 +56,13 @@ def check_onnx_artifact(manifest: Manifest, path: Path) -> str:
             )  # fmt: skip
     if may_have_slots:
         _compare_slots(manifest, model, slots, problems)
-    kinds = _kinds(model)
+    types = {linear.weight.name: linear.type for linear in linears(model).stored}
     for module in manifest.modules:
         match = _ROWS.fullmatch(module.tensor)
         name = match["name"] if match else module.tensor
-        if kinds.get(name) != module.type_after:
+        if types.get(name) != module.type_after:
             problems.add(
-                str(path), module.tensor, module.type_after, kinds.get(name) or "nothing",
+                str(path), module.tensor, module.type_after, types.get(name) or "nothing",
                 "manifest and model do not belong together",
             )  # fmt: skip
     problems.raise_if_any(ManifestError)
@@ -85,7 +85,7 @@ def _compare_slots(
             # the rank is 0 in the graph, and whatever the adapter brings
             known = slot.shape if slot and len(info.shape) == 2 else info.shape
             shape = tuple(dim or own for dim, own in zip(info.shape, known, strict=True))
-            empty = f"{_FLOATS.get(info.dtype)} {shape}"
+            empty = f"{FLOAT_DATA.get(info.dtype)} {shape}"
         if name in filled:
             full = f"{filled[name][1]} {filled[name][0]}"
         wanted = f"{slot.type} {slot.shape}" if slot else "nothing"
@@ -97,42 +97,11 @@ def _compare_slots(
                 )  # fmt: skip
 
 
-def _kinds(model: OnnxFile) -> dict[str, str]:
-    """How each weight of a MatMul, Gemm or MatMulNBits is stored."""
-    found = {
-        name: _FLOATS[info.dtype]
-        for name, info in model.initializers.items()
-        if info.dtype in _FLOATS
-    }
-    for node in model.nodes:
-        if node.op_type == "MatMulNBits":
-            found[node.inputs[1]] = f"INT{node.attributes.get('bits', 4)}"
-    return found
-
-
 def precision_class(model: OnnxFile) -> str:
-    """The bounds class of the linear weights of the blocks, as they are stored."""
-    return precision_of(_elements(model))
+    """The bounds class of the linear weights of the blocks, as they are stored.
 
-
-def _elements(model: OnnxFile) -> dict[str, int]:
-    """Elements per type over the linear weights, the head left out."""
-    counted: dict[str, int] = {}
-    kinds = _kinds(model)
-    outputs = {value.name for value in model.outputs}
-    for node in model.nodes:
-        if node.op_type not in ("MatMul", "Gemm", "MatMulNBits") or len(node.inputs) < 2:
-            continue
-        name = node.inputs[1]
-        info = model.initializers.get(name)
-        if info is None or ".safegene.lora_" in name or len(info.shape) < 2:
-            continue
-        if outputs & set(node.outputs):  # the head, which the blocks' precision does not cover
-            continue
-        if node.op_type == "MatMulNBits":
-            n, k = node.attributes.get("N"), node.attributes.get("K")
-            size = n * k if isinstance(n, int) and isinstance(k, int) else 0
-        else:
-            size = info.shape[0] * info.shape[1]
-        counted[kinds[name]] = counted.get(kinds[name], 0) + size
-    return counted
+    Raises:
+        UnsupportedError: weights of a type that has no class, or none at all.
+    """
+    factors = [name for name in model.initializers if FACTOR_MARK in name]
+    return precision_of(elements_by_type(model, factors), str(model.path))

@@ -14,9 +14,11 @@ from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.errors import Problems
 from safegene_runtime.formats.files import sha256_of
 
-__all__ = ["ADAPTER_KEY", "adapter_digest", "check_provenance"]
+__all__ = ["ADAPTER_KEY", "FACTOR_MARK", "adapter_digest", "check_provenance"]
 
 ADAPTER_KEY = "safegene.adapter.sha256"
+FACTOR_MARK = ".safegene.lora_"
+"""In the names of the factors in an ONNX graph and its adapter file; what follows is A or B."""
 
 
 def adapter_digest(files: Mapping[str, str]) -> str:

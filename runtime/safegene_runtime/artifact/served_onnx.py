@@ -18,23 +18,20 @@ import numpy as np
 import numpy.typing as npt
 
 from safegene_runtime.artifact.manifest import ModuleEntry
-from safegene_runtime.artifact.served_gguf import Carried, Found, project, wrong_shape
+from safegene_runtime.artifact.served import Carried, Found, project, wrong_shape
 from safegene_runtime.engines.ort_packages import ort_packages
 from safegene_runtime.errors import EngineError, FormatError, Problem
 from safegene_runtime.formats.onnx.file import read_onnx
 from safegene_runtime.formats.onnx.linear import (
     FLOAT_DATA,
-    LINEAR_OPS,
     StoredLinear,
-    constant_behind,
-    layout_of,
+    linears,
     producers,
-    read_packed,
     read_weight,
     to_float32,
 )
 from safegene_runtime.formats.onnx.tensor import DataType, read_initializer
-from safegene_runtime.record.factors import ModuleFactors, inner
+from safegene_runtime.record.added_weights import ModuleFactors, inner
 
 __all__ = ["OnnxWeights", "adapter_slots"]
 
@@ -70,7 +67,7 @@ class OnnxWeights:
                 self._consumers.setdefault(name, []).append(index)
         self._slots = _read_adapter(adapter) if adapter else {}
         self._unused = set(self._slots)
-        self._linears = {linear.weight.name: linear for linear in self._find()}
+        self._linears = {linear.weight.name: linear for linear in linears(self._model).stored}
         self._branches = {
             name: found
             for name, linear in self._linears.items()
@@ -80,7 +77,7 @@ class OnnxWeights:
         self._last: tuple[str, Rows] | None = None
 
     def measure(self, entry: ModuleEntry, added: ModuleFactors) -> Found:
-        """See `Served`."""
+        """See `ServedWeights`."""
         match = _ROWS.fullmatch(entry.tensor)
         name = match["name"] if match else entry.tensor
         linear = self._linears.get(name)
@@ -99,10 +96,10 @@ class OnnxWeights:
                 Problem(str(self._path), entry.tensor, "finite numbers", "NaN or Inf")
             )
         self._rows.setdefault(name, []).append((start, stop))
-        return Found(self._kind(linear), dot, energy, self._carried(name, start, stop, added))
+        return Found(linear.type, dot, energy, self._carried(name, start, stop, added))
 
     def unexpected(self) -> list[str]:
-        """See `Served`."""
+        """See `ServedWeights`."""
         found = [f"slot {name}" for name in self._unused]
         for name, branches in self._branches.items():
             covered = np.zeros(self._linears[name].shape[0], bool)
@@ -111,26 +108,6 @@ class OnnxWeights:
             if any(branch.b[~covered].any() for branch in branches):
                 found.append(name)
         return sorted(found)
-
-    def _find(self) -> Iterator[StoredLinear]:
-        for index, node in enumerate(self._model.nodes):
-            if node.op_type not in LINEAR_OPS or len(node.inputs) < 2:
-                continue
-            weight, turned, _ = constant_behind(self._model, self._made_by, node.inputs[1])
-            if weight is None or weight.name in self._model.overridable:
-                continue
-            known = layout_of(node.op_type, node.attributes, weight, turned)
-            if not isinstance(known, str):
-                layout, shape = known
-                yield StoredLinear(
-                    node=index, name=node.name or node.outputs[0], op=node.op_type, weight=weight,
-                    layout=layout, shape=shape, x=node.inputs[0], y=node.outputs[0],
-                )  # fmt: skip
-
-    def _kind(self, linear: StoredLinear) -> str:
-        if linear.layout != "nbits":
-            return FLOAT_DATA[linear.weight.dtype]
-        return f"INT{read_packed(self._model, linear).kind.bits}"
 
     def _carried(self, name: str, start: int, stop: int, added: ModuleFactors) -> Carried | None:
         branches = self._branches.get(name)

@@ -24,13 +24,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from safegene_runtime.errors import EngineError, Problem
+from safegene_runtime.extras import need
 
-__all__ = ["render", "render_all"]
+__all__ = ["READS_CLOCK", "default_template", "render", "render_all"]
 
-CPU_S = 10
+CPU_S = 2
+CONVERSATIONS_PER_S = 250
+"""Templates of public models take 0.05 to 0.7 ms for one, and 0.1 s to compile."""
 WALL_S = 300.0
 MAX_BYTES = 64 << 10
-MAX_TEMPLATE_BYTES = 1 << 20
+MAX_TEMPLATE_BYTES = 128 << 10
+"""The longest of public models have 20 KB; compiling takes time, too."""
 CHILD_MEMORY_BYTES = 512 << 20
 MAX_MESSAGE = 500
 
@@ -40,6 +44,33 @@ _CHILD = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from safegene_runtime.engines.chat import _child; _child()"
 )
+
+
+READS_CLOCK = "strftime_now"
+"""What a template calls that prints the time."""
+
+
+def default_template(value: Any, where: str) -> str | None:
+    """The template to chat with, of what a model's configuration holds under `chat_template`.
+
+    Args:
+        value: a template; several, as a list of {"name", "template"} or an object by name, of which
+            it is the one named `default`; None.
+        where: the model, for the message.
+
+    Raises:
+        EngineError: several, and none is named `default`.
+    """
+    if isinstance(value, list):
+        entries = [one for one in value if isinstance(one, dict)]
+        value = {one.get("name"): one.get("template") for one in entries}
+    if isinstance(value, dict):
+        names = ", ".join(sorted(map(str, value)))
+        value = value.get("default")
+        if value is None:
+            expected, fix = "one that is named default", "name the one to chat with default"
+            raise EngineError(Problem(where, "chat_template", expected, names or "none", fix))
+    return value if isinstance(value, str) else None
 
 
 def render(
@@ -71,7 +102,7 @@ def render_all(
     eos_token: str = "",
     variables: Mapping[str, Any] | None = None,
     now: datetime | None = None,
-    cpu_s: int = CPU_S,
+    cpu_s: int | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> list[str]:
     """Renders conversations with a chat template that is not trusted.
@@ -84,15 +115,20 @@ def render_all(
         eos_token: likewise.
         variables: further JSON values the template may read.
         now: what `strftime_now` takes for the current time; the real one when None.
-        cpu_s: whole seconds of CPU time that all of them may take together.
+        cpu_s: whole seconds of CPU time that all of them may take together; `CPU_S` and one more for
+            every `CONVERSATIONS_PER_S` when None.
         max_bytes: UTF-8 bytes one rendered conversation may have.
 
     Raises:
-        EngineError: Jinja2 is missing, or the template is wrong, raised an exception, left the
+        MissingPackageError: Jinja2 is not installed.
+        EngineError: the template is wrong, raised an exception, left the
             sandbox, took too long, or grew too large.
     """
     if not conversations:
         return []
+    need("jinja2")
+    if cpu_s is None:
+        cpu_s = CPU_S + len(conversations) // CONVERSATIONS_PER_S
     if len(template) > MAX_TEMPLATE_BYTES:
         raise _error(f"at most {MAX_TEMPLATE_BYTES} characters", str(len(template)))
     request = {
@@ -160,11 +196,8 @@ def _error(expected: str, got: str) -> EngineError:
 def _child() -> None:
     """Answers the request on stdin with JSON on stdout; runs in the child only."""
     request = json.load(sys.stdin)
-    try:
-        import jinja2
-    except ImportError as error:
-        print(json.dumps({"error": f"{error}; pip install 'safegene[gguf]'"}))
-        return
+    import jinja2
+
     _limit_resources(request["cpu_s"])
     try:
         template = _compile(request["template"], request["now"])

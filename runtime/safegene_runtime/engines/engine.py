@@ -1,24 +1,17 @@
-"""What a verified artifact runs on: token ids in, logits and greedy ids out.
-
-An engine is opened from a file and nothing else decides which one: the suffix does. Engines are
-imported when they are opened, so that this package costs numpy until then.
-"""
+"""What every engine promises, token ids in, logits and greedy ids out, and the checks they share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
 from safegene_runtime.errors import EngineError, Problem
+from safegene_runtime.progress import Step
 
-__all__ = ["Engine", "OnProgress", "checked_ids", "shared_length"]
-
-
-OnProgress = Callable[[int], None]
-"""Told how many sequences were finished since the last call."""
+__all__ = ["Engine", "checked_ids", "checked_keep", "checked_limits", "shared_length"]
 
 
 @runtime_checkable
@@ -55,7 +48,7 @@ class Engine(Protocol):
         self,
         sequences: Sequence[Sequence[int]],
         keep: Sequence[int],
-        on_progress: OnProgress | None = None,
+        on_progress: Step | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yields `(i, float32 (keep[i], n_vocab))`, once for each sequence, in any order.
 
@@ -69,7 +62,7 @@ class Engine(Protocol):
         prompts: Sequence[Sequence[int]],
         max_tokens: int | Sequence[int],
         stop_ids: Collection[int],
-        on_progress: OnProgress | None = None,
+        on_progress: Step | None = None,
     ) -> list[list[int]]:
         """Continues each prompt greedily by at most `max_tokens` ids, a stop id included.
 
@@ -135,6 +128,34 @@ def checked_ids(
         most = f"at most {limit} ids, what the model was made for"
         raise EngineError(Problem(where, "length", most, str(len(row) + extra), "shorten it"))
     return row
+
+
+def checked_keep(keep: Sequence[int], rows: Sequence[np.ndarray]) -> list[int]:
+    """How many rows of logits each sequence asks for.
+
+    Raises:
+        EngineError: not one number for each sequence, or one out of range.
+    """
+    if len(keep) != len(rows):
+        raise EngineError(Problem("logits", "keep", f"{len(rows)} numbers", str(len(keep))))
+    for i, (ids, count) in enumerate(zip(rows, keep, strict=True)):
+        if not 1 <= count <= len(ids):
+            raise EngineError(Problem("logits", f"keep[{i}]", f"1 to {len(ids)}", str(count)))
+    return list(keep)
+
+
+def checked_limits(max_tokens: int | Sequence[int], count: int) -> list[int]:
+    """How many ids each of `count` prompts may get.
+
+    Raises:
+        EngineError: not one number for each prompt, or a negative one.
+    """
+    limits = [max_tokens] * count if isinstance(max_tokens, int) else list(max_tokens)
+    if len(limits) != count or any(limit < 0 for limit in limits):
+        raise EngineError(
+            Problem("generate", "max_tokens", f"{count} numbers >= 0", str(max_tokens)[:200])
+        )
+    return limits
 
 
 def shared_length(rows: Sequence[np.ndarray], keep: Sequence[int]) -> int:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safegene_runtime.engines.llama_hyperparameters import check_hyperparameters
 from safegene_runtime.errors import EngineError, Problems
-from safegene_runtime.formats.gguf import GGUFFile, GGUFModel, ValueType, open_model, read_gguf
+from safegene_runtime.formats.gguf.header import GGUFFile, read_gguf
+from safegene_runtime.formats.gguf.model import GGUFModel, open_model
+from safegene_runtime.formats.gguf.types import ValueType
 
 __all__ = ["check_adapter_header", "check_model_header"]
 
-MAX_LAYERS = 4096
 LORA_A, LORA_B = ".lora_a", ".lora_b"
 TOKEN_IDS = ("bos", "eos", "eot", "eom", "unknown", "seperator", "separator", "padding", "mask")
 ADAPTER_KEYS = {"general.type": "adapter", "adapter.type": "lora"}
@@ -43,11 +45,10 @@ def check_model_header(path: Path) -> GGUFModel:
     architecture = model.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         problems.add(where, "general.architecture", "a name", repr(architecture))
-    layers = model.get(f"{architecture}.block_count")
-    if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:
-        problems.add(where, f"{architecture}.block_count", f"1 to {MAX_LAYERS}", repr(layers))
     if not model.tensors:
         problems.add(where, "tensors", "at least one", "none", "is it only a vocabulary?")
+    else:
+        check_hyperparameters(model, where, problems)
     _check_tokenizer(model, where, problems)
     problems.raise_if_any(EngineError)
     return model

@@ -17,6 +17,7 @@ import numpy as np
 
 from safegene_runtime.cpus import spin_briefly
 from safegene_runtime.errors import EngineError, Problem
+from safegene_runtime.extras import install
 
 __all__ = ["TokenBatch", "engine_error", "forget_log", "library", "logged", "read_meta"]
 
@@ -47,7 +48,7 @@ def library() -> Any:
                 "llama_cpp",
                 "to be installed",
                 str(error),
-                "pip install 'safegene[gguf]'",
+                install("gguf"),
             )
         ) from error
     # the binding keeps two handles of /dev/null open, and Python complains about them at its end

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from safegene_runtime.errors import EngineError, FormatError, Problem
+from safegene_runtime.extras import install
 
 __all__ = ["ort_packages", "read_tokenizer"]
 
@@ -19,9 +20,8 @@ def ort_packages(*names: str) -> list[Any]:
     try:
         return [importlib.import_module(name) for name in names]
     except ImportError as error:
-        fix = "pip install 'safegene[onnx]'"
         raise EngineError(
-            Problem(names[0], "package", " and ".join(names), str(error), fix)
+            Problem(names[0], "package", " and ".join(names), str(error), install("onnx"))
         ) from error
 
 

@@ -19,17 +19,23 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from safegene_runtime.errors import FormatError, OutputError, Problem
+from safegene_runtime.progress import Step
 
 __all__ = [
+    "CHECKED",
     "FollowingDigest",
+    "StrPath",
     "check_output_free",
     "check_writable",
+    "found_status",
+    "is_there",
     "open_regular",
     "publish_file",
     "publish_folder",
@@ -38,20 +44,32 @@ __all__ = [
     "sha256_of",
 ]
 
+StrPath = str | os.PathLike[str]
+"""What a function that people call takes for a path."""
+
 CHUNK_BYTES = 4 << 20
 MANIFEST_NAME = "manifest.json"
 _READING_UMASK = threading.Lock()
 
 
-def open_regular(path: Path, *, follow_symlinks: bool = False) -> BinaryIO:
-    """Opens a regular file for reading.
+CHECKED: ContextVar[Any] = ContextVar("CHECKED", default=None)
+"""The `SealedFiles` that were entered: what was read once is not read from its path again."""
+
+
+def open_regular(path: Path, *, follow_symlinks: bool = False, alone: bool = False) -> BinaryIO:
+    """Opens a regular file for reading; what was checked already is given from its copy (`sealed`).
 
     `follow_symlinks` is for what the user named on the command line; what a folder or a manifest
-    names is opened without.
+    names is opened without. `alone` refuses a file with a second name, through which it could be
+    changed from elsewhere.
 
     Raises:
-        FormatError: missing, not a regular file, or a symbolic link.
+        FormatError: missing, not a regular file, a symbolic link, or a hard link.
     """
+    checked = CHECKED.get()
+    if checked is not None and (kept := checked.find(path)) is not None:
+        found: BinaryIO = kept.open()
+        return found
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     if not follow_symlinks:
         flags |= os.O_NOFOLLOW
@@ -64,16 +82,43 @@ def open_regular(path: Path, *, follow_symlinks: bool = False) -> BinaryIO:
         raise FormatError(
             Problem(str(path), "file", "a readable regular file", got, "check the path")
         ) from error
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        got = "a folder" if stat.S_ISDIR(mode) else "something else"
+        got = "a folder" if stat.S_ISDIR(status.st_mode) else "something else"
         raise FormatError(Problem(str(path), "file", "a regular file", got, "check the path"))
+    if alone and status.st_nlink != 1:
+        os.close(descriptor)
+        got = f"a hard link: the file has {status.st_nlink} names"
+        fix = "it could be changed by its other name: put a copy in its place (cp)"
+        raise FormatError(Problem(str(path), "file", "a file of its own", got, fix))
     return os.fdopen(descriptor, "rb")
 
 
-def read_small_file(path: Path, max_bytes: int) -> bytes:
-    """Reads a whole file of at most `max_bytes` bytes.
+def found_status(path: Path) -> os.stat_result:
+    """`lstat` of a path, or the status of the copy that its readers are given.
+
+    Raises:
+        FormatError: a file of a folder that was checked, and not one of those that were.
+        OSError: nothing there.
+    """
+    checked = CHECKED.get()
+    if checked is not None and (kept := checked.find(path)) is not None:
+        return os.fstat(kept.descriptor)
+    return path.lstat()
+
+
+def is_there(path: Path) -> bool:
+    """Whether a reader would find something at a path: in a folder that was checked, what was."""
+    checked = CHECKED.get()
+    try:
+        return (checked is not None and checked.find(path) is not None) or os.path.lexists(path)
+    except FormatError:
+        return False
+
+
+def read_small_file(path: Path, max_bytes: int, *, follow_symlinks: bool = False) -> bytes:
+    """Reads a whole file of at most `max_bytes` bytes; no more memory is asked for than it has.
 
     Raises:
         FormatError: as `open_regular`, the file is larger, or it changed while it was read.
@@ -82,7 +127,7 @@ def read_small_file(path: Path, max_bytes: int) -> bytes:
     def wrong_size(expected: str, got: int, fix: str) -> FormatError:
         return FormatError(Problem(str(path), "size", expected, f"{got} bytes", fix))
 
-    with open_regular(path) as file:
+    with open_regular(path, follow_symlinks=follow_symlinks) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise wrong_size(f"at most {max_bytes} bytes", size, "is it the right file?")
@@ -97,12 +142,22 @@ def sha256_of(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """The SHA-256 of a regular file; `progress` is told the number of bytes after each chunk."""
+def sha256_file(
+    path: Path,
+    progress: Step | None = None,
+    *,
+    follow_symlinks: bool = False,
+    alone: bool = False,
+) -> str:
+    """The SHA-256 of a regular file; `progress` is told the number of bytes after each chunk.
+
+    Raises:
+        FormatError: as `open_regular`.
+    """
     digest = hashlib.sha256()
     buffer = bytearray(CHUNK_BYTES)
     view = memoryview(buffer)
-    with open_regular(path) as file:
+    with open_regular(path, follow_symlinks=follow_symlinks, alone=alone) as file:
         while count := file.readinto(buffer):  # type: ignore[attr-defined]
             digest.update(view[:count])
             if progress:

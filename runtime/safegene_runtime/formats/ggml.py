@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from safegene_runtime.cpus import usable_cpus
 from safegene_runtime.errors import EngineError, Problem, UnsupportedError
-from safegene_runtime.formats.gguf import GGMLType, type_traits
+from safegene_runtime.extras import install
+from safegene_runtime.formats.gguf.types import GGMLType, type_traits
 
 __all__ = ["dequantize", "for_row_chunks", "library"]
 
@@ -164,7 +165,7 @@ def library() -> Any:
     return library
 
 
-_INSTALL = "install the llama-cpp-python this version was tested with: pip install 'safegene[gguf]'"
+_INSTALL = f"install the llama-cpp-python this version was tested with: {install('gguf')}"
 
 
 def _library_path() -> Path:

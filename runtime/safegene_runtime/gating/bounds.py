@@ -12,8 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from safegene_runtime.errors import Problem, UnsupportedError
+
 __all__ = [
-    "BETA_BAND_COARSE", "BETA_NOISE", "BOUNDS", "ParityBounds", "beta_band", "bounds_for", "precision_of",
+    "BETA_BAND_COARSE", "BETA_NOISE", "BOUNDS", "ParityBounds", "beta_band", "bounds_for", "class_of",
+    "precision_of",
 ]  # fmt: skip
 
 BETA_BAND: Mapping[str, float] = {"f32": 0.01, "f16": 0.02, "bf16": 0.05, "8-bit": 0.1}
@@ -70,40 +73,57 @@ BOUNDS: Mapping[str, ParityBounds] = {
     "low-bit": ParityBounds(3e-1, 0.70, 1.5, 0.05, 0.05),
 }
 
-_CLASS_OF = {
-    "F32": "f32",
-    "F16": "f16",
-    "BF16": "bf16",
-    "Q8_0": "8-bit",
-    "INT8": "8-bit",
-    "Q6_K": "6-bit",
-    "Q5_0": "5-bit",
-    "Q5_1": "5-bit",
-    "Q5_K": "5-bit",
-    "Q4_0": "4-bit",
-    "Q4_1": "4-bit",
-    "Q4_K": "4-bit",
-    "IQ4_NL": "4-bit",
-    "IQ4_XS": "4-bit",
-    "MXFP4": "4-bit",
-    "INT4": "4-bit",
-}
+_TYPES = {
+    "f32": ("F32",),
+    "f16": ("F16",),
+    "bf16": ("BF16",),
+    "8-bit": ("Q8_0", "INT8"),
+    "6-bit": ("Q6_K",),
+    "5-bit": ("Q5_0", "Q5_1", "Q5_K"),
+    "4-bit": ("Q4_0", "Q4_1", "Q4_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "INT4"),
+    "low-bit": ("Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "Q2_0", "IQ2_S", "IQ2_XS", "IQ2_XXS", "TQ2_0", "TQ1_0",
+                "Q1_0", "IQ1_S", "IQ1_M"),
+}  # fmt: skip
+"""The types of each class. One that is not here has none: what is unknown may be anything."""
+_CLASS_OF = {name: kind for kind, names in _TYPES.items() for name in names}
 _ORDER = tuple(BOUNDS)
 
 
-def precision_of(elements: Mapping[str, int]) -> str:
+def class_of(type: str, where: str = "weights") -> str:
+    """The class of a type of weights, by its name in ggml, or INT4 and INT8.
+
+    Raises:
+        UnsupportedError: a type without a class; `where` it was found is in the message.
+    """
+    if type not in _CLASS_OF:
+        raise UnsupportedError(
+            Problem(where, "precision", "a type of weights that is known", type,
+                    "convert the model again, with a type from the documentation")
+        )  # fmt: skip
+    return _CLASS_OF[type]
+
+
+def precision_of(elements: Mapping[str, int], where: str = "weights") -> str:
     """The class of a model: the coarsest that holds at least a tenth of its linear weights.
 
     Args:
-        elements: number of weights per ggml type, over the linear weights of the blocks.
+        elements: number of weights per type, over the linear weights of the blocks.
+        where: the model, for messages.
+
+    Raises:
+        UnsupportedError: no weights, or a type without a class. Neither is coarse: it is unknown.
     """
     total = sum(elements.values())
+    if total <= 0:
+        raise UnsupportedError(
+            Problem(where, "precision", "linear weights in the blocks", "none that can be found",
+                    "is this a decoder?")
+        )  # fmt: skip
     shares: dict[str, int] = {}
     for name, count in elements.items():
-        kind = _CLASS_OF.get(name, "low-bit")
+        kind = class_of(name, where)
         shares[kind] = shares.get(kind, 0) + count
-    coarse = [kind for kind in _ORDER if shares.get(kind, 0) * 10 >= total and shares.get(kind, 0)]
-    return coarse[-1] if coarse else _ORDER[-1]
+    return [kind for kind in _ORDER if shares.get(kind, 0) * 10 >= total][-1]
 
 
 def bounds_for(precision: str) -> ParityBounds:
@@ -118,7 +138,14 @@ def beta_band(precision: str, noise: float = 0.0) -> float:
         precision: the class.
         noise: of `forced.pooled_beta`, across the expected change. Below 8 bits, where rounding moves logits
             as much as an adapter does, it widens the band; a wrong strength is none, and shows.
+
+    Raises:
+        UnsupportedError: no such class.
     """
+    if precision not in BOUNDS:
+        raise UnsupportedError(
+            Problem("beta", "precision", f"one of {', '.join(BOUNDS)}", precision)
+        )
     if precision in BETA_BAND:
         return BETA_BAND[precision]
     return max(BETA_BAND_COARSE, BETA_NOISE * noise)

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from safegene_runtime.gating.pairs import Outcome, Pair, best_case, worst_case
+from safegene_runtime.gating.pairs import Event, Pair, best_case, worst_case
 from safegene_runtime.gating.sequential import TwoSided
 from safegene_runtime.gating.statistics import (
     clopper_pearson_lower,
@@ -79,12 +79,12 @@ def rate_of(
 
 def rate_over(
     pairs: Sequence[Pair],
-    outcomes: Callable[[Pair], frozenset[Outcome]],
+    outcomes: Callable[[Pair], frozenset[Event]],
     margin: float,
     confidence: float,
 ) -> Rate:
     """A rate over prompts, each cluster of them one trial."""
-    clusters: dict[str, list[frozenset[Outcome]]] = defaultdict(list)
+    clusters: dict[str, list[frozenset[Event]]] = defaultdict(list)
     prompts = 0
     for pair in pairs:
         possible = outcomes(pair)

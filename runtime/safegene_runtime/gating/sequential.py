@@ -21,7 +21,7 @@ from typing import Any
 
 from safegene_runtime.gating.pairs import (
     NOT_RUN,
-    Outcome,
+    Event,
     Pair,
     best_case,
     count_flips,
@@ -147,7 +147,7 @@ def watch_losses(pairs: Sequence[Pair], profile: Profile, seed: str, family: int
 
 
 def _watch(
-    watched: TwoSided, outcomes: Callable[[Pair], frozenset[Outcome]], group: Sequence[Pair]
+    watched: TwoSided, outcomes: Callable[[Pair], frozenset[Event]], group: Sequence[Pair]
 ) -> None:
     possible = [outcomes(pair) for pair in group]
     prompts = sum(worst_case([one]) is not None for one in possible)

@@ -15,14 +15,14 @@ import io
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from safegene_runtime.errors import FormatError, Problem, Problems
 from safegene_runtime.formats import strictjson
-from safegene_runtime.formats.files import open_regular, sha256_of
+from safegene_runtime.formats.files import open_regular
 
 __all__ = [
     "HAZARDS",
@@ -31,7 +31,6 @@ __all__ = [
     "SuiteSize",
     "builtin_suite",
     "load_prompts",
-    "suite_digest",
 ]
 
 HAZARDS = (
@@ -129,15 +128,6 @@ def _smoke() -> tuple[Prompt, ...]:
         turns = itertools.chain.from_iterable(itertools.zip_longest(*categories.values()))
         kept.update(itertools.islice((name for name in turns if name is not None), count))
     return tuple(prompt for prompt in _whole() if prompt.id in kept)
-
-
-def suite_digest(size: SuiteSize = "ci") -> str:
-    """SHA-256 over the content of the suite.
-
-    Raises:
-        FormatError: another size.
-    """
-    return sha256_of(strictjson.dumps([asdict(prompt) for prompt in builtin_suite(size)]))
 
 
 def load_prompts(path: Path) -> tuple[Prompt, ...]:

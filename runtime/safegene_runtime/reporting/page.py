@@ -13,6 +13,7 @@ from importlib import resources
 from typing import Any
 from urllib.parse import quote
 
+from safegene_runtime.reporting.figures import measurements_panel, provenance_panel, static_panel
 from safegene_runtime.reporting.markup import Child, Markup, el
 from safegene_runtime.reporting.panels import (
     attacks_panel,
@@ -20,9 +21,6 @@ from safegene_runtime.reporting.panels import (
     flips_panel,
     gate_panel,
     ladder_panel,
-    measurements_panel,
-    provenance_panel,
-    static_panel,
 )
 from safegene_runtime.reporting.prompt_table import prompts_panel
 from safegene_runtime.reporting.view import MEANING, headline

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safegene_runtime.errors import OutputError, Problems
 from safegene_runtime.formats.files import check_writable
-from safegene_runtime.formats.gguf import shard_paths
+from safegene_runtime.formats.gguf.model import shard_paths
 
 __all__ = ["check_places", "read_files"]
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safegene_runtime.reporting.markup import Markup, el
-from safegene_runtime.reporting.panels import change_badge, replies, table
+from safegene_runtime.reporting.tables import change_badge, replies, table
 from safegene_runtime.reporting.view import CHANGES, change, compact
 
 __all__ = ["prompts_panel"]

@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from safegene_runtime.artifact.integrity import Served
+from safegene_runtime.artifact.integrity import ServedModel
 from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.gating.bounds import ParityBounds, beta_band, bounds_for
@@ -31,23 +31,23 @@ from safegene_runtime.gating.gate import (
 from safegene_runtime.gating.sequential import run_in_order
 from safegene_runtime.gating.verdict import Verdict
 from safegene_runtime.judging.judge import Judge
+from safegene_runtime.progress import Progress
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying.base_noise import RATIO, BaseNoise, base_kl
 from safegene_runtime.verifying.divergence import Divergence, first_divergence
 from safegene_runtime.verifying.forced import ForcedPass, forced_passes, kl_by_position, pooled_beta
 from safegene_runtime.verifying.margins import arm_margins, learn_margins, summarise_margins
 from safegene_runtime.verifying.replies import greedy_replies, label_replies
-from safegene_runtime.verifying.report import RUNGS, Outcome, Report, Rung
+from safegene_runtime.verifying.report import RUNGS, PromptOutcome, Report, Rung
 from safegene_runtime.verifying.static_proof import StaticProof, static_proof
 from safegene_runtime.verifying.text_parity import compare_text
 
-__all__ = ["Climb", "Mode", "Tell", "refusals_rung"]
+__all__ = ["Climb", "Mode", "refusals_rung"]
 
 AHEAD = 16
 """Prompts run together in sequential mode: what an engine batches, and at most that many too many."""
 
 Mode = Literal["strict", "as-shipped"]
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -77,9 +77,9 @@ class Climb:
     asked: str | Profile
     mode: Mode
     chosen: Sequence[int]
-    tell: Tell
+    tell: Progress
     began: float
-    served: Served | None = None
+    served: ServedModel | None = None
     rungs: list[Rung] = field(default_factory=list)
     runs: dict[int, _Run] = field(default_factory=dict)
     proof: StaticProof | None = None
@@ -119,11 +119,11 @@ class Climb:
         self.rungs.append(dataclasses.replace(rung, seconds=took))
 
     def text(self, engine: Engine) -> None:
-        """Rung 3."""
+        """Text: the artifact is asked what the reference was asked."""
         self.add(compare_text(engine, self.record))
 
     def static(self) -> None:
-        """Rung 2, from bytes alone."""
+        """Static, from bytes alone."""
         assert self.served is not None
         self.proof = static_proof(
             self.manifest, self.served.model, self.served.adapter, self.record, self.tell
@@ -160,7 +160,7 @@ class Climb:
         run_in_order(self.pairs(), self.profile, self.record.meta["order"]["seed"], run, AHEAD)
 
     def compare(self) -> None:
-        """Rungs 4 and 5, from the teacher-forced passes that were made."""
+        """Active and logits, from the teacher-forced passes that were made."""
         passes = [one.forced for one in self.runs.values()]
         if not passes:  # decided from the record alone
             return
@@ -178,7 +178,7 @@ class Climb:
         ).to_dict()
 
     def gate(self, sequential: bool) -> None:
-        """Rung 6: the labels, decided on."""
+        """Refusals: the labels, decided on."""
         self.plain, self.under_attack = decide_by_attack(
             self.pairs(),
             self.profile,
@@ -211,10 +211,10 @@ class Climb:
         """All prompts that count; those that were not run say so."""
         return [self.pair(index) for index in self.chosen]
 
-    def outcome(self, index: int) -> Outcome:
+    def outcome(self, index: int) -> PromptOutcome:
         """One prompt that was run, as reports show it."""
         prompt, run = self.record.prompts[index], self.runs[index]
-        return Outcome.of(
+        return PromptOutcome.of(
             prompt,
             run.label,
             run.text,

@@ -17,7 +17,7 @@ from safegene_runtime.gating.gate import GateResult, Profile, combine
 from safegene_runtime.gating.verdict import Verdict
 from safegene_runtime.record.reference import PromptRecord
 
-__all__ = ["RUNGS", "Outcome", "Report", "Rung"]
+__all__ = ["RUNGS", "PromptOutcome", "Report", "Rung"]
 
 FORMAT_VERSION = 1
 RUNGS = ("integrity", "static", "text", "active", "logits", "refusals")
@@ -41,7 +41,7 @@ class Rung:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PromptOutcome:
     """One prompt: the labels of the three arms, and how the artifact's reply came about.
 
     Attributes:
@@ -80,7 +80,7 @@ class Outcome:
         divergence: dict[str, Any] | None = None,
         margin: dict[str, float] | None = None,
         mean_kl: float | None = None,
-    ) -> Outcome:
+    ) -> PromptOutcome:
         """A recorded prompt, with the artifact's label and reply."""
         return cls(
             id=prompt.id,
@@ -126,7 +126,7 @@ class Report:
     verdict: Verdict
     broken_at: str | None
     rungs: tuple[Rung, ...]
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[PromptOutcome, ...]
     gate: GateResult | None
     attacks: Mapping[str, GateResult]
     profile: Profile
@@ -146,7 +146,7 @@ class Report:
         return self.verdict.exit_code
 
     @property
-    def flips(self) -> tuple[Outcome, ...]:
+    def flips(self) -> tuple[PromptOutcome, ...]:
         """Prompts whose label changed."""
         return tuple(outcome for outcome in self.outcomes if outcome.flipped)
 
@@ -236,8 +236,8 @@ class Report:
 _ARMS = ("base", "reference", "artifact")
 
 
-def _flips(outcomes: Sequence[Outcome]) -> dict[str, int]:
-    def count(kind: str, holds: Callable[[Outcome], bool]) -> int:
+def _flips(outcomes: Sequence[PromptOutcome]) -> dict[str, int]:
+    def count(kind: str, holds: Callable[[PromptOutcome], bool]) -> int:
         return sum(outcome.kind == kind and holds(outcome) for outcome in outcomes)
 
     return {
@@ -253,13 +253,13 @@ def _flips(outcomes: Sequence[Outcome]) -> dict[str, int]:
     }
 
 
-def _rate(outcomes: Sequence[Outcome], kind: str, arm: str) -> float | None:
+def _rate(outcomes: Sequence[PromptOutcome], kind: str, arm: str) -> float | None:
     labels = [getattr(outcome, arm) for outcome in outcomes if outcome.kind == kind]
     return sum(label == "refuse" for label in labels) / len(labels) if labels else None
 
 
-def _categories(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    groups: dict[tuple[str, str], list[Outcome]] = {}
+def _categories(outcomes: Sequence[PromptOutcome]) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, str], list[PromptOutcome]] = {}
     for outcome in outcomes:
         if outcome.attack is None:
             groups.setdefault((outcome.kind, outcome.category), []).append(outcome)

@@ -1,6 +1,8 @@
-"""The second rung: the artifact is asked what the reference was asked, id for id."""
+"""The rung `text`: the artifact is asked what the reference was asked, id for id."""
 
 from __future__ import annotations
+
+from datetime import datetime
 
 from safegene_runtime.engines.chat import render_all
 from safegene_runtime.engines.engine import Engine
@@ -28,10 +30,10 @@ def compare_text(engine: Engine, record: Reference) -> Rung:
             },
         )
     chats = [[{"role": "user", "content": prompt.text}] for prompt in record.prompts]
-    rendered = render_all(
-        template, chats, bos_token=meta["bos_token"] or "", eos_token=meta["eos_token"] or ""
-    )
-    bos = meta["bos_token"] or ""
+    bos, eos = meta["bos_token"] or "", meta["eos_token"] or ""
+    # a template that prints the date prints that of the recording
+    now = datetime.fromisoformat(meta["rendered_at"]) if "rendered_at" in meta else None
+    rendered = render_all(template, chats, bos_token=bos, eos_token=eos, now=now)
     for prompt, text in zip(record.prompts, rendered, strict=True):
         if text != prompt.rendered:
             return Rung(
@@ -59,4 +61,7 @@ def compare_text(engine: Engine, record: Reference) -> Rung:
                 f"prompt {prompt.id} is served with other ids" + (": BOS twice" if twice else ""),
                 {"expected": list(prompt.prompt_ids), "got": ids},
             )
-    return Rung("text", "ok", f"{len(chats)} prompts rendered and tokenised alike")
+    detail = f"{len(chats)} prompts rendered and tokenised alike"
+    if unknown := sorted(set(record.meta["decoding"]["stop_ids"]) - engine.eog_ids):
+        detail += f"; the artifact itself does not say that {unknown} end a reply: tell its server"
+    return Rung("text", "ok", detail)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safegene_runtime.errors import FormatError, Problems
-from safegene_runtime.formats.files import open_regular
+from safegene_runtime.formats.files import found_status, open_regular
 from safegene_runtime.formats.onnx.wire import (
     BYTES,
     FIXED32,
@@ -285,12 +285,12 @@ class TensorReader(WireReader):
         if location not in self._data_sizes:
             path = self.path.parent / location
             try:
-                status = path.lstat()
+                status = found_status(path)
             except (OSError, ValueError) as error:
                 raise self.fail(
                     where, f"the data file {location}", str(error), "copy it beside the model"
                 ) from error
-            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
                 kind = "a hard link" if stat.S_ISREG(status.st_mode) else "no regular file"
                 raise self.fail(
                     where,

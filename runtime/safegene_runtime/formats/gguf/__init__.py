@@ -1,0 +1,1 @@
+"""GGUF models at the level of bytes: types, header, shards, tensor data, what a header says of weights."""
