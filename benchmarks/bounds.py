@@ -24,10 +24,9 @@ from statistics import fmean
 from relative import MERGED, ONNX, relative
 from relative import TYPES as BASES
 
-from safegene_converter.cli.demo import find_adapter, find_smollm2, write_float_base
+from safegene import convert, record
+from safegene_converter.cli.smollm2 import find_adapter, find_smollm2, write_float_base
 from safegene_converter.fold.survival import Bounds
-from safegene_converter.gguf.convert import convert
-from safegene_converter.recording.recorder import record
 from safegene_runtime.errors import SurvivalError
 from safegene_runtime.record.prompts import SUITES, builtin_suite
 from safegene_runtime.record.reference import Reference, read_reference
@@ -90,11 +89,11 @@ def row(
     """Prints what one type gives; returns the shares of harmful prompts refused."""
     promote = name == "auto"
     manifest = convert(
-        adapter, base, root / "out", form="merged", type_name=name, promote=promote, check=False,
+        adapter, base, root / "out", form="merged", type=name, promote=promote, check=False,
         bounds=None if promote else NO_BOUNDS, force=True,
     )  # fmt: skip
     try:
-        convert(adapter, base, root / "gate", form="merged", type_name=name, promote=promote,
+        convert(adapter, base, root / "gate", form="merged", type=name, promote=promote,
                 check=False, force=True)  # fmt: skip
         gate = "pass"
     except SurvivalError as refused:

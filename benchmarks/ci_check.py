@@ -29,7 +29,7 @@ from typing import Any
 
 from measuring import LAUNCHER, environment
 
-from safegene_converter.cli.demo import find_adapter, find_smollm2, write_float_base
+from safegene_converter.cli.smollm2 import find_adapter, find_smollm2, write_float_base
 
 AIM_SECONDS, AIM_OURS, AIM_MEMORY = 180.0, 0.10, 1.5
 

@@ -25,7 +25,7 @@ import numpy as np
 from measuring import PEFT_MERGE, ROOT, environment, measure
 
 from safegene_converter.bases.hf_to_gguf import find_llama_cpp
-from safegene_converter.cli.demo import find_adapter, find_smollm2, write_float_base
+from safegene_converter.cli.smollm2 import find_adapter, find_smollm2, write_float_base
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_runtime.formats.gguf.model import open_model
 from safegene_runtime.formats.gguf.types import GGMLType

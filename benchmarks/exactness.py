@@ -28,9 +28,9 @@ import torch
 from measuring import environment
 from safetensors.numpy import load_file, save_file
 
+from safegene import convert
 from safegene_converter.bases.hf_to_gguf import find_llama_cpp
-from safegene_converter.cli.demo import find_adapter, find_smollm2, write_float_base
-from safegene_converter.gguf.convert import convert
+from safegene_converter.cli.smollm2 import find_adapter, find_smollm2, write_float_base
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.inputs.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from safegene_converter.inputs.base import open_base

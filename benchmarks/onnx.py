@@ -36,7 +36,7 @@ from measuring import PEFT_MERGE, environment, measure
 
 from safegene_converter.bases.gguf_to_hf import gguf_to_hf
 from safegene_converter.bases.onnx_build import BUILDER, build_onnx
-from safegene_converter.cli.demo import find_adapter, find_smollm2, write_float_base
+from safegene_converter.cli.smollm2 import find_adapter, find_smollm2, write_float_base
 from safegene_converter.inputs.base import open_base
 from safegene_runtime.engines.ort import OrtEngine
 from safegene_runtime.errors import EngineError

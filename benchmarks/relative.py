@@ -17,20 +17,17 @@ from pathlib import Path
 import numpy as np
 from measuring import ROOT
 
+from safegene import convert
 from safegene_converter.bases.gguf_to_hf import gguf_to_hf
 from safegene_converter.bases.onnx_build import build_onnx
-from safegene_converter.cli.demo import find_adapter
+from safegene_converter.cli.smollm2 import find_adapter
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.formula import delta
-from safegene_converter.gguf.convert import convert
-from safegene_converter.gguf.merge import MODEL_FILE
 from safegene_converter.gguf.presets import quantize_gguf
-from safegene_converter.gguf.sidecar import ADAPTER_FILE as GGUF_ADAPTER
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.inputs.base import open_base
-from safegene_converter.inputs.onnx_base import ADAPTER_FILE as ONNX_ADAPTER
-from safegene_converter.onnx.convert import convert_onnx
+from safegene_runtime.artifact import forms
 from safegene_runtime.artifact.integrity import model_precision
 from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.formats.gguf.model import open_model
@@ -204,8 +201,8 @@ def _ggufs(
             continue
         out = root / f"sidecar-{len(made)}"
         factors = "q8_0" if name == COARSE_FACTORS else "f32"
-        convert(adapter, source, out, form="sidecar", type_name=factors, check=False)
-        made[name] = out / GGUF_ADAPTER
+        convert(adapter, source, out, form="sidecar", type=factors, check=False)
+        made[name] = out / forms.GGUF.adapter_file
     for kind in types:
         model = given if kind == "given" else root / "base.gguf"
         if kind != "given":
@@ -228,9 +225,9 @@ def _onnxs(
             if name in (COARSE_FACTORS, UNPROMOTED):  # an .onnx_adapter is float
                 continue
             out = root / f"onnx-{precision}-{len(made)}"
-            manifest = convert_onnx(adapters[name], base, out, form="adapter", check=False)
+            manifest = convert(adapters[name], base, out, to="onnx", form="adapter", check=False)
             made[name], kind = (
-                (out / "model.onnx", out / ONNX_ADAPTER),
+                (out / "model.onnx", out / forms.ONNX.adapter_file),
                 manifest.artifact["precision"],
             )
         yield Beside(f"ONNX {precision}", kind, base / "model.onnx", made)
@@ -252,15 +249,17 @@ def _mergeds(
             if name == COARSE_FACTORS:
                 continue
             out = root / f"merged-{kind}-{len(made)}"
-            made[name] = out / MODEL_FILE, None
+            made[name] = out / str(forms.GGUF.model_file), None
             if name in DROPPED:  # no merge of nothing: the converter refuses a delta of zeros
                 out.mkdir()
-                _without(DROPPED[name], made[UNPROMOTED][0], control, out / MODEL_FILE)
+                _without(
+                    DROPPED[name], made[UNPROMOTED][0], control, out / str(forms.GGUF.model_file)
+                )
                 continue
             if name == GENUINE:
-                asked = {"type_name": "auto" if kind == "given" else kind}
+                asked = {"type": "auto" if kind == "given" else kind}
             else:
-                asked = {"type_name": "q8_0" if kind == "given" else kind, "promote": False,
+                asked = {"type": "q8_0" if kind == "given" else kind, "promote": False,
                          "bounds": NO_BOUNDS}  # fmt: skip
             convert(adapter, base, out, form="merged", check=False, **asked)
         kinds = model_precision(open_model(made[GENUINE][0]))

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from safegene_converter.cli.demo import find_adapter, find_smollm2, write_float_base
+from safegene import convert, record
+from safegene_converter.cli.smollm2 import find_adapter, find_smollm2, write_float_base
 from safegene_converter.fold.survival import Bounds
-from safegene_converter.gguf.convert import convert
-from safegene_converter.recording.recorder import record
 from safegene_runtime.artifact.integrity import check_integrity
 from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.formats.sealed import SealedFiles
@@ -73,7 +72,7 @@ def main() -> None:
             base = root / "float.gguf" if row.float_base else source
             out = root / str(number)
             manifest = convert(
-                adapter, base, out, form=row.form, type_name=row.type_name, check=False,
+                adapter, base, out, form=row.form, type=row.type_name, check=False,
                 promote=None if row.gated else False, bounds=None if row.gated else NO_BOUNDS,
             )  # fmt: skip
             proof = proved(manifest, out, reference, base if row.form == "sidecar" else None)

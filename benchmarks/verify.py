@@ -18,7 +18,7 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from safegene_converter.cli.demo import find_smollm2
+from safegene_converter.cli.smollm2 import find_smollm2
 from safegene_runtime.engines.llama import LlamaEngine
 from safegene_runtime.record.reference import read_reference
 from safegene_runtime.verifying.forced import forced_passes

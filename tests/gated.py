@@ -18,8 +18,7 @@ from pathlib import Path
 
 import tiny
 
-from safegene_converter.gguf.convert import convert
-from safegene_converter.recording.recorder import record
+from safegene import convert, record
 from safegene_runtime.formats.files import sha256_of
 from safegene_runtime.record.prompts import builtin_suite
 

@@ -25,7 +25,7 @@ from workshop import Forged, Workshop, unmutated
 
 from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.gguf.writer import OutTensor, write_gguf
-from safegene_runtime.architecture.row_order import transform_for
+from safegene_runtime.architecture.table import TABLE
 from safegene_runtime.artifact.manifest import FileEntry, Manifest, read_manifest
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.registry import open_engine
@@ -100,7 +100,7 @@ def other_rows(heads: int, heads_kv: int, inverse: bool) -> Edit:
     def mix(all: Factors) -> Factors:
         found = dict(all)
         for module, (a, b) in all.items():
-            order = transform_for("llama", module, heads, heads_kv)
+            order = TABLE["llama"].transform(module, heads, heads_kv)
             found[module] = a, (order.invert_rows if inverse else order.apply_rows)(b)
         return found
 

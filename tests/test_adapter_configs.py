@@ -15,11 +15,11 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import AutoModelForCausalLM
 
 from safegene_converter import formula
-from safegene_converter.inputs import names
 from safegene_converter.inputs.adapter import check_base_fits, read_adapter
 from safegene_converter.inputs.adapter_files import CONFIG_NAME
 from safegene_converter.inputs.base import open_base
 from safegene_converter.inputs.peft_config import parse_config
+from safegene_runtime.architecture.table import linear_modules
 from safegene_runtime.errors import UnsupportedError
 from safegene_runtime.formats import strictjson
 
@@ -33,7 +33,7 @@ REFUSED = {
 }
 """The one field of each configuration that asks for more than a plain LoRA."""
 
-MODULES = [f"model.layers.{layer}.{name}" for layer in (0, 1, 11) for name in names.BLOCK_MODULES]
+MODULES = [f"model.layers.{layer}.{name}" for layer in (0, 1, 11) for name in linear_modules()]
 
 pytestmark = pytest.mark.skipif(not PATHS, reason=f"no configurations in {FOLDER}")
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import tiny
 
+from safegene import convert
 from safegene_converter.cli.main import main
-from safegene_converter.gguf.convert import convert
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.child import python_environment
 from safegene_runtime.engines import apart, registry

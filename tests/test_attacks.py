@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter.recording.recorder import _check_control_tokens, record
+from safegene import record
+from safegene_converter.recording.recorder import _check_control_tokens
 from safegene_runtime.errors import FormatError, RecordError
 from safegene_runtime.record.attacks import ATTACKS, LANGUAGES, attack_names, wrap
 from safegene_runtime.record.prompts import Prompt, builtin_suite, load_prompts

@@ -13,9 +13,8 @@ import tiny
 from mutants import MUTANTS
 from workshop import PROMPTS, Workshop
 
-from safegene_converter.gguf.convert import convert
+from safegene import convert, record
 from safegene_converter.gguf.presets import quantize_gguf
-from safegene_converter.recording.recorder import record
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import EngineError

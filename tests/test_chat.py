@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -130,6 +131,24 @@ def test_a_template_that_misbehaves_is_an_error(template: str) -> None:
 def test_a_template_that_eats_time_or_memory_is_stopped(template: str) -> None:
     with pytest.raises(EngineError, match="chat template"):
         render_all(template, [HELLO], cpu_s=1)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 1" + "+1" * 500_000 + " }}",  # slow to compile
+    ],
+)
+def test_a_refusal_takes_seconds_of_cpu_time_and_no_more(template: str) -> None:
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = spent()
+    with pytest.raises(EngineError, match="chat template"):
+        render_all(template, [HELLO])
+    assert spent() - before < chat.CPU_S + 2  # its imports, and the limit counts whole seconds
 
 
 def test_only_cpu_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,7 +141,7 @@ WRONG = {
     "missing prompts": (["record", "{adapter}", "--base", "{base}", "--prompts", "{t}/p"], "p:"),
     "replies of no token": (
         ["record", "{adapter}", "--base", "{base}", "--max-new-tokens", "0"],
-        "max_new_tokens >= 1",
+        "at least 1, got 0",
     ),
     "a suite of no size": (["record", "{adapter}", "--base", "{base}", "--suite", "x"], "smoke"),
     "a suite and prompts": (

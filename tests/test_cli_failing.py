@@ -13,8 +13,8 @@ import pytest
 import tiny
 from workshop import Workshop
 
+from safegene import record
 from safegene_converter.cli import main
-from safegene_converter.recording.recorder import record
 from safegene_runtime.child import python_environment
 from safegene_runtime.extras import EXTRAS
 from safegene_runtime.record.prompts import load_prompts
@@ -160,7 +160,7 @@ def test_an_error_that_nobody_foresaw_ends_with_2_and_says_how_to_get_the_traceb
     def fail(*_: object) -> None:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr("safegene_converter.cli.main.check_json", fail)
+    monkeypatch.setattr("safegene_converter.cli.options.check_json", fail)
     for words in COMMANDS:
         arguments = [word if word != "OUT" else str(tmp_path / "out") for word in words.split()]
         assert main.main(arguments) == 2
@@ -178,3 +178,11 @@ def test_a_foreseen_error_has_a_traceback_too_where_it_is_asked_for(
     for flags, shown in (([], False), (["--debug"], True)):
         assert main.main(["inspect", str(tmp_path), *flags]) == 2
         assert ("Traceback" in capsys.readouterr().err) == shown
+
+
+@pytest.mark.parametrize("package", ["numpy", "rich"])
+def test_a_broken_installation_ends_with_2(package: str, bench: Bench, tmp_path: Path) -> None:
+    done = bench.run(tmp_path, "inspect ADAPTER", package)
+    assert done.returncode == 2, done.stderr
+    assert package in done.stderr
+    assert "Traceback" not in done.stderr

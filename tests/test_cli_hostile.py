@@ -101,7 +101,7 @@ def test_an_error_without_a_name_is_still_one_line(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safegene_converter.cli.inspecting.inspect", fail)
+    monkeypatch.setattr("safegene_converter.describing.inspect", fail)
     assert run("inspect", adapter) == 2
     assert capsys.readouterr().err.splitlines()[1].endswith("got No space left on device")
 

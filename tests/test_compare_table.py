@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from safegene_converter.cli.compare_table import compare, show_comparison
+from safegene_converter.cli.comparison import compare, show_comparison
 from safegene_runtime.errors import RecordError
 from safegene_runtime.gating.bounds import bounds_for
 from safegene_runtime.gating.profiles import PROFILES

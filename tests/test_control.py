@@ -17,13 +17,12 @@ import tiny
 from mutants import edit_factors, other_rows, scaled
 from workshop import PROMPTS, Workshop
 
+from safegene import convert, record
 from safegene_converter.cli import main
 from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.fold.survival import Bounds
-from safegene_converter.gguf.convert import convert
 from safegene_converter.gguf.presets import quantize_gguf
 from safegene_converter.gguf.writer import OutTensor, write_gguf
-from safegene_converter.recording.recorder import record
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.artifact.provenance import ADAPTER_KEY
 from safegene_runtime.engines.engine import Engine
@@ -139,9 +138,7 @@ def test_a_merge_into_the_recorded_file_is_rounded_anew_where_its_control_is_not
     """The case that docs/ladder.md tells of: 8 bits may cost more than the bound allows, a float does not."""
     ratios = {}
     for kind in ("q8_0", "f16"):
-        convert(
-            made.adapter, made.base, tmp_path / kind, form="merged", type_name=kind, check=False
-        )
+        convert(made.adapter, made.base, tmp_path / kind, form="merged", type=kind, check=False)
         report = verify(tmp_path / kind, made.reference, control=made.base, threads=1, write=False)
         ratios[kind] = report.rung("logits").figures["base_noise"]["ratio"]
     assert ratios["f16"] < RATIO < ratios["q8_0"]
@@ -207,7 +204,7 @@ def test_the_base_is_the_control_whatever_was_promoted(made: Merged) -> None:
 @pytest.mark.parametrize("preset", ["q4_1", "q5_0"])
 def test_a_float_base_quantised_alike_is_the_control(preset: str, tmp_path: Path) -> None:
     shop = Workshop(tmp_path)
-    convert(shop.adapter, shop.base("gguf merged"), tmp_path / "out", form="merged", type_name=preset,
+    convert(shop.adapter, shop.base("gguf merged"), tmp_path / "out", form="merged", type=preset,
             check=False, promote=False, bounds=Bounds(0, 1e9, 1e9, 1e9))  # fmt: skip
     quantize_gguf(shop.base("gguf merged"), tmp_path / "control.gguf", preset)
     one = Merged(shop.adapter, shop.base("gguf merged"), tmp_path / "out", shop.reference)
@@ -294,7 +291,7 @@ def test_the_very_base_is_the_control_in_whatever_type_it_was_merged(
     made: Merged, tmp_path: Path
 ) -> None:
     """`--type q8_0` into 4 bits promotes nothing; a file of the same tensors is not shown to be the base."""
-    convert(made.adapter, made.base, tmp_path / "out", form="merged", type_name="q8_0", promote=False,
+    convert(made.adapter, made.base, tmp_path / "out", form="merged", type="q8_0", promote=False,
             check=False, bounds=Bounds(0, 1e9, 1e9, 1e9))  # fmt: skip
     one = dataclasses.replace(made, artifact=tmp_path / "out")
     assert one.check(Path(shutil.copy(made.base, tmp_path / "renamed.gguf")))

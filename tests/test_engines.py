@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 import safegene
-from safegene_converter.gguf.convert import convert
+from safegene import convert
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.child import python_environment
 from safegene_runtime.engines import registry

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter.gguf.convert import convert
-from safegene_converter.recording.recorder import record
+from safegene import convert, record
 from safegene_runtime.engines.llama import LlamaEngine
 from safegene_runtime.record.prompts import Prompt
 from safegene_runtime.record.reference import Reference
@@ -51,16 +50,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def with_coefficients(adapter: Path, architecture: str) -> Path:
     """Adds a safegene.json with a coefficient of its own for every layer."""
+    layers = range(tiny.n_layers(architecture))
+    own = (0.37, 2.9, 1.6, -0.8)
     (adapter / "safegene.json").write_text(
         json.dumps(
             {
                 "format_version": 1,
-                "base_model": {"name": "tiny", "architecture": architecture, "n_layers": 2},
-                "selected_layers": [0, 1],
+                "base_model": {
+                    "name": "tiny",
+                    "architecture": architecture,
+                    "n_layers": len(layers),
+                },
+                "selected_layers": list(layers),
                 "default_expression": "default",
                 "expressions": {
-                    "default": {"coefficients": {"0": 0.37, "1": 2.9}},
-                    "other": {"coefficients": {"0": 1.0, "1": -1.0}},
+                    "default": {"coefficients": {str(n): own[n] for n in layers}},
+                    "other": {"coefficients": {str(n): (-1.0) ** n for n in layers}},
                 },
             }
         )
@@ -106,7 +111,7 @@ def test_llama_cpp_computes_what_peft_computes(variant: str, tmp_path: Path) -> 
     check_exact(adapter, "llama", tmp_path, None)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", tiny.OTHERS)
 def test_other_architectures_are_as_exact(architecture: str, tmp_path: Path) -> None:
     adapter = tiny.peft_adapter(
         architecture, tmp_path / "adapter", scale=0.1, **VARIANTS["patterns under rslora"]

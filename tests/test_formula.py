@@ -17,13 +17,13 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
+from onnx_tools import convert_onnx
 
+from safegene import convert
 from safegene_converter import formula
 from safegene_converter.fold.survival import Bounds
-from safegene_converter.gguf.convert import convert
 from safegene_converter.inputs.adapter import Module, read_adapter
-from safegene_converter.onnx.convert import convert_onnx
-from safegene_runtime.architecture.row_order import transform_for
+from safegene_runtime.architecture.table import TABLE
 
 
 def module(seed: int, coefficient: float = 1.0, scaling: float = 2.0) -> Module:
@@ -168,8 +168,10 @@ def test_a_float_merge_adds_this_very_delta(target: str, tmp_path: Path) -> None
         order: Any = slice(None)
         if target == "gguf":
             heads = {"q_proj": tiny.N_HEAD, "k_proj": tiny.N_HEAD_KV}
-            order = transform_for("llama", entry.module, *heads.values()).apply_rows(
-                np.arange(entry.shape[0])
+            order = (
+                TABLE["llama"]
+                .transform(entry.module, *heads.values())
+                .apply_rows(np.arange(entry.shape[0]))
             )
         delta = formula.delta(modules[entry.module], order)
         assert np.array_equal(after[weight][rows], before[weight][rows] + delta)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import tiny
 
+from safegene import record
 from safegene_converter.gene.deployed import recalibrate_deployed
 from safegene_converter.gene.extract import extract
 from safegene_converter.gene.folder import Expression, add_expression
 from safegene_converter.gene.rebuild import gguf_rebuild
 from safegene_converter.gene.shots import check_same_prompts
 from safegene_converter.inputs.adapter import read_adapter
-from safegene_converter.recording.recorder import record
 from safegene_runtime.errors import AdapterError, EngineError, GeneError
 from safegene_runtime.record.prompts import Prompt
 from safegene_runtime.record.reference import Reference

@@ -15,6 +15,7 @@ import pytest
 import tiny
 from onnx_tools import quick
 
+from safegene import record
 from safegene_converter.cli import main
 from safegene_converter.gene import rebuild as rebuilding
 from safegene_converter.gene.deployed import recalibrate_deployed
@@ -23,7 +24,6 @@ from safegene_converter.gene.folder import Expression, add_expression
 from safegene_converter.gene.held_out import measure_held_out
 from safegene_converter.gene.rebuild import Rebuild, gguf_rebuild, onnx_rebuild
 from safegene_converter.inputs.adapter import read_adapter
-from safegene_converter.recording.recorder import record
 from safegene_runtime.engines.ort import OrtEngine
 from safegene_runtime.errors import GeneError, RecordError, SafeGeneError, UnsupportedError
 from safegene_runtime.judging.judge import Label

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from safegene_converter.gguf.convert import convert
+from safegene import convert
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_runtime.artifact.integrity import model_precision
 from safegene_runtime.errors import FormatError, UnsupportedError

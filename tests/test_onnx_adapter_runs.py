@@ -11,8 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import tiny
-
-from safegene_converter.onnx.convert import convert_onnx
+from onnx_tools import convert_onnx
 
 HEAD_SIZE = 64 // tiny.N_HEAD
 Feed = dict[str, np.ndarray]

@@ -13,11 +13,10 @@ import onnxruntime
 import pytest
 import tiny
 from onnx import TensorProto, helper, numpy_helper
-from onnx_tools import agree, every_module, load, node, quick
+from onnx_tools import FORMS, agree, every_module, load, node, quick
 from test_exactness import PROMPTS
 
-from safegene_converter.onnx.convert import FORMS
-from safegene_converter.recording.recorder import record
+from safegene import record
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.artifact.onnx_checks import check_onnx_artifact
 from safegene_runtime.errors import FormatError, ManifestError, SafeGeneError, UnsupportedError

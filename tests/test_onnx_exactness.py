@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from onnx_tools import FORMS, convert_onnx
 from test_exactness import PROMPTS, VARIANTS, with_coefficients
 
-from safegene_converter.onnx.convert import FORMS, convert_onnx
-from safegene_converter.recording.recorder import record
+from safegene import record
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.engines.ort import OrtEngine
 from safegene_runtime.record.reference import Reference
@@ -77,12 +77,12 @@ def test_onnx_runtime_computes_what_peft_computes(variant: str, tmp_path: Path) 
     check_exact(adapter, "llama", tmp_path, tiny.onnx_model("llama"))
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", tiny.OTHERS)
 def test_other_architectures_are_as_exact(architecture: str, tmp_path: Path) -> None:
     adapter = tiny.peft_adapter(
         architecture, tmp_path / "adapter", scale=0.1, **VARIANTS["patterns under rslora"]
     )
-    base = tiny.onnx_model(architecture)
+    base = tiny.float_onnx_model(architecture)
     check_exact(with_coefficients(adapter, architecture), architecture, tmp_path, base)
 
 

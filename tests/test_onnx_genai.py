@@ -8,9 +8,8 @@ import numpy as np
 import onnxruntime_genai as og
 import pytest
 import tiny
-from onnx_tools import every_module, feeds, quick, session
+from onnx_tools import FORMS, every_module, feeds, quick, session
 
-from safegene_converter.onnx.convert import FORMS, Form
 from safegene_runtime.engines.ort import OrtEngine
 
 PROMPTS = [[5, 77, 1042, 9, 300], [8, 8, 411], [640] * 9]
@@ -58,7 +57,7 @@ def without_end(engine: OrtEngine, ids: list[int]) -> list[int]:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 @pytest.mark.parametrize("form", FORMS)
 def test_genai_generates_what_our_engine_generates(
-    form: Form, precision: str, adapter: Path, tmp_path: Path
+    form: str, precision: str, adapter: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     base = tiny.onnx_model("llama", precision)

@@ -17,13 +17,12 @@ import onnx
 import pytest
 import tiny
 from onnx import helper, numpy_helper
-from onnx_tools import arrays, edited, every_module, feeds, load, node, quick, session
+from onnx_tools import arrays, convert_onnx, edited, every_module, feeds, load, node, quick, session
 from test_to_gguf import peft_delta
 from test_to_onnx import expected_delta
 
 from safegene_converter.bases import onnx_build
 from safegene_converter.fold.survival import Bounds
-from safegene_converter.onnx.convert import convert_onnx
 from safegene_runtime.artifact.onnx_checks import precision_class
 from safegene_runtime.errors import (
     BaseModelError,

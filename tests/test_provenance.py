@@ -19,7 +19,7 @@ import tiny
 from onnx_tools import agree, quick
 from safetensors.numpy import save_file
 
-from safegene_converter.gguf.convert import convert
+from safegene import convert
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_runtime.artifact.integrity import check_integrity
 from safegene_runtime.artifact.manifest import read_manifest

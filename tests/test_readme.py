@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import tiny
 
-from safegene_converter.cli import demo, main, options
+import safegene
+from safegene_converter.cli import main, options, showcase, smollm2
 from safegene_converter.inputs.base import open_base
 from safegene_converter.recording.loading import save_as_folder
 from safegene_runtime.child import python_environment
@@ -34,6 +38,22 @@ def test_the_commands_parse() -> None:
         main.parser().parse_args(command[1:])
 
 
+def test_the_python_is_python_that_the_package_takes() -> None:
+    blocks = [textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", README, re.S)]
+    blocks.append(
+        textwrap.dedent((safegene.__doc__ or "").split("\n\n", 1)[1].rpartition("\n\n")[0])
+    )
+    called = set()
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("safegene."):
+                name = ast.unparse(node.func).removeprefix("safegene.")
+                words = {word.arg: None for word in node.keywords if word.arg}
+                inspect.signature(getattr(safegene, name)).bind(*node.args, **words)
+                called.add(name)
+    assert called == {"convert", "record", "verify", "open"}
+
+
 def test_every_linked_file_exists() -> None:
     for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in
                  (tiny.REPOSITORY / "docs").glob("*.md"))):  # fmt: skip
@@ -45,7 +65,7 @@ def test_every_linked_file_exists() -> None:
 def test_the_table_is_the_demos() -> None:
     block = re.search(r"<!-- demo output.*?```\n(.*?)```", README, re.S)
     assert block
-    for job in demo.JOBS:
+    for job in showcase.ARTIFACTS:
         assert all(word in block[1] for word in job.label.split()), job.label
     assert "SmolLM2-135M-Instruct" in block[1]
     assert not [line for line in block[1].splitlines() if len(line) > options.PIPE_COLUMNS]
@@ -76,8 +96,8 @@ def test_the_documented_bounds_are_those_of_the_code() -> None:
 @pytest.mark.xdist_group("demo")
 def test_the_commands_do_what_is_said(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(tiny.REPOSITORY / "examples")
-    (tmp_path / "smollm2.gguf").symlink_to(demo.find_smollm2())
-    save_as_folder(open_base(demo.find_smollm2()), tmp_path / "smollm2-hf")
+    (tmp_path / "smollm2.gguf").symlink_to(smollm2.find_smollm2())
+    save_as_folder(open_base(smollm2.find_smollm2()), tmp_path / "smollm2-hf")
     for command in COMMANDS:
         done = subprocess.run(
             [sys.executable, "-m", "safegene_converter", *command[1:]],

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import tiny
 
-from safegene_converter.cli.demo import JOBS, find_adapter, find_smollm2
-from safegene_converter.gguf.convert import convert
+from safegene import convert
+from safegene_converter.cli.showcase import ARTIFACTS
+from safegene_converter.cli.smollm2 import find_adapter, find_smollm2
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_runtime.artifact.manifest import FileEntry, read_manifest
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, adapter_digest
@@ -58,7 +59,7 @@ def reference(demo: tuple[Path, dict[str, Any]]) -> Path:
 
 def test_the_demo_shows_every_row(demo: tuple[Path, dict[str, Any]]) -> None:
     rows = demo[1]["rows"]
-    assert len(rows) == 2 + len(JOBS)
+    assert len(rows) == 2 + len(ARTIFACTS)
     base, tuned, *artifacts = rows
     assert base["harmful_refused"] < 0.2 < 0.9 < tuned["harmful_refused"]
     assert tuned["benign_refused"] < 0.4  # half of these only look harmful
@@ -148,7 +149,7 @@ def test_the_prompts_tokens_are_stock_llama_cpps(reference: Path) -> None:
 def test_keep_refuses_what_upstream_does_silently(tmp_path: Path) -> None:
     with pytest.raises(SurvivalError) as caught:
         convert(
-            find_adapter(), find_smollm2(), tmp_path / "out", form="merged", type_name="keep",
+            find_adapter(), find_smollm2(), tmp_path / "out", form="merged", type="keep",
             check=False,
         )  # fmt: skip
     assert len(caught.value.problems) > 40
@@ -265,7 +266,7 @@ def test_a_scale_that_llama_cpp_would_apply_could_not_be_checked(
 def test_a_record_that_refuses_nothing_gates_nothing(
     demo: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    from safegene_converter.recording.recorder import record
+    from safegene import record
     from safegene_runtime.record.prompts import builtin_suite
 
     benign = [prompt for prompt in builtin_suite() if prompt.kind == "benign"][:4]
@@ -293,7 +294,7 @@ def test_the_report_of_a_real_run_is_what_the_schema_says(
     from safegene_runtime.reporting import report_schema
 
     folders = sorted((demo[0] / "reports").iterdir())
-    assert len(folders) == len(JOBS)
+    assert len(folders) == len(ARTIFACTS)
     for folder in folders:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         jsonschema.Draft202012Validator(report_schema()).validate(report)

@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from onnx_tools import feeds, session
+from onnx_tools import FORMS, convert_onnx, feeds, session
 from test_onnx_genai import N_NEW, genai, without_end
 
+from safegene import record
 from safegene_converter.bases.gguf_to_hf import gguf_to_hf
 from safegene_converter.bases.onnx_build import build_onnx
-from safegene_converter.cli.demo import find_adapter, find_smollm2, write_float_base
+from safegene_converter.cli.smollm2 import find_adapter, find_smollm2, write_float_base
 from safegene_converter.inputs.base import open_base
-from safegene_converter.onnx.convert import FORMS, Form, convert_onnx
-from safegene_converter.recording.recorder import record
 from safegene_runtime.artifact.onnx_checks import check_onnx_artifact
 from safegene_runtime.engines.ort import OrtEngine
 from safegene_runtime.gating.bounds import bounds_for
@@ -64,7 +63,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     [*(("fp32", form) for form in FORMS), *((kind, "branch") for kind in ("fp16", "int8", "int4"))],
 )
 def test_onnx_runtime_and_genai_say_what_pytorch_says(
-    precision: str, form: Form, real: Real, tmp_path: Path
+    precision: str, form: str, real: Real, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     convert_onnx(find_adapter(), real.base(precision), out, form=form, check=False)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
+from safegene import record
 from safegene_converter.inputs.base import open_base
 from safegene_converter.recording import greedy
 from safegene_converter.recording.greedy import greedy_replies
 from safegene_converter.recording.loading import load_model
-from safegene_converter.recording.recorder import record
 from safegene_runtime.record.prompts import Prompt
 from safegene_runtime.verifying.compare import kl_topk
 

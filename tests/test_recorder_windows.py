@@ -12,11 +12,11 @@ import pytest
 import tiny
 import torch
 
+from safegene import record
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.inputs.base import open_base
 from safegene_converter.recording.greedy import greedy_replies
 from safegene_converter.recording.loading import load_model, load_with_adapter
-from safegene_converter.recording.recorder import record
 from safegene_runtime.record.prompts import Prompt
 
 WINDOW = 8

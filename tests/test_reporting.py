@@ -19,8 +19,8 @@ from report_fixture import HOSTILE, VARIANTS, make_report
 from rich.console import Console
 from scipy import stats
 
-from safegene_converter.cli.inspecting import show_report
 from safegene_converter.cli.report_options import report_targets
+from safegene_converter.cli.tables import show_report
 from safegene_runtime import reporting
 from safegene_runtime.errors import OutputError
 from safegene_runtime.gating.gate import PROFILES, Pair, decide_by_attack

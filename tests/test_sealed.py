@@ -14,7 +14,7 @@ import tiny
 from onnx_tools import quick
 from races import IDS, race
 
-from safegene_converter.gguf.convert import convert
+from safegene import convert
 from safegene_runtime.artifact.integrity import check_integrity
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.engines.registry import open_engine

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import tiny
 
+from safegene import convert
 from safegene_converter.fold.effect import effect
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.gguf import convert as to_gguf
-from safegene_converter.gguf.convert import convert
 from safegene_converter.gguf.fold import GGUFFold, Made
 from safegene_converter.gguf.presets import quantize_gguf
 from safegene_converter.inputs.adapter import read_adapter
@@ -73,7 +73,7 @@ def test_only_the_adapters_own_delta_passes(
         with contextlib.nullcontext() if by == 1 else pytest.raises(PostconditionError, match=SAID):
             convert(
                 scaled(meant, tmp_path / f"by{number}", by), base, tmp_path / "out", form="merged",
-                type_name=type_name, force=True, bounds=None if by == 1 else anything,
+                type=type_name, force=True, bounds=None if by == 1 else anything,
             )  # fmt: skip
 
 

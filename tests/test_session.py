@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import tiny
+from onnx_tools import convert_onnx
 
 import safegene
+from safegene import convert
 from safegene_converter.cli import run as run_command
 from safegene_converter.cli.options import Parser
-from safegene_converter.gguf.convert import convert
-from safegene_converter.onnx.convert import convert_onnx
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.engines.chat import render
 from safegene_runtime.engines.registry import open_engine

@@ -22,31 +22,21 @@ import onnxruntime
 import pytest
 import tiny
 from onnx import numpy_helper
+from onnx_tools import convert_onnx
 from safetensors import safe_open
-from test_exactness import PROMPTS, VARIANTS, with_coefficients
+from test_exactness import PROMPTS, with_coefficients
 
+from safegene import convert, record
 from safegene_converter.encoding import ggml_quantizer
 from safegene_converter.fold.survival import Bounds
-from safegene_converter.gguf.convert import convert
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_converter.inputs import onnx_base
-from safegene_converter.onnx.convert import convert_onnx
-from safegene_converter.recording.recorder import record
-from safegene_runtime.architecture.row_order import transform_for
-from safegene_runtime.artifact.manifest import Manifest, read_manifest
-from safegene_runtime.artifact.served import Carried, Found
-from safegene_runtime.errors import (
-    FormatError,
-    ManifestError,
-    Problems,
-    RecordError,
-    UnsupportedError,
-)
+from safegene_runtime.architecture.table import TABLE
+from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.formats.gguf.model import open_model
 from safegene_runtime.formats.gguf.types import GGMLType
-from safegene_runtime.record import added_weights
-from safegene_runtime.record.reference import Reference, read_reference
-from safegene_runtime.verifying.static_proof import StaticProof, _module, static_proof
+from safegene_runtime.record.reference import Reference
+from safegene_runtime.verifying.static_proof import StaticProof, static_proof
 
 LOOSE = Bounds(0, 99, 99, 99)
 SLOW_TYPES = (
@@ -97,7 +87,7 @@ def make(folder: Path, architecture: str, hidden: int = 64) -> Made:
     here = folder / f"{architecture}-{hidden}"
     adapter = tiny.peft_adapter(
         architecture, here / "adapter", hidden=hidden, scale=0.1,
-        **VARIANTS["every module"], rank_pattern={"q_proj": 2}, alpha_pattern={"k_proj": 32},
+        target_modules=tiny.kinds(architecture), rank_pattern={"q_proj": 2}, alpha_pattern={"k_proj": 32},
     )  # fmt: skip
     with_coefficients(adapter, architecture)
     made = record(
@@ -121,7 +111,8 @@ def onnx_artifact(folder: Path, form: Any, precision: str = "fp32", *options: st
     made = make(folder, "llama")
     out = made.adapter.parent / "-".join(["onnx", form, precision, *options])
     base = tiny.onnx_model("llama", precision, *options)
-    convert_onnx(made.adapter, base, out, form=form, check=False, bounds=LOOSE)
+    convert_onnx(made.adapter, base, out, form=form, check=False,
+                 bounds=LOOSE if form == "merged" else None)  # fmt: skip
     return out
 
 
@@ -203,85 +194,10 @@ def dense_beta(made: Made, module: str, weight: np.ndarray) -> float:
 
 
 def in_hf_order(made: Made, module: str, rows: np.ndarray) -> np.ndarray:
-    return transform_for(made.architecture, module, tiny.N_HEAD, tiny.N_HEAD_KV).invert_rows(rows)
+    return TABLE[made.architecture].transform(module, tiny.N_HEAD, tiny.N_HEAD_KV).invert_rows(rows)
 
 
 # --- what is recorded ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_factors_are_what_the_adapter_file_says(architecture: str, scratch: Path) -> None:
-    made = make(scratch, architecture)
-    assert made.record.factors is not None
-    assert len(made.record.factors) == 7 * tiny.N_LAYERS
-    for one in made.record.factors:
-        delta = dense_delta(made, one.module)
-        product = one.b.astype(np.float64) @ one.a.astype(np.float64)
-        np.testing.assert_allclose(product, delta, rtol=1e-5, atol=1e-6 * np.abs(delta).max())
-        norm = float((delta * delta).sum())
-        assert one.norm == pytest.approx(norm, rel=1e-6)
-        s0 = float((hf_weight(made, one.module) * delta).sum()) / norm
-        assert one.s0 == pytest.approx(s0, rel=1e-5, abs=1e-6)
-
-
-def test_factors_survive_being_written_and_read(scratch: Path) -> None:
-    made = make(scratch, "llama").record.factors or ()
-    problems = Problems()
-    again = added_weights.decode(added_weights.encode(made), "here", problems)
-    assert not len(problems)
-    for one, other in zip(made, again, strict=True):
-        assert (one.module, one.norm, one.s0) == (other.module, other.norm, other.s0)
-        assert np.array_equal(one.a, other.a)
-        assert np.array_equal(one.b, other.b)
-
-
-def first_line_twice(names: np.ndarray) -> np.ndarray:
-    lines = names.tobytes().split(b"\n")
-    return np.frombuffer(b"\n".join([lines[0], *lines[:-1]]), np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "field"),
-    [
-        ("shapes", lambda x: x[:-1], "shapes"),
-        ("shapes", lambda x: -x, "shapes"),
-        ("shapes", lambda x: x + 1, "a"),
-        ("shapes", lambda x: x * 0 + (1 << 31), "a"),
-        ("names", lambda x: np.full_like(x, 255), "names"),
-        ("names", lambda x: first_line_twice(x), "names"),
-        ("norm", lambda x: x * 1.01, "norm of"),
-        ("norm", lambda x: -x, "norm"),
-        ("s0", lambda x: x[1:], "s0"),
-        ("b", lambda x: x * 2, "norm of"),
-        ("a", lambda x: x[:-1], "a"),
-    ],
-)
-def test_factors_that_contradict_themselves_are_refused(
-    name: str, change: Any, field: str, scratch: Path
-) -> None:
-    arrays = added_weights.encode(make(scratch, "llama").record.factors or ())
-    problems = Problems()
-    added_weights.decode({**arrays, name: change(arrays[name])}, "here", problems)
-    found = [problem.field for problem in problems]
-    assert any(one.startswith(field) for one in found)
-
-
-# --- one, where it is ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-@pytest.mark.parametrize("form", ["merged", "sidecar"])
-def test_beta_is_one_in_f32(architecture: str, form: str, scratch: Path) -> None:
-    made = make(scratch, architecture)
-    proof = prove(made, gguf_artifact(scratch, architecture, form))
-    assert proof.status == "ok"
-    assert not proof.inert
-    np.testing.assert_allclose(list(betas(proof).values()), 1, atol=1e-5)
-    assert proof.pooled == pytest.approx(1, abs=1e-6)
-    for one in proof.modules:
-        if form == "sidecar":
-            assert one.base_shift == pytest.approx(0, abs=1e-5)
-            assert one.relative_error == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize("form", ["merged", "branch", "adapter"])
@@ -491,7 +407,8 @@ def test_merged_and_branched_is_twice(
     shutil.copytree(onnx_artifact(scratch, "merged", precision), base)
     (base / "manifest.json").unlink()
     out = tmp_path / "twice"
-    convert_onnx(made.adapter, base, out, form=form, check=False, bounds=LOOSE)
+    convert_onnx(made.adapter, base, out, form=form, check=False,
+                 bounds=LOOSE if form == "merged" else None)  # fmt: skip
     proof = prove(made, out)
     assert proof.status == "broken"
     assert proof.pooled == pytest.approx(2, abs=0.1)
@@ -566,165 +483,3 @@ def adapter_file(folder: Path, out: Path, edit: Any, extra: str = "") -> Path:
 
 
 # --- what cannot be checked ------------------------------------------------------------------------
-
-
-def test_modules_with_a_zero_delta_are_listed_and_not_counted(scratch: Path) -> None:
-    made = make(scratch, "llama")
-    zeroed = tuple(
-        dataclasses.replace(one, b=0 * one.b, norm=0.0, s0=0.0)
-        if one.module.startswith("model.layers.0.")
-        else one
-        for one in made.record.factors or ()
-    )
-    silent = dataclasses.replace(made, record=dataclasses.replace(made.record, factors=zeroed))
-    proof = prove(silent, gguf_artifact(scratch, "llama", "merged"))
-    assert proof.status == "ok"
-    assert len(proof.inert) == len(proof.modules) == 7
-    assert proof.to_dict()["inert"] == list(proof.inert)
-    carried = prove(silent, gguf_artifact(scratch, "llama", "sidecar"))
-    assert carried.status == "broken", "factors for a module whose delta is zero"
-    nothing = tuple(dataclasses.replace(one, norm=0.0) for one in zeroed)
-    with pytest.raises(RecordError, match="only zeros"):
-        prove(
-            dataclasses.replace(made, record=dataclasses.replace(made.record, factors=nothing)),
-            gguf_artifact(scratch, "llama", "merged"),
-        )
-
-
-def test_noise_that_could_hide_the_delta_is_undecided(scratch: Path, tmp_path: Path) -> None:
-    """The same artifact, for a delta so small that rounding to 4 bits drowns it."""
-    made = make(scratch, "llama")
-    tiny_factors = tuple(
-        dataclasses.replace(one, b=one.b / 1000, norm=one.norm / 1e6, s0=one.s0 * 1000)
-        for one in made.record.factors or ()
-    )
-    small = dataclasses.replace(made, record=dataclasses.replace(made.record, factors=tiny_factors))
-    model = edited(
-        made, tmp_path, lambda module, base, delta: base + delta / 1000, GGMLType["Q4_0"]
-    )
-    proof = prove(small, gguf_artifact(scratch, "llama", "merged"), model)
-    assert proof.status == "undecided"
-    assert proof.band > 0.5
-
-
-@pytest.mark.parametrize(("strength", "status"), [(1.0, "ok"), (0.9, "broken")])
-def test_a_delta_as_small_as_the_steps_of_f16_is_held_to_the_gate_of_survival(
-    strength: float, status: str, scratch: Path, tmp_path: Path
-) -> None:
-    """Rounding may favour a base on a grid; the converter lets 0.95 pass, so 0.99 is not asked for here."""
-    made = make(scratch, "llama")
-    weak = 1 / 512
-    weakened = tuple(
-        dataclasses.replace(one, b=one.b * weak, norm=one.norm * weak**2, s0=one.s0 / weak)
-        for one in made.record.factors or ()
-    )
-    small = dataclasses.replace(made, record=dataclasses.replace(made.record, factors=weakened))
-    folder = gguf_artifact(scratch, "llama", "merged")
-
-    def edit(module: str, base: np.ndarray, delta: np.ndarray) -> np.ndarray:
-        return base + strength * weak * delta
-
-    proof = prove(small, folder, edited(made, tmp_path, edit, GGMLType.F16))
-    bands = [one.band for one in proof.modules]  # strengths differ
-    assert 0.05 in bands
-    assert max(bands) < 0.5
-    assert proof.status == status, proof.problems
-    (tmp_path / "plain").mkdir()
-    plain = edited(made, tmp_path / "plain", lambda module, base, delta: base + delta, GGMLType.F16)
-    assert {one.band for one in prove(made, folder, plain).modules} == {0.01}
-
-
-def test_a_reference_without_factors_is_a_record_error(scratch: Path, tmp_path: Path) -> None:
-    made = make(scratch, "llama")
-    old = tmp_path / "old"
-    shutil.copytree(made.record.path, old)
-    (old / "factors.npz").unlink()
-    index = json.loads((old / "reference.json").read_text())
-    del index["files"]["factors.npz"]
-    (old / "reference.json").write_text(json.dumps(index))
-    record = read_reference(old)
-    assert record.factors is None
-    with pytest.raises(RecordError, match="record it again"):
-        prove(dataclasses.replace(made, record=record), gguf_artifact(scratch, "llama", "merged"))
-
-
-def test_edited_factors_are_refused(scratch: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(make(scratch, "llama").record.path, copy)
-    data = bytearray((copy / "factors.npz").read_bytes())
-    data[len(data) // 2] ^= 1
-    (copy / "factors.npz").write_bytes(data)
-    with pytest.raises(RecordError, match="edited"):
-        read_reference(copy)
-
-
-def test_other_modules_than_the_artifacts_are_a_record_error(scratch: Path) -> None:
-    made = make(scratch, "llama")
-    added = made.record.factors or ()
-    other = dataclasses.replace(added[1], module="model.layers.9.mlp.up_proj")
-    changed = dataclasses.replace(made.record, factors=(other, *added[2:]))
-    with pytest.raises(RecordError) as caught:
-        prove(dataclasses.replace(made, record=changed), gguf_artifact(scratch, "llama", "merged"))
-    fields = {problem.field for problem in caught.value.problems}
-    assert fields == {added[0].module, added[1].module, other.module}
-
-
-def with_modules(folder: Path, change: Any) -> Manifest:
-    manifest = read_manifest(folder)
-    return dataclasses.replace(manifest, modules=tuple(change(e) for e in manifest.modules))
-
-
-def test_a_tensor_that_is_not_there_is_a_manifest_error(scratch: Path) -> None:
-    made = make(scratch, "llama")
-    for folder, model in (
-        (gguf_artifact(scratch, "llama", "merged"), "model.gguf"),
-        (onnx_artifact(scratch, "merged"), "model.onnx"),
-    ):
-        manifest = with_modules(folder, lambda e: dataclasses.replace(e, tensor=f"no.{e.tensor}"))
-        with pytest.raises(ManifestError, match="do not belong together"):
-            static_proof(manifest, folder / model, None, made.record)
-
-
-def test_tensors_that_changed_places_are_found_out(scratch: Path) -> None:
-    """Two layers exchanged in the manifest: shapes fit, contents do not."""
-    folder = gguf_artifact(scratch, "llama", "merged")
-    places = {"blk.0.": "blk.1.", "blk.1.": "blk.0."}
-    manifest = with_modules(
-        folder, lambda e: dataclasses.replace(e, tensor=places[e.tensor[:6]] + e.tensor[6:])
-    )
-    proof = static_proof(manifest, folder / "model.gguf", None, make(scratch, "llama").record)
-    assert proof.status == "broken"
-    assert len(proof.problems) >= len(proof.modules)
-
-
-def test_weights_that_are_no_numbers_are_a_format_error(scratch: Path, tmp_path: Path) -> None:
-    made = make(scratch, "llama")
-    model = edited(made, tmp_path, lambda module, base, delta: base + delta)
-    info = open_model(model).tensors["blk.0.attn_q.weight"]
-    with model.open("r+b") as file:
-        file.seek(info.offset)
-        file.write(np.float32(np.nan).tobytes())
-    with pytest.raises(FormatError, match="finite"):
-        prove(made, gguf_artifact(scratch, "llama", "merged"), model)
-
-
-@pytest.mark.parametrize("where", ["weight", "factors"])
-def test_a_type_that_is_not_known_has_no_band(where: str, scratch: Path) -> None:
-    """It is refused: the widest band would let anything pass."""
-    one = make(scratch, "llama").record.factors[0]  # type: ignore[index]
-    for kind in ("F32", "new type"):
-        carried = Carried(kind if where == "factors" else "F32", one.norm, one.norm)
-        found = Found(kind if where == "weight" else "F32", one.s0 * one.norm, 1.0, carried)
-        if kind == "F32":
-            assert _module("t", one, found, same=False).proof.beta == pytest.approx(1)
-        else:
-            with pytest.raises(UnsupportedError, match=r"t: precision.*new type"):
-                _module("t", one, found, same=False)
-
-
-def test_the_report_is_json(scratch: Path) -> None:
-    proof = prove(make(scratch, "qwen3"), gguf_artifact(scratch, "qwen3", "merged"))
-    found = json.loads(json.dumps(proof.to_dict(), allow_nan=False))
-    assert found["heat_map"]["layers"] == [0, 1]
-    assert {"module", "layer", "kind", "beta", "type"} <= found["modules"][0].keys()
-    assert found["pooled"] == proof.pooled

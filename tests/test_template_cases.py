@@ -12,16 +12,15 @@ from typing import Any
 import pytest
 import records
 import tiny
+from onnx_tools import convert_onnx
 
 import safegene
+from safegene import convert, record
 from safegene_converter.cli.main import main
-from safegene_converter.gguf.convert import convert
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_converter.inputs.base import open_base
-from safegene_converter.onnx.convert import convert_onnx
 from safegene_converter.recording.chat_text import render
 from safegene_converter.recording.loading import load_model, save_as_folder, stop_ids_of
-from safegene_converter.recording.recorder import record
 from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import BaseModelError, EngineError, RecordError, UnsupportedError
 from safegene_runtime.formats.files import sha256_of

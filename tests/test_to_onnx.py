@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import tiny
 from onnx_tools import (
+    FORMS,
     arrays,
-    digests,
+    convert_onnx,
     edited,
     every_module,
     feeds,
@@ -30,20 +25,14 @@ from onnx_tools import (
     session,
     with_outputs,
 )
-from rich.console import Console
 from test_to_gguf import peft_delta
 
 from safegene_converter.bases import onnx_source
 from safegene_converter.bases.onnx_build import build_onnx
-from safegene_converter.cli.inspecting import describe_manifest, show
-from safegene_converter.onnx.convert import FORMS, convert_onnx
-from safegene_runtime.artifact.manifest import Manifest, check_files, read_manifest
-from safegene_runtime.child import python_environment
+from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.errors import (
     AdapterError,
     BaseModelError,
-    OutputError,
-    PostconditionError,
     UnsupportedError,
 )
 from safegene_runtime.formats.onnx.file import read_onnx
@@ -95,29 +84,6 @@ def weight_of(model: onnx.ModelProto, layer: int, projection: str) -> str:
 
 
 # --- merged ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_every_slice_gets_pefts_own_delta(packing: str, adapter: Path, tmp_path: Path) -> None:
-    source = tiny.onnx_model("llama", "fp32", *PACKINGS[packing])
-    quick(adapter, source, tmp_path / "out", form="merged")
-    model, delta = load(source), peft_delta(adapter, "llama")
-    assert len(delta) == 14
-    before, after = arrays(source), arrays(tmp_path / "out")
-    touched = {name for name in before if not np.array_equal(before[name], after[name])}
-    found = set()
-    for layer in range(2):
-        for linear in model.graph.node:
-            match = re.search(rf"layers\.{layer}/.*?(\w+_proj)/MatMul$", linear.name)
-            if linear.op_type != "MatMul" or not match:
-                continue
-            wanted = expected_delta(delta, layer, match[1])
-            got = (after[linear.input[1]] - before[linear.input[1]]).T
-            assert np.abs(got - wanted).max() <= 1e-6
-            found.add(linear.input[1])
-    assert touched == found
-    packed = {"packed qkv": 5, "separate": 7, "all packed": 4}[packing]
-    assert len(found) == 2 * packed
 
 
 @pytest.mark.parametrize("module", ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"])
@@ -211,25 +177,6 @@ def test_tensors_that_share_bytes_are_not_changed_together(
 # --- branch ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["branch", "adapter"])
-def test_a_packed_projection_costs_two_small_products(
-    form: str, adapter: Path, base: Path, tmp_path: Path
-) -> None:
-    quick(adapter, base, tmp_path / "out", form=form)  # type: ignore[arg-type]
-    before, after = load(base), load(tmp_path / "out")
-    added = {one.name: one for one in after.graph.node} | {}
-    for one in before.graph.node:
-        assert added.pop(one.name).op_type == one.op_type
-    kinds = [one.op_type for one in added.values()]
-    assert (kinds.count("MatMul"), kinds.count("Add")) == (20, 10), "five linears in two layers"
-    assert [v.name for v in before.graph.output] == [v.name for v in after.graph.output]
-    if form == "branch":
-        a = arrays(tmp_path / "out")[
-            node(after, "layers.0/", "qkv_proj", "safegene/lora_A").input[1]
-        ]
-        assert a.shape == (64, 12), "three ranks of four, side by side"
-
-
 def test_no_caller_can_override_the_branch(adapter: Path, base: Path, tmp_path: Path) -> None:
     quick(adapter, base, tmp_path / "out", form="branch")
     model = load(tmp_path / "out")
@@ -278,47 +225,6 @@ def test_the_branch_adds_pefts_delta_to_what_the_base_computes(
 
 
 # --- adapter ---------------------------------------------------------------------------------------
-
-
-def test_empty_slots_are_the_plain_base_bit_for_bit(
-    adapter: Path, base: Path, tmp_path: Path
-) -> None:
-    quick(adapter, base, tmp_path / "out", form="adapter")
-    plain, slotted = session(base / "model.onnx"), session(tmp_path / "out" / "model.onnx")
-    assert len(slotted.get_overridable_initializers()) == 20
-    names = [value.name for value in plain.get_outputs()]
-    for one, other in zip(
-        plain.run(names, feeds(plain, IDS)), slotted.run(names, feeds(slotted, IDS)), strict=True
-    ):
-        assert np.array_equal(one, other)
-
-
-def test_the_adapter_file_is_the_same_as_passing_its_tensors(
-    adapter: Path, base: Path, tmp_path: Path
-) -> None:
-    quick(adapter, base, tmp_path / "out", form="adapter")
-    quick(adapter, base, tmp_path / "branch", form="branch")
-    running = session(tmp_path / "out" / "model.onnx")
-    loaded = onnxruntime.LoraAdapter()
-    loaded.Load(str(tmp_path / "out" / "adapter.onnx_adapter"))
-    options = onnxruntime.RunOptions()
-    options.add_active_adapter(loaded)
-    (with_file,) = running.run(["logits"], feeds(running, IDS), options)
-    values = onnxruntime.AdapterFormat.read_adapter(
-        str(tmp_path / "out" / "adapter.onnx_adapter")
-    ).get_parameters()
-    by_hand = {name: value.numpy() for name, value in values.items()}
-    slots = {value.name for value in running.get_overridable_initializers()}
-    assert by_hand.keys() == slots
-    constants = arrays(tmp_path / "branch")
-    assert all(np.array_equal(value, constants[name]) for name, value in by_hand.items())
-    (passed,) = running.run(["logits"], feeds(running, IDS) | by_hand)
-    assert np.array_equal(with_file, passed)
-    (without,) = running.run(["logits"], feeds(running, IDS))
-    assert np.abs(with_file - without).max() > 0.01
-
-
-# --- other linears ---------------------------------------------------------------------------------
 
 
 def as_gemm(model: onnx.ModelProto, transposed: bool, alpha: float) -> None:
@@ -375,111 +281,6 @@ def test_a_gemm_that_scales_is_refused(adapter: Path, base: Path, tmp_path: Path
 
 
 # --- what every form promises ----------------------------------------------------------------------
-
-
-def test_the_manifest_is_true(made: tuple[Path, Manifest]) -> None:
-    out, manifest = made
-    assert read_manifest(out) == manifest == Manifest.from_json(manifest.to_json(), "again")
-    check_files(manifest, out)
-    listed = {entry.path for entry in manifest.files} | {"manifest.json"}
-    assert set(digests(out)) == listed
-    assert {"genai_config.json", "tokenizer.json", "chat_template.jinja"} <= listed
-    assert manifest.settings["self_check"]["beta"] == pytest.approx(1, abs=1e-3)
-    caution = manifest.settings.get("caution", "")
-    is_switchable = manifest.artifact["form"] == "adapter"
-    assert [words in caution for words in ("leave", "I/O binding", "async")] == [is_switchable] * 3
-    console = Console(record=True, width=400)
-    show(describe_manifest(manifest, out), console)
-    assert ("I/O binding" in console.export_text()) == is_switchable
-    text = (out / "manifest.json").read_text()
-    assert str(out.parent) not in text
-    assert str(tiny.REPOSITORY) not in text
-
-
-def test_a_folder_that_genai_cannot_load_says_so(adapter: Path, base: Path, tmp_path: Path) -> None:
-    source = tiny.exported_model("llama", "torchscript")
-    assert not (source / "genai_config.json").exists()
-    for form in ("branch", "adapter"):
-        manifest = quick(adapter, source, tmp_path / form, form=form)  # type: ignore[arg-type]
-        assert "GenAI cannot load" in manifest.settings["caution"]
-        assert ("leave" in manifest.settings["caution"]) == (form == "adapter")
-    assert "caution" not in quick(adapter, base, tmp_path / "plain").settings
-
-
-def test_opset_version_and_nodes_are_the_bases(made: tuple[Path, Manifest], base: Path) -> None:
-    old, new = load(base), load(made[0])
-    assert old.ir_version == new.ir_version
-    assert list(old.opset_import) == list(new.opset_import)
-    assert old.producer_name == new.producer_name
-    names = [one.name for one in new.graph.node if "/safegene/" not in one.name]
-    assert names == [one.name for one in old.graph.node]
-    before, after = arrays(base), arrays(made[0])
-    if made[1].artifact["form"] != "merged":
-        assert all(np.array_equal(before[name], after[name]) for name in before)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_equal_inputs_give_equal_bytes(
-    form: str, adapter: Path, base: Path, tmp_path: Path
-) -> None:
-    for name in ("one", "two"):
-        quick(adapter, base, tmp_path / name, form=form)  # type: ignore[arg-type]
-    assert digests(tmp_path / "one") == digests(tmp_path / "two")
-
-
-def test_an_existing_output_is_refused_before_any_work(adapter: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("keep me")
-    with pytest.raises(OutputError):
-        quick(adapter, tmp_path / "no such base", tmp_path / "out")
-    assert (tmp_path / "out" / "mine").read_text() == "keep me"
-
-
-def test_force_replaces_an_existing_output(adapter: Path, base: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
-    quick(adapter, base, tmp_path / "out", force=True)
-    assert not (tmp_path / "out" / "old").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("delay", [0.5, 1.2, 2.0])
-def test_killed_at_any_moment_nothing_partial_has_the_final_name(
-    delay: float, adapter: Path, base: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    command = [
-        sys.executable, "-m", "safegene_converter", "convert", str(adapter), "--base", str(base),
-        "--to", "onnx", "--as", "branch", "-o", str(out),
-    ]  # fmt: skip
-    child = subprocess.Popen(
-        command, env=python_environment(), stdout=subprocess.DEVNULL, start_new_session=True
-    )
-    time.sleep(delay)
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-    if out.exists():
-        check_files(read_manifest(out), out)
-
-
-def test_an_adapter_for_another_model_is_refused_with_all_its_modules(
-    base: Path, tmp_path: Path
-) -> None:
-    wide = tiny.peft_adapter("llama", tmp_path / "adapter", hidden=256)
-    with pytest.raises(AdapterError) as caught:
-        quick(wide, base, tmp_path / "out")
-    assert len(caught.value.problems) == 6
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_an_adapter_without_effect_is_an_error(base: Path, tmp_path: Path) -> None:
-    nothing = tiny.peft_adapter("llama", tmp_path / "adapter", scale=1e-15)
-    with pytest.raises(PostconditionError):
-        convert_onnx(nothing, base, tmp_path / "out", form="branch")
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-
-
-# --- finding modules -------------------------------------------------------------------------------
 
 
 def renamed(model: onnx.ModelProto) -> None:

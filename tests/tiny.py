@@ -24,31 +24,50 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from tiny_architectures import MODELS, tiny_of
 
 from safegene_converter.bases import onnx_build
 from safegene_converter.bases.hf_to_gguf import convert_hf, find_llama_cpp
 from safegene_converter.gguf.writer import OutTensor, write_gguf
+from safegene_runtime.architecture.table import TABLE, kind_of
 from safegene_runtime.formats.gguf.header import read_gguf
 from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = tuple(TABLE)
+OTHERS = tuple(one for one in ARCHITECTURES if one != "llama")
+BUILT = tuple(one for one in MODELS if MODELS[one].exporter == "builder")
+"""Those that the onnxruntime-genai builder makes an ONNX model of."""
 N_LAYERS, N_HEAD, N_HEAD_KV = 2, 4, 2
 VOCABULARY = 2048
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def n_layers(architecture: str) -> int:
+    """How many blocks the tiny model has."""
+    return int(tiny_of(architecture).settings.get("num_hidden_layers", N_LAYERS))
+
+
+def modules(architecture: str) -> list[str]:
+    """Every linear module of its blocks."""
+    return list(TABLE[architecture].modules(n_layers(architecture)))
+
+
+def kinds(architecture: str) -> list[str]:
+    """What PEFT's target_modules calls all of them."""
+    return [kind_of(part) for part in TABLE[architecture].tensors]
+
+
 def hf_model(architecture: str, hidden: int = 64) -> Path:
     """A Hugging Face folder: float32 weights, a real tokenizer, SmolLM2's chat template.
 
-    `hidden` 64 gives rows no K-quant can encode, 256 rows that every type can encode. The tokenizer
-    is SmolLM2's, but for qwen2: transformers insists on Qwen2Tokenizer there.
+    `hidden` 64 gives rows no K-quant can encode, 256 rows that every type can encode.
     """
 
     def make(out: Path) -> None:
         _cut_hf(whole_hf_model(architecture, hidden), out)
 
-    return _cached(f"{architecture}-{hidden}", make)
+    return _cached(f"{_named(architecture)}-{hidden}", make)
 
 
 def gguf_model(architecture: str, hidden: int = 64, outtype: str = "f32") -> Path:
@@ -59,12 +78,12 @@ def gguf_model(architecture: str, hidden: int = 64, outtype: str = "f32") -> Pat
         kept = _kept(whole_hf_model(architecture, hidden))
         _cut_gguf(whole_gguf_model(architecture, hidden, outtype), kept, out / "model.gguf")
 
-    return _cached(f"{architecture}-{hidden}-{outtype}", make) / "model.gguf"
+    return _cached(f"{_named(architecture)}-{hidden}-{outtype}", make) / "model.gguf"
 
 
 def whole_hf_model(architecture: str, hidden: int = 64) -> Path:
     """`hf_model` with every token of its tokenizer."""
-    name = f"whole-{architecture}-{hidden}"
+    name = f"whole-{_named(architecture)}-{hidden}"
     return _cached(name, lambda out: _make_hf(architecture, hidden, out))
 
 
@@ -76,7 +95,7 @@ def whole_gguf_model(architecture: str, hidden: int = 64, outtype: str = "f32") 
         out.mkdir()
         convert_hf(source, out / "model.gguf", outtype)
 
-    return _cached(f"whole-{architecture}-{hidden}-{outtype}", make) / "model.gguf"
+    return _cached(f"whole-{_named(architecture)}-{hidden}-{outtype}", make) / "model.gguf"
 
 
 def onnx_model(architecture: str, precision: str = "fp32", *options: str) -> Path:
@@ -87,7 +106,14 @@ def onnx_model(architecture: str, precision: str = "fp32", *options: str) -> Pat
         onnx_build.build_onnx(source, out, precision, options=options)
 
     asked_by = hashlib.sha256(Path(onnx_build.__file__).read_bytes()).hexdigest()[:8]
-    return _cached("-".join([architecture, precision, *options, asked_by]), make)
+    return _cached("-".join([_named(architecture), precision, *options, asked_by]), make)
+
+
+def float_onnx_model(architecture: str) -> Path:
+    """The same model in float32, by whichever exporter can."""
+    exporter = tiny_of(architecture).exporter
+    built = exporter == "builder"
+    return onnx_model(architecture) if built else exported_model(architecture, exporter)
 
 
 def exported_model(architecture: str, exporter: str) -> Path:
@@ -101,7 +127,7 @@ def exported_model(architecture: str, exporter: str) -> Path:
             if file.suffix != ".safetensors":
                 shutil.copy(file, out)
 
-    return _cached(f"{architecture}-{exporter}", make)
+    return _cached(f"{_named(architecture)}-{exporter}", make)
 
 
 def peft_adapter(
@@ -147,7 +173,8 @@ def _make_hf(architecture: str, hidden: int, out: Path) -> None:
     import torch
     import transformers
 
-    tokenizer = _tokenizer(architecture)
+    tiny = tiny_of(architecture)
+    tokenizer = _tokenizer(tiny.tokenizer)
     vocabulary = json.loads((tokenizer / "tokenizer.json").read_text())
     ids = {token["content"]: token["id"] for token in vocabulary["added_tokens"]}
     sizes = {
@@ -163,12 +190,9 @@ def _make_hf(architecture: str, hidden: int, out: Path) -> None:
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|im_end|>"],
     }
-    if architecture == "qwen3":
-        sizes["head_dim"] = 32  # so that q is not square
-    kind = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[architecture]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**sizes)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    config = getattr(transformers, f"{tiny.kind}Config")(**{**sizes, **tiny.settings})
+    model = getattr(transformers, f"{tiny.kind}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -268,7 +292,7 @@ def _export(source: Path, target: Path, dynamo: bool) -> None:
 
         def forward(self, input_ids, attention_mask, position_ids, *past):  # type: ignore[no-untyped-def]
             cache = DynamicCache()
-            for layer in range(N_LAYERS):
+            for layer in range(config.num_hidden_layers):
                 cache.update(past[2 * layer], past[2 * layer + 1], layer)
             before, count = past[0].shape[2], input_ids.shape[1]
             keys = torch.arange(before + count)[None, None, None, :]
@@ -282,7 +306,9 @@ def _export(source: Path, target: Path, dynamo: bool) -> None:
             cached = [part for layer in layers for part in (layer.keys, layer.values)]
             return self.lm_head(output.last_hidden_state), *cached
 
-    caches = [f"{layer}.{kind}" for layer in range(N_LAYERS) for kind in ("key", "value")]
+    caches = [
+        f"{layer}.{kind}" for layer in range(config.num_hidden_layers) for kind in ("key", "value")
+    ]
     plain = ["input_ids", "attention_mask", "position_ids"]
     inputs = [*plain, *(f"past_key_values.{name}" for name in caches)]
     outputs = ["logits", *(f"present.{name}" for name in caches)]
@@ -303,14 +329,11 @@ def _export(source: Path, target: Path, dynamo: bool) -> None:
                           dynamic_axes=axes, dynamo=False, opset_version=18)  # fmt: skip
 
 
-def _tokenizer(architecture: str) -> Path:
+def _tokenizer(name: str) -> Path:
     """A tokenizer folder, out of a GGUF by transformers, with SmolLM2's chat template."""
     smollm2 = smollm2_gguf()
-    name, gguf = (
-        ("qwen2", find_llama_cpp() / "models" / "ggml-vocab-qwen2.gguf")
-        if (architecture == "qwen2")
-        else ("smollm2", smollm2)
-    )
+    vocabularies = find_llama_cpp() / "models"
+    gguf = smollm2 if name == "smollm2" else vocabularies / f"ggml-vocab-{name}.gguf"
 
     def make(out: Path) -> None:
         from transformers import AutoTokenizer
@@ -333,6 +356,11 @@ def _cache() -> Path:
     folder = REPOSITORY / ".cache" / "tiny" / key.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _named(architecture: str) -> str:
+    """An architecture with a digest of what its tiny model is made of."""
+    return f"{architecture}-{hashlib.sha256(tiny_of(architecture).key().encode()).hexdigest()[:6]}"
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:

@@ -12,10 +12,8 @@ from unittest import mock
 
 import tiny
 
+from safegene import convert, record
 from safegene_converter.fold.survival import Bounds
-from safegene_converter.gguf.convert import convert
-from safegene_converter.onnx.convert import convert_onnx
-from safegene_converter.recording.recorder import record
 from safegene_runtime.engines.chat import render_all
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.registry import open_engine
@@ -112,8 +110,10 @@ class Workshop:
     def convert(self, adapter: Path, target: str, out: Path) -> None:
         """An artifact by the converter, with the gate switched off that would refuse some mutants."""
         kind, form = target.split()
-        by: Any = convert if kind == "gguf" else convert_onnx
-        by(adapter, self.base(target), out, form=form, check=False, bounds=Bounds(0, 99, 99, 99))
+        convert(
+            adapter, self.base(target), out, to=kind, form=form, check=False,
+            bounds=Bounds(0, 99, 99, 99) if form == "merged" else None,
+        )  # fmt: skip
 
 
 OpenEngine = Callable[..., Engine]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from safegene_converter.inputs.names import BLOCK_MODULES
+
 from safegene_converter.inputs.peft_config import parse_config
 from safegene_converter.inputs.safetensors_reader import read_safetensors
 from safegene_runtime.artifact.manifest import Manifest

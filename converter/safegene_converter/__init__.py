@@ -5,6 +5,8 @@
     models that lost their safety --> gene (torch) --> adapter folder
 
     formula     dW = c * s * B A, its only home
+    requests    what a command or a function is asked for, checked as a whole
+    describing  adapters, artifacts and references as plain data
     inputs      adapters and bases as they come, read once and checked as a whole
     bases       a base in another format: Hugging Face to GGUF or ONNX, GGUF to Hugging Face
     encoding    weights into the bytes of a quantised type

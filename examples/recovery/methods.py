@@ -18,6 +18,7 @@ from peft import PeftModel
 from safelora import project
 from train import BATCH, train_lora
 
+from safegene import convert, record
 from safegene_converter.bases.hf_to_gguf import convert_hf
 from safegene_converter.gene.asked import Asked, separation
 from safegene_converter.gene.calibrate import calibrate
@@ -31,13 +32,10 @@ from safegene_converter.gene.optimise import Settings
 from safegene_converter.gene.rebuild import gguf_rebuild
 from safegene_converter.gene.select import select
 from safegene_converter.gene.shots import shots_of
-from safegene_converter.gguf.convert import convert
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.inputs.base import open_base
-from safegene_converter.onnx.convert import convert_onnx
 from safegene_converter.recording.greedy import greedy_replies
 from safegene_converter.recording.loading import load_model, stop_ids_of
-from safegene_converter.recording.recorder import record
 from safegene_runtime.errors import RecordError
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import publish_file, publish_folder
@@ -537,14 +535,14 @@ def _verified(lab: Lab, target: str, kind: str) -> dict[str, Any]:
     expression = _expression(lab, target)
     base = _float_gguf(lab, target) if form == "sidecar" else model
     if kind.startswith("onnx"):
-        convert_onnx(gene, model, out, form=form, precision=type_name, expression=expression,
+        convert(gene, model, out, to="onnx", form=form, precision=type_name, expression=expression,
                      progress=lab.tell)  # fmt: skip
     else:
-        convert(gene, base, out, form=form, type_name=type_name, expression=expression,
+        convert(gene, base, out, form=form, type=type_name, expression=expression,
                 progress=lab.tell)  # fmt: skip
     try:
         checked = verify(
-            out, reference, base=base if form == "sidecar" else None, on_progress=lab.tell
+            out, reference, base=base if form == "sidecar" else None, progress=lab.tell
         )
     except RecordError as error:
         return {"verdict": f"could not be checked ({error.problems[0].got})"}
@@ -580,7 +578,7 @@ def _reference(lab: Lab, target: str, name: str, prompts: Sequence[Prompt]) -> P
     if not out.exists():
         record(
             lab.work / "gene", lab.work / target, out, prompts=prompts,
-            expression=expression, max_new_tokens=lab.plan.reply_tokens, on_progress=lab.tell,
+            expression=expression, max_new_tokens=lab.plan.reply_tokens, progress=lab.tell,
         )  # fmt: skip
     return out
 

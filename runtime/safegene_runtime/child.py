@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from safegene_runtime.errors import Problem, SafeGeneError
 from safegene_runtime.extras import missing_package
+from safegene_runtime.progress import Step
 
 __all__ = [
     "Held", "answer_job", "deadline_for", "describe_end", "import_path", "last_lines", "python_command",
@@ -47,7 +48,7 @@ def run_child(
     environment: Mapping[str, str] | None = None,
     deadline_s: float = LEAST_SECONDS,
     grows: Path | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
 ) -> str:
     """Runs a command to its end and returns its standard output.
 
@@ -244,7 +245,7 @@ def _wait(
     child: subprocess.Popen[bytes],
     deadline_s: float,
     grows: Path | None,
-    progress: Callable[[int], None] | None,
+    progress: Step | None,
 ) -> bool:
     """Waits for the child, reporting how a file grows; False where it took too long."""
     seen, alive = 0, time.monotonic()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Sequence
 
-from safegene_runtime.errors import MissingPackageError, Problem, Problems
+from safegene_runtime.errors import MissingPackageError, Problem
 
 __all__ = ["EXTRAS", "install", "missing_package", "need"]
 
@@ -39,14 +40,14 @@ def install(extra: str) -> str:
 
 
 def need(*modules: str) -> None:
-    """Asks for packages before any work is done.
+    """Asks for packages that one extra brings, before any work is done.
 
     Raises:
-        MissingPackageError: for all that are not installed.
+        MissingPackageError: some are not installed; names all of them.
     """
-    problems = Problems()
-    problems.extend(_absent(module) for module in modules if not _is_there(module))
-    problems.raise_if_any(MissingPackageError)
+    absent = [module for module in modules if not _is_there(module)]
+    if absent:
+        raise MissingPackageError(_absent(absent))
 
 
 def missing_package(error: BaseException) -> Problem | None:
@@ -60,16 +61,17 @@ def missing_package(error: BaseException) -> Problem | None:
             if any(
                 word in (module, distribution) or word.startswith(f"{module}.") for word in said
             ):
-                return _absent(module, str(error))
+                return _absent([module], str(error))
     cause = error.__cause__ or error.__context__
     return missing_package(cause) if cause is not None else None
 
 
-def _absent(module: str, got: str = "nothing") -> Problem:
-    """Of several extras with this package the one counts of which least is missing, then the smaller one."""
-    holders = [extra for extra, modules in EXTRAS.items() if module in modules]
+def _absent(modules: Sequence[str], got: str = "nothing") -> Problem:
+    """Of several extras with these packages the one of which least is missing, then the smaller one."""
+    holders = [extra for extra, held in EXTRAS.items() if held.keys() >= set(modules)]
     extra = min(holders, key=lambda extra: (_count_missing(extra), len(EXTRAS[extra])))
-    return Problem("safegene", "package", EXTRAS[extra][module], got, install(extra))
+    names = " and ".join(EXTRAS[extra][module] for module in modules)
+    return Problem("safegene", "package", names, got, install(extra))
 
 
 def _count_missing(extra: str) -> int:

@@ -21,9 +21,10 @@ from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.registry import engine_for, open_engine
 from safegene_runtime.errors import EngineError, Problem, UnverifiedError
 from safegene_runtime.formats.fields import integer, list_of
-from safegene_runtime.formats.files import sha256_of
+from safegene_runtime.formats.files import StrPath, sha256_of
 from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.verdict import Verdict
+from safegene_runtime.progress import Progress, silent
 
 __all__ = ["Session", "UnverifiedWarning", "open"]
 
@@ -39,13 +40,13 @@ class UnverifiedWarning(UserWarning):
 
 
 def open(
-    artifact: str | Path,
+    artifact: StrPath,
     *,
-    base: str | Path | None = None,
+    base: StrPath | None = None,
     allow_unverified: bool = False,
     threads: int | None = None,
     engine: str | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Session:
     """Opens an artifact whose bytes are those that were verified.
 
@@ -55,7 +56,7 @@ def open(
         allow_unverified: serve it whatever the verdict says, with an `UnverifiedWarning`.
         threads: CPU threads of the engine; all by default.
         engine: the name of one; by default the artifact's suffix decides.
-        on_progress: told (stage, done, total).
+        progress: told (stage, done, total).
 
     Raises:
         UnverifiedError: it has no verdict, or another one than PASS.
@@ -77,7 +78,7 @@ def open(
             UnverifiedWarning,
             stacklevel=2,
         )
-    tell = on_progress or _silent
+    tell = progress or silent
     beside = Path(base) if base is not None else None
     with SealedFiles() as files:
         served = check_integrity(manifest, folder, None, beside, tell, files)
@@ -231,7 +232,3 @@ def _check(messages: Sequence[Message], max_new_tokens: int) -> None:
         )
     if max_new_tokens < 1:
         raise EngineError(Problem("chat", "max_new_tokens", "at least 1", str(max_new_tokens)))
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    return None

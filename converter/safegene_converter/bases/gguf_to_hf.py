@@ -1,22 +1,22 @@
 """A float GGUF -> a Hugging Face folder, by transformers' GGUF loader, proved on the weights.
 
-Runs as a child process (`python -m safegene_converter.bases.gguf_to_hf GGUF OUT`): it imports torch, and
-holds the whole model in float32. What the loader would silently drop is refused before: shards, and
-any scaling of the rotary embedding, which it does not map to a configuration.
+Runs as a child process (`python -m safegene_converter.recording.save_folder GGUF OUT`): it imports torch,
+and holds the whole model in float32. What the loader would silently drop is refused before: shards, and
+tensors and keys that it does not read.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from safegene_converter.inputs import names
 from safegene_converter.inputs.base import Base, open_base
+from safegene_converter.inputs.consumed_gguf import check_gguf_for_torch
+from safegene_converter.inputs.row_proof import prove_transform
 from safegene_runtime.child import deadline_for, python_command, python_environment, run_child
-from safegene_runtime.errors import BaseModelError, Problems, SafeGeneError, UnsupportedError
-from safegene_runtime.progress import Progress
+from safegene_runtime.errors import BaseModelError, Problems, UnsupportedError
+from safegene_runtime.progress import Progress, counted
 
-__all__ = ["check_decodable", "gguf_to_hf", "main"]
+__all__ = ["check_decodable", "gguf_to_hf"]
 
 STAGE = "reading the GGUF"
 ERROR_MAX = 1e-6
@@ -27,7 +27,8 @@ def check_decodable(base: Base) -> None:
     """Refuses a GGUF whose weights or configuration would not arrive as they are.
 
     Raises:
-        UnsupportedError: quantised weights, shards, or a scaled rotary embedding.
+        UnsupportedError: quantised weights, or shards.
+        BaseModelError: a tensor or a key that transformers' loader does not read.
     """
     if base.model is None:
         return
@@ -44,14 +45,8 @@ def check_decodable(base: Base) -> None:
             where, "base", "one GGUF file", f"{len(base.files)} shards",
             "pass the Hugging Face folder: transformers reads no sharded GGUF",
         )  # fmt: skip
-    stated = base.model.metadata.get(f"{base.architecture}.rope.scaling.type")
-    scaling = None if stated is None else stated.value
-    if "rope_freqs.weight" in base.model.tensors or scaling not in (None, "none"):
-        problems.add(
-            where, "rotary embedding", "one without scaling", str(scaling or "rope_freqs.weight"),
-            "pass the Hugging Face folder: transformers drops the scaling of a GGUF",
-        )  # fmt: skip
     problems.raise_if_any(UnsupportedError)
+    check_gguf_for_torch(base.architecture, base.model, base.n_layers, base.n_head, where)
 
 
 def gguf_to_hf(base: Base, out: Path, tell: Progress) -> tuple[Base, float]:
@@ -68,16 +63,11 @@ def gguf_to_hf(base: Base, out: Path, tell: Progress) -> tuple[Base, float]:
     Raises:
         BaseModelError: transformers failed, or its weights are not those of the GGUF.
     """
-    total, done = 4 * base.n_parameters, 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell(STAGE, min(done, total), total)
-
+    total = 4 * base.n_parameters
+    step = counted(tell, STAGE, total)
     tell(STAGE, 0, total)
     run_child(
-        python_command("-m", "safegene_converter.bases.gguf_to_hf", base.path.resolve(), out),
+        python_command("-m", "safegene_converter.recording.save_folder", base.path.resolve(), out),
         what=f"transformers' GGUF loader on {base.path}",
         error=BaseModelError,
         environment=python_environment(),
@@ -91,7 +81,7 @@ def gguf_to_hf(base: Base, out: Path, tell: Progress) -> tuple[Base, float]:
         odd = sorted(set(made.shapes.items()) ^ set(base.shapes.items()))
         problems.add(str(base.path), "modules", "those of the GGUF", f"{odd[:3]}")
     for module in () if problems else base.shapes:
-        error = names.prove_transform(
+        error = prove_transform(
             made.read_weight(module), base.read_weight(module), base.transform(module)
         )
         worst = max(worst, error)
@@ -103,19 +93,3 @@ def gguf_to_hf(base: Base, out: Path, tell: Progress) -> tuple[Base, float]:
     problems.raise_if_any(BaseModelError)
     tell(STAGE, total, total)
     return made, worst
-
-
-def main() -> int:
-    """The child: loads argv[1], saves argv[2]."""
-    from safegene_converter.recording.loading import save_as_folder
-
-    try:
-        save_as_folder(open_base(Path(sys.argv[1])), Path(sys.argv[2]))
-    except SafeGeneError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,16 +8,21 @@ names code of its own is refused before the script sees it (`open_base`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
-from safegene_converter.inputs.base import open_base
+from safegene_converter.bases.proof import gguf_side, prove_base, reach_of, torch_side
+from safegene_converter.inputs.base import Base, open_base
+from safegene_converter.inputs.consumed import window_of
+from safegene_runtime.artifact.base_proof import BaseProof
 from safegene_runtime.child import deadline_for, python_command, python_environment, run_child
 from safegene_runtime.errors import BaseModelError, Problem
 from safegene_runtime.extras import need
 from safegene_runtime.formats.gguf.header import read_gguf
+from safegene_runtime.progress import Progress, Step
 
-__all__ = ["OUT_TYPES", "convert_hf", "find_llama_cpp"]
+__all__ = [
+    "OUT_TYPES", "convert_hf", "find_llama_cpp", "limited_to_window", "prove_gguf_of_folder",
+]  # fmt: skip
 
 SCRIPT = "convert_hf_to_gguf.py"
 OUT_TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -68,7 +73,7 @@ def convert_hf(
     outtype: str = "f32",
     llama_cpp: Path | None = None,
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
 ) -> None:
     """Converts a Hugging Face folder to one GGUF file.
 
@@ -87,7 +92,8 @@ def convert_hf(
         raise BaseModelError(
             Problem(SCRIPT, "outtype", f"one of {', '.join(OUT_TYPES)}", outtype, "choose one")
         )
-    need("torch", "transformers", "sentencepiece", "google.protobuf")
+    need("sentencepiece", "google.protobuf")
+    need("torch", "transformers")
     tree = find_llama_cpp(llama_cpp)
     open_base(hf_dir)
     environment = python_environment()
@@ -110,3 +116,47 @@ def convert_hf(
         progress=progress,
     )
     read_gguf(out_gguf)
+
+
+def limited_to_window(folder: Base, made: Base) -> Base:
+    """Makes the context of a GGUF as long as the sliding window of its folder, if there is one.
+
+    llama.cpp runs full attention for these architectures. Up to the window that is the same, and engines
+    refuse what is longer than the context.
+
+    Args:
+        folder: the source.
+        made: its GGUF; one number is overwritten in its header.
+
+    Raises:
+        BaseModelError: the header has no context length to change.
+    """
+    window = None if folder.config is None else window_of(folder.config)
+    if window is None:
+        return made
+    import gguf
+
+    key = f"{made.architecture}.context_length"
+    field = gguf.GGUFReader(made.path, "r+").fields.get(key)
+    if field is not None and field.types == [gguf.GGUFValueType.UINT32]:
+        field.parts[field.data[0]][0] = window
+    limited = open_base(made.path)
+    if limited.context_length != window:
+        got = str(limited.context_length)
+        raise BaseModelError(Problem(str(made.path), key, f"{window}, the sliding window", got))
+    return limited
+
+
+def prove_gguf_of_folder(folder: Base, made: Base, tell: Progress) -> BaseProof:
+    """Proves that llama.cpp answers with a GGUF as PyTorch does with the folder it was made from.
+
+    Raises:
+        BaseModelError: it does not.
+    """
+    if made.model is None:
+        raise BaseModelError(Problem(str(made.path), "base", "a GGUF", "another format"))
+    llama, precision = gguf_side(made.model)
+    return prove_base(
+        torch_side(folder.path), llama, precision=precision,
+        reach=reach_of(folder, made.context_length), where=f"{folder.path}: {SCRIPT}", tell=tell,
+    )  # fmt: skip

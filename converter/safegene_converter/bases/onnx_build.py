@@ -14,12 +14,13 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from safegene_runtime.child import deadline_for, python_command, python_environment, run_child
 from safegene_runtime.errors import BaseModelError, Problem, Problems, UnsupportedError
 from safegene_runtime.extras import install, need
+from safegene_runtime.progress import Step
 
 __all__ = ["PRECISIONS", "build_onnx", "check_build_options"]
 
@@ -146,7 +147,7 @@ def build_onnx(
     block_size: int | None = None,
     accuracy_level: int | None = None,
     options: Sequence[str] = (),
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
 ) -> None:
     """Builds `out`/model.onnx, genai_config.json and the tokenizer files.
 

@@ -17,11 +17,12 @@ from safegene_converter.bases.gguf_to_hf import check_decodable, gguf_to_hf
 from safegene_converter.bases.onnx_build import build_onnx, check_build_options
 from safegene_converter.inputs.adapter import Adapter, check_base_fits
 from safegene_converter.inputs.base import Base, open_base
-from safegene_converter.inputs.onnx_base import OnnxBase, open_onnx_base
+from safegene_converter.inputs.consumed import check_carried
+from safegene_converter.inputs.onnx_base import OnnxBase, is_onnx_folder, open_onnx_base
 from safegene_runtime.errors import BaseModelError, Problem, UnsupportedError
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, counted
 
-__all__ = ["Export", "check_source_fits", "export_base", "is_onnx_folder", "open_source"]
+__all__ = ["Export", "check_source_fits", "export_base", "open_source"]
 
 _WIDTH = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.1, "int4": 0.6}
 """Bytes an exported parameter takes, roughly: for the progress bar."""
@@ -94,23 +95,14 @@ def open_source(path: Path, export: Export) -> Base | OnnxBase:
             )
         return open_onnx_base(path)
     base = open_base(path)
-    if base.kind == "gguf":
+    if base.config is not None:
+        check_carried(base.config, "onnx", str(base.path))
+    else:
         check_decodable(base)
     check_build_options(
         export.effective_precision, export.block_size, export.accuracy_level, export.options
     )
     return base
-
-
-def is_onnx_folder(path: Path) -> bool:
-    """A graph makes a folder an ONNX one, whatever lies beside it; an onnx/ below does not."""
-    if not path.is_dir():
-        return False
-    if any(path.glob("*.onnx")) or (path / "genai_config.json").exists():
-        return True
-    return (path / "onnx").is_dir() and not any(
-        file.suffix in (".safetensors", ".bin") for file in path.iterdir()
-    )
 
 
 def check_source_fits(adapter: Adapter, source: Base | OnnxBase) -> None:
@@ -143,16 +135,11 @@ def export_base(
     if isinstance(base, OnnxBase):
         return base.weights, base, {}
     settings: dict[str, Any] = {"export": export.to_dict()}
-    if base.kind == "gguf":
+    if base.is_gguf:
         base, settings["transform_error"] = gguf_to_hf(base, work / "float", tell)
     target = work / "base"
-    total, done = int(base.n_parameters * _WIDTH[export.effective_precision]), 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("exporting the base to ONNX", min(done, total), total)
-
+    total = int(base.n_parameters * _WIDTH[export.effective_precision])
+    step = counted(tell, "exporting the base to ONNX", total)
     tell("exporting the base to ONNX", 0, total)
     build_onnx(
         base.path,

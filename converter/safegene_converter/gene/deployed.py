@@ -34,7 +34,7 @@ from safegene_converter.inputs.adapter import Adapter, read_adapter
 from safegene_converter.inputs.adapter_files import WEIGHTS_NAME
 from safegene_runtime.errors import GeneError, Problems
 from safegene_runtime.judging.judge import Judge, RulesAndNgram
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, silent
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying.forced import forced_passes
 
@@ -110,7 +110,7 @@ def recalibrate_deployed(
         RecordError: the held-out reference has another judge's labels.
         SafeGeneError: the artifact cannot be built or run; the gene is as it was.
     """
-    tell: Progress = progress or (lambda stage, done, total: None)
+    tell: Progress = progress or silent
     started = time.monotonic()
     bounds = (settings or Settings()).bounds
     check_name_free(gene, name, force)

@@ -24,7 +24,7 @@ from safegene_converter.gene.low_rank import (
 from safegene_converter.gene.sources import Source, open_sources
 from safegene_runtime.errors import GeneError, Problem, Problems
 from safegene_runtime.formats.files import check_output_free, publish_folder
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, silent
 
 __all__ = ["Extracted", "ModuleReport", "discrepancies", "extract"]
 
@@ -96,7 +96,7 @@ def extract(
     Raises:
         GeneError: models that do not fit together, or no discrepancy at all; nothing is written.
     """
-    tell: Progress = progress or (lambda stage, done, total: None)
+    tell: Progress = progress or silent
     goods = [Path(aligned)] if isinstance(aligned, str | Path) else [Path(one) for one in aligned]
     bads = [Path(path) for path in degraded]
     inputs = [*goods, *bads, *([base] if base else [])]

@@ -26,6 +26,7 @@ from safegene_converter.inputs.safegene_json import (
     PLAIN_EXPRESSION,
     SAFEGENE_NAME,
 )
+from safegene_runtime.architecture.table import kind_of, layer_of
 from safegene_runtime.errors import AdapterError, GeneError, Problem
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import check_output_free, publish_file, publish_folder
@@ -85,8 +86,8 @@ def write_gene(
     Raises:
         SafeGeneError: what was given is no valid adapter.
     """
-    names = sorted(modules, key=lambda name: (_layer(name), name))
-    layers = sorted({_layer(name) for name in names})
+    names = sorted(modules, key=lambda name: (layer_of(name), name))
+    layers = sorted({layer_of(name) for name in names})
     tensors = {}
     for name in names:
         tensors[f"base_model.model.{name}.lora_A.weight"] = _float32(modules[name].a)
@@ -222,7 +223,7 @@ def _config(
     """An adapter_config.json under which PEFT targets exactly these modules at scaling 1."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
     other = {name: value for name, value in ranks.items() if value != rank}
-    suffixes = sorted({name.rsplit(".", 1)[-1] for name in ranks})
+    suffixes = sorted({kind_of(name) for name in ranks})
     uniform = len(suffixes) * len(layers) == len(ranks)
     return {
         "peft_type": "LORA",
@@ -244,10 +245,6 @@ def _config(
         "rank_pattern": other,
         "alpha_pattern": other,
     }
-
-
-def _layer(module: str) -> int:
-    return int(module.split(".")[2])
 
 
 def _float32(array: Any) -> Any:

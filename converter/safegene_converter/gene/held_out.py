@@ -18,6 +18,7 @@ from safegene_runtime.errors import GeneError, Problems
 from safegene_runtime.gating.pairs import Pair, count_flips
 from safegene_runtime.judging.judge import Judge
 from safegene_runtime.judging.labels import check_labels
+from safegene_runtime.progress import silent
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying.forced import ForcedPass, forced_passes
 from safegene_runtime.verifying.replies import greedy_replies, label_replies
@@ -91,9 +92,7 @@ def measure_held_out(engine: Engine, reference: Reference, judge: Judge) -> Held
     """
     everything = range(len(reference.prompts))
     passes = forced_passes(engine, reference)
-    replies = greedy_replies(
-        engine, reference, everything, passes, PRECISION, lambda stage, done, total: None
-    )
+    replies = greedy_replies(engine, reference, everything, passes, PRECISION, silent)
     labelled = label_replies(engine, reference, everything, replies, judge)
     pairs = [
         Pair.of(prompt, said.label, identical=said.identical)

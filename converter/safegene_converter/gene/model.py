@@ -21,6 +21,7 @@ from safegene_converter.inputs.base import Base, open_base
 from safegene_converter.recording.chat_text import encode, prompt_ids
 from safegene_converter.recording.greedy import greedy_replies
 from safegene_converter.recording.loading import load_model, load_with_adapter, stop_ids_of
+from safegene_runtime.errors import GeneError, Problem
 
 __all__ = ["Batch", "Example", "GeneModel", "batches_of", "label_logits", "load_gene"]
 
@@ -86,21 +87,46 @@ def _batch(examples: Sequence[Example], indices: Sequence[int]) -> Batch:
 def label_logits(model: Any, batch: Batch) -> torch.Tensor:
     """Logits (N, vocab) float32 at the label positions of a causal model, PEFT's or plain.
 
+    The model's own forward makes them, whatever it does before and after its head (soft caps,
+    scalings); a hook lets only the label positions through to the head.
+
     Tokens that all rows begin with, a system prompt for one, go through the model once.
+
+    Raises:
+        GeneError: a model that does not call its output layer once.
     """
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     n, length = batch.ids.shape
     shared = _shared_columns(batch) if n > 1 else 0
     begun = None
     if shared:
-        begun = whole.model(input_ids=batch.ids[:1, :shared], use_cache=True).past_key_values
+        first = whole(input_ids=batch.ids[:1, :shared], use_cache=True, logits_to_keep=1)
+        begun = first.past_key_values
         begun.batch_repeat_interleave(n)
-    hidden = whole.model(
-        input_ids=batch.ids[:, shared:], attention_mask=batch.mask, past_key_values=begun
-    ).last_hidden_state
     rows, columns = batch.at // length, batch.at % length - shared
-    logits: torch.Tensor = whole.lm_head(hidden[rows, columns]).float()
-    return logits
+    calls = 0
+
+    def labels_only(head: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        return (given[0][rows, columns][None],)
+
+    hook = whole.get_output_embeddings().register_forward_pre_hook(labels_only)
+    try:
+        logits: torch.Tensor = whole(
+            input_ids=batch.ids[:, shared:], attention_mask=batch.mask, past_key_values=begun
+        ).logits
+    finally:
+        hook.remove()
+    if calls != 1 or logits.shape[:2] != (1, len(batch.at)):
+        raise GeneError(
+            Problem(
+                type(whole).__name__, "output layer", "called once, on all positions",
+                f"{calls} calls, logits of shape {tuple(logits.shape)}",
+                "this architecture is not supported yet",
+            )
+        )  # fmt: skip
+    return logits[0].float()
 
 
 def _shared_columns(batch: Batch) -> int:

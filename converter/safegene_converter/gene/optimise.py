@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from safegene_converter.gene.checkpoint import Checkpoint
 from safegene_runtime.errors import GeneError, Problem
+from safegene_runtime.progress import Step
 
 __all__ = ["Minimum", "Settings", "minimise", "search"]
 
@@ -79,7 +80,7 @@ def minimise(
     start: F64,
     settings: Settings,
     checkpoint: Checkpoint | None = None,
-    tell: Callable[[int], None] | None = None,
+    tell: Step | None = None,
     stage: str = "step",
 ) -> Minimum:
     """Minimises with gradients.
@@ -132,7 +133,7 @@ def search(
     start: F64,
     bounds: tuple[float, float],
     max_evaluations: int,
-    tell: Callable[[int], None] | None = None,
+    tell: Step | None = None,
 ) -> Minimum:
     """Minimises without gradients, in at most `max_evaluations` evaluations.
 

@@ -14,21 +14,20 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
 from safegene_converter.bases.onnx_source import Export, check_source_fits, export_base, open_source
 from safegene_converter.fold.survival import Bounds
 from safegene_converter.gene.folder import copy_with
 from safegene_converter.gguf.convert import convert
-from safegene_converter.gguf.merge import MODEL_FILE
-from safegene_converter.gguf.sidecar import ADAPTER_FILE
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.onnx.convert import default_form, write_fold
 from safegene_converter.onnx.fold import OnnxFold, prove_weights, touched_weights
+from safegene_converter.requests import ConvertRequest
+from safegene_runtime.artifact.forms import GGUF, ONNX, form_named, forms_of
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import Problem, UnsupportedError
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, silent
 
 __all__ = ["Rebuild", "gguf_rebuild", "onnx_rebuild"]
 
@@ -40,7 +39,7 @@ Rebuild = Callable[[dict[int, float]], Engine]
 def gguf_rebuild(
     gene: Path,
     base: Path,
-    form: Literal["sidecar", "merged"],
+    form: str,
     type_name: str = "auto",
     threads: int | None = None,
 ) -> Iterator[Rebuild]:
@@ -53,14 +52,15 @@ def gguf_rebuild(
         type_name: as in `convert`.
         threads: of the engine.
     """
+    made = form_named(GGUF, form)
     with _beside(gene) as work:
 
         def rebuild(coefficients: dict[int, float]) -> Engine:
             trial, out = _trial(gene, work, coefficients)
-            convert(trial, base, out, form=form, type_name=type_name, check=False)
-            if form == "sidecar":
-                return open_engine(base, out / ADAPTER_FILE, threads=threads)
-            return open_engine(out / MODEL_FILE, threads=threads)
+            convert(ConvertRequest(trial, base, out, form=form, type=type_name, check=False))
+            if made.carries_base:
+                return open_engine(out / str(GGUF.model_file), threads=threads)
+            return open_engine(base, out / GGUF.adapter_file, threads=threads)
 
         yield rebuild
 
@@ -69,14 +69,14 @@ def gguf_rebuild(
 def onnx_rebuild(
     gene: Path,
     base: Path,
-    form: Literal["branch", "merged"] | None = None,
+    form: str | None = None,
     precision: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Rebuild]:
     """An ONNX artifact for any coefficients, inside a `with`.
 
-    What is run for coefficients is what `convert_onnx` writes for them. The branch and the adapter
+    What is run for coefficients is what `convert` writes for them. The branch and the adapter
     file compute the same, so `branch` stands for `--as adapter`, too.
 
     Args:
@@ -90,10 +90,12 @@ def onnx_rebuild(
     Raises:
         SafeGeneError: the base cannot be used or does not fit the gene.
     """
-    tell: Progress = progress or (lambda stage, done, total: None)
-    if form not in (None, "branch", "merged"):
+    tell: Progress = progress or silent
+    wanted = None if form is None else form_named(ONNX, form)
+    if wanted is not None and wanted.has_slots:
+        known = " or ".join(one.name for one in forms_of(ONNX) if not one.has_slots)
         raise UnsupportedError(
-            Problem("onnx_rebuild", "form", "branch or merged", form, "choose one of these")
+            Problem("onnx_rebuild", "form", known, wanted.name, "choose one of these")
         )
     adapter = read_adapter(gene)
     export = Export(precision)
@@ -105,7 +107,7 @@ def onnx_rebuild(
         touched = touched_weights(adapter, opened)
         if hf is not None:
             prove_weights(touched, opened, hf)
-        chosen = form or default_form(opened, touched)
+        chosen = wanted or default_form(opened, touched)
 
         def rebuild(coefficients: dict[int, float]) -> Engine:
             trial, out = _trial(gene, work, coefficients)
@@ -114,7 +116,7 @@ def onnx_rebuild(
                 wanted, opened, hf, chosen, touched_weights(wanted, opened), Bounds(), True
             )
             out.mkdir()
-            write_fold(fold, out, lambda stage, done, total: None)
+            write_fold(fold, out, silent)
             return open_engine(out / opened.model.path.name, threads=threads)
 
         yield rebuild

@@ -29,7 +29,7 @@ from safegene_converter.gene.objective import Losses, Objective, Valued, common_
 from safegene_converter.gene.shots import shots_of
 from safegene_runtime.errors import GeneError, Problem
 from safegene_runtime.formats.files import check_output_free
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, silent
 from safegene_runtime.record.prompts import Prompt, builtin_suite
 
 __all__ = [
@@ -190,7 +190,7 @@ def select(
     Raises:
         SafeGeneError: nothing was written.
     """
-    tell: Progress = progress or (lambda stage, done, total: None)
+    tell: Progress = progress or silent
     if out is not None:
         check_output_free(out, force, [model])
     if not budget > 0:

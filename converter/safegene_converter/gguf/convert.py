@@ -15,15 +15,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safegene_converter.bases.hf_to_gguf import (
+    convert_hf,
+    limited_to_window,
+    prove_gguf_of_folder,
+)
 from safegene_converter.encoding.imatrix import read_imatrix
 from safegene_converter.fold.hashing import digesting
-from safegene_converter.fold.survival import Bounds
-from safegene_converter.gguf.fold import FORMS, Form, GGUFFold, Made, starts_from_float
-from safegene_converter.gguf.sidecar import ADAPTER_FILE, SIDECAR_TYPES, write_sidecar
+from safegene_converter.gguf.fold import GGUFFold, Made, starts_from_float
+from safegene_converter.gguf.sidecar import SIDECAR_TYPES, write_sidecar
 from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.inputs.base import Base, open_base
-from safegene_converter.inputs.names import prove_transform
+from safegene_converter.inputs.consumed import check_carried, window_of
+from safegene_converter.inputs.row_proof import prove_transform
+from safegene_converter.requests import ConvertRequest
 from safegene_runtime import __version__
+from safegene_runtime.artifact.base_proof import UNCHANGED
+from safegene_runtime.artifact.forms import GGUF, GGUF_MERGED, GGUF_SIDECAR, Form, form_named
 from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.errors import BaseModelError, Problems, UnsupportedError
 from safegene_runtime.formats.files import (
@@ -34,7 +42,7 @@ from safegene_runtime.formats.files import (
     sha256_of,
 )
 from safegene_runtime.formats.gguf.header import read_gguf
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, counted, silent
 
 __all__ = ["convert"]
 
@@ -42,72 +50,51 @@ TRANSFORM_ERROR_MAX = 0.5
 """A right row order leaves the rounding of the type (0.1 for 4 bits), a wrong one about 1.4."""
 
 
-def convert(
-    adapter_path: Path,
-    base_path: Path,
-    out: Path,
-    *,
-    form: Form,
-    type_name: str = "auto",
-    expression: str | None = None,
-    bounds: Bounds | None = None,
-    promote: bool | None = None,
-    imatrix: Path | None = None,
-    llama_cpp: Path | None = None,
-    force: bool = False,
-    check: bool = True,
-    progress: Progress | None = None,
-) -> Manifest:
+def convert(request: ConvertRequest, progress: Progress | None = None) -> Manifest:
     """Converts an adapter to a GGUF artifact.
 
     Args:
-        adapter_path: the adapter folder.
-        base_path: a GGUF file (or its first shard), or a Hugging Face folder.
-        out: the folder to create.
-        form: `merged` or `sidecar`.
-        type_name: `auto` (keep types, promote what would lose the delta), `keep` (refuse instead),
-            or a type or preset of llama.cpp.
-        expression: which set of layer coefficients; the adapter's default when None.
-        bounds: what counts as surviving.
-        promote: promote tensors out of bounds instead of refusing; None: for `auto` and presets
-            that mix types.
-        imatrix: an importance matrix for the types that want one.
-        llama_cpp: a llama.cpp source tree, for a Hugging Face base.
-        force: replace an existing `out`.
-        check: re-open the result in a child process and compare it with what was meant.
+        request: what is wanted, with `to` "gguf".
         progress: told what is being done.
 
     Raises:
         SafeGeneError: one of its kinds; nothing is left under the name `out`.
     """
-    tell: Progress = progress or (lambda stage, done, total: None)
-    check_output_free(out, force, [adapter_path, base_path])
-    adapter = read_adapter(adapter_path, expression)
+    tell = progress or silent
+    base_path, form = request.base, form_named(GGUF, request.form or GGUF_MERGED.name)
+    check_output_free(request.out, request.force, [request.adapter, base_path])
+    adapter = read_adapter(request.adapter, request.expression)
     base = given = open_base(base_path)
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
-    type_name = type_name.lower()
-    _check_request(form, type_name, base)
-    _refuse_ignored(form, base, promote, imatrix, llama_cpp)
+    if base.config is not None:
+        check_carried(base.config, "gguf", str(base.path))
+    type_name, imatrix = request.type.lower(), request.imatrix
+    _check_type(form, type_name, base)
     weights = read_imatrix(imatrix) if imatrix else {}
-    with publish_folder(out, force) as folder, digesting(base) as digests:
+    proof: dict[str, Any] | None = UNCHANGED if base.kind == "gguf" else None
+    with publish_folder(request.out, request.force) as folder, digesting(base) as digests:
         work = folder / ".work"
         work.mkdir()
         settings: dict[str, Any] = {
             "type": type_name,
             "llama_cpp_python": version("llama-cpp-python"),
         }
-        if base.kind == "hf":
+        if not base.is_gguf:
             hf_base = base
-            base = _from_hugging_face(base, work, llama_cpp, tell)
+            base = _from_hugging_face(base, work, request.llama_cpp, tell)
             settings["transform_error"] = _prove_transforms(adapter, hf_base, base)
+            if hf_base.config is not None and (window := window_of(hf_base.config)) is not None:
+                settings["sliding_window"] = window  # which is where its context ends
+            if request.check:
+                proof = prove_gguf_of_folder(hf_base, base, tell).to_dict()
         mixes = type_name not in ("keep", "auto") and starts_from_float(base, type_name)
         fold = GGUFFold(
             adapter=adapter,
             base=base,
             form=form,
             type_name=type_name,
-            bounds=bounds or Bounds(),
-            promote=(type_name == "auto" or mixes) if promote is None else promote,
+            bounds=request.survival,
+            promote=(type_name == "auto" or mixes) if request.promote is None else request.promote,
             imatrix_path=imatrix,
             imatrix=weights,
         )
@@ -115,13 +102,13 @@ def convert(
             settings["imatrix_sha256"] = sha256_file(imatrix.resolve())
         fold.precision({})  # one that is not known is refused before the work
         made = _write(fold, folder, work, tell)
-        if form == "merged":
+        if form.merges:
             settings["promote"] = fold.promote
             settings["promoted"] = made.promoted
-        settings["bounds"] = vars(fold.bounds) if form == "merged" else None
+        settings["bounds"] = vars(fold.bounds) if form.merges else None
         if adapter.cautions:
             settings["caution"] = "; ".join(adapter.cautions)
-        if check:
+        if request.check:
             tell("checking what was written", 0, 1)
             settings["self_check"] = _check(fold, folder, work, made)
             tell("checking what was written", 1, 1)
@@ -129,19 +116,20 @@ def convert(
         manifest = Manifest(
             tool={"name": "safegene", "version": __version__},
             artifact={
-                "target": "gguf",
-                "form": form,
+                "target": form.target.name,
+                "form": form.name,
                 "architecture": base.architecture,
                 "name": base.name,
                 "precision": made.precision,
             },
             base={
                 "kind": given.kind,
-                "name": Path(base_path).resolve().name,
+                "name": base_path.resolve().name,
                 "files": digests.result(),
+                "proof": proof,
             },
             adapter={
-                "name": Path(adapter_path).resolve().name,
+                "name": request.adapter.resolve().name,
                 "files": dict(adapter.digests),
                 "expression": adapter.expression,
                 "n_parameters": adapter.n_parameters,
@@ -163,7 +151,7 @@ def convert(
 
 
 def _write(fold: GGUFFold, folder: Path, work: Path, tell: Progress) -> Made:
-    if fold.form == "sidecar":
+    if not fold.form.merges:
         return write_sidecar(fold, folder, tell)
     from safegene_converter.gguf.merge import (
         write_merged,  # a sidecar is written before it is loaded
@@ -172,79 +160,43 @@ def _write(fold: GGUFFold, folder: Path, work: Path, tell: Progress) -> Made:
     return write_merged(fold, folder, work, tell)
 
 
-def _check_request(form: str, type_name: str, base: Base) -> None:
-    """Refuses combinations that mean nothing, before any work."""
+def _check_type(form: Form, type_name: str, base: Base) -> None:
+    """Refuses a type that the form does not have, or that the base is too coarse for already."""
     problems = Problems()
-    if form == "sidecar":
-        if base.kind != "gguf":
-            problems.add(
-                str(base.path),
-                "--base",
-                "the GGUF that the sidecar is loaded beside",
-                "a Hugging Face folder",
-                "convert the base to GGUF first, or use --as merged",
-            )
-        if type_name not in ("auto", *SIDECAR_TYPES):
+    if not form.merges and type_name not in ("auto", *SIDECAR_TYPES):
+        problems.add(
+            "--type",
+            "type of a sidecar",
+            f"auto or one of {', '.join(SIDECAR_TYPES)}",
+            type_name,
+            "leave --type out: f32 is the default",
+        )
+    elif form.merges and type_name not in ("auto", "keep"):
+        from safegene_converter.gguf.presets import preset
+
+        wanted = preset(type_name)
+        pure = wanted.name == wanted.type.name.lower()
+        if not base.is_float and not pure:
             problems.add(
                 "--type",
-                "type of a sidecar",
-                f"auto or one of {', '.join(SIDECAR_TYPES)}",
-                type_name,
-                "leave --type out: f32 is the default",
+                "type",
+                "auto, keep or a plain type such as q8_0",
+                f"the preset {type_name} on a base that is quantised already",
+                "presets quantise a whole float model: pass a Hugging Face folder or an "
+                "F32/F16/BF16 GGUF as --base",
             )
-    elif form == "merged":
-        if type_name not in ("auto", "keep"):
-            from safegene_converter.gguf.presets import preset
-
-            wanted = preset(type_name)
-            pure = wanted.name == wanted.type.name.lower()
-            if not base.is_float and not pure:
-                problems.add(
-                    "--type",
-                    "type",
-                    "auto, keep or a plain type such as q8_0",
-                    f"the preset {type_name} on a base that is quantised already",
-                    "presets quantise a whole float model: pass a Hugging Face folder or an "
-                    "F32/F16/BF16 GGUF as --base",
-                )
-    else:
-        problems.add("--as", "form", " or ".join(FORMS), form, "choose one")
-    problems.raise_if_any(UnsupportedError)
-
-
-def _refuse_ignored(
-    form: str, base: Base, promote: bool | None, imatrix: Path | None, llama_cpp: Path | None
-) -> None:
-    """An option that would be ignored is a mistake."""
-    problems = Problems()
-    if form == "sidecar":
-        for name, given in (("promote", promote is not None), ("imatrix", imatrix is not None)):
-            if given:
-                flag = f"--{name}"
-                problems.add(flag, "form", "--as merged", "--as sidecar", f"leave {flag} out")
-    if llama_cpp is not None and base.kind == "gguf":
-        got = "a GGUF, which needs no conversion"
-        problems.add("--llama-cpp", "base", "a Hugging Face folder", got, "leave --llama-cpp out")
     problems.raise_if_any(UnsupportedError)
 
 
 def _from_hugging_face(base: Base, work: Path, llama_cpp: Path | None, tell: Progress) -> Base:
     """The same model as a GGUF in its own float type, by llama.cpp's converter."""
-    from safegene_converter.bases.hf_to_gguf import convert_hf
-
     kinds = {info.dtype for file in base.weights for info in file.tensors.values()}
     outtype = {frozenset({"F16"}): "f16", frozenset({"BF16"}): "bf16"}.get(frozenset(kinds), "f32")
     target = work / "base.gguf"
-    size, total, done = {"f32": 4}.get(outtype, 2), 0, 0
-    total = base.n_parameters * size
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("converting the base to GGUF", min(done, total), total)
-
+    total = base.n_parameters * {"f32": 4}.get(outtype, 2)
+    step = counted(tell, "converting the base to GGUF", total)
     convert_hf(base.path, target, outtype, llama_cpp, progress=step)
-    return open_base(target)
+    return limited_to_window(base, open_base(target))
 
 
 def _prove_transforms(adapter: Adapter, hf_base: Base, base: Base) -> float:
@@ -279,17 +231,17 @@ def _check(fold: GGUFFold, folder: Path, work: Path, made: Made) -> dict[str, An
     from safegene_converter.gguf.selfcheck import check_artifact
 
     path = sidecar = folder / made.file.path
-    if fold.form == "merged":
+    if fold.form.merges:
         oracle = work / "oracle"
         oracle.mkdir()
-        as_sidecar = dataclasses.replace(fold, form="sidecar", type_name="f32")
-        write_sidecar(as_sidecar, oracle, lambda stage, done, total: None)
-        sidecar = oracle / ADAPTER_FILE
+        as_sidecar = dataclasses.replace(fold, form=GGUF_SIDECAR, type_name="f32")
+        write_sidecar(as_sidecar, oracle, silent)
+        sidecar = oracle / GGUF.adapter_file
     header = read_gguf(path)
     tensors = {name: [info.type.name, list(info.shape)] for name, info in header.tensors.items()}
     return check_artifact(
         made.base,
-        path if fold.form == "merged" else None,
+        path if fold.form.merges else None,
         sidecar,
         fold.adapter,
         {

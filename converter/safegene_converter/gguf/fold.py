@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,7 @@ from safegene_converter.fold.survival import Bounds, Survival
 from safegene_converter.inputs.adapter import Adapter, Module
 from safegene_converter.inputs.base import Base
 from safegene_runtime import __version__
+from safegene_runtime.artifact.forms import Form
 from safegene_runtime.artifact.manifest import FileEntry, ModuleEntry
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, adapter_digest
 from safegene_runtime.errors import BaseModelError, Problem
@@ -25,8 +25,6 @@ from safegene_runtime.gating.bounds import precision_of
 
 __all__ = [
     "BLOCK_ELEMENTS",
-    "FORMS",
-    "Form",
     "GGUFFold",
     "Made",
     "Rows",
@@ -36,8 +34,6 @@ __all__ = [
     "within",
 ]
 
-Form = Literal["merged", "sidecar"]
-FORMS: tuple[Form, ...] = ("merged", "sidecar")
 BLOCK_ELEMENTS = 2 << 20
 """Elements of a touched tensor in memory at a time: 8 MiB per float32 operand."""
 
@@ -102,7 +98,7 @@ class GGUFFold:
         """`safegene.*` keys: what a reader of the single file can learn without the manifest."""
         return {
             "safegene.version": string(__version__),
-            "safegene.form": string(self.form),
+            "safegene.form": string(self.form.name),
             "safegene.expression": string(self.adapter.expression),
             ADAPTER_KEY: string(adapter_digest(self.adapter.digests)),
             "safegene.modules": Value(ValueType.UINT32, len(self.adapter.modules), None),

@@ -31,6 +31,7 @@ from safegene_converter.gguf.fold import (
 from safegene_converter.gguf.presets import PRESETS, preset, quantize_gguf
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_converter.inputs.adapter import Module
+from safegene_runtime.artifact.forms import GGUF
 from safegene_runtime.artifact.manifest import FileEntry
 from safegene_runtime.cpus import usable_cpus
 from safegene_runtime.errors import (
@@ -46,11 +47,10 @@ from safegene_runtime.formats.gguf.model import GGUFModel, open_model
 from safegene_runtime.formats.gguf.tensors import map_tensor
 from safegene_runtime.formats.gguf.types import GGMLType, Value, ValueType, nbytes, type_traits
 from safegene_runtime.formats.gguf.weights import elements_by_type
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, counted
 
-__all__ = ["MODEL_FILE", "write_merged"]
+__all__ = ["write_merged"]
 
-MODEL_FILE = "model.gguf"
 QUANTISED_FILE = "quantised.gguf"
 ENCODERS = 4
 """Tensors encoded at a time: each holds some ten operands."""
@@ -94,14 +94,9 @@ def write_merged(fold: GGUFFold, folder: Path, work: Path, tell: Progress) -> Ma
     if any(type_traits(tensor.type)[0] > 1 for tensor in tensors):
         metadata.setdefault("general.quantization_version", Value(ValueType.UINT32, 2, None))
     metadata.update(fold.provenance())
-    path = folder / MODEL_FILE
-    total, done = sum(nbytes(tensor.shape, tensor.type) for tensor in tensors), 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("writing the model", min(done, total), total)
-
+    path = folder / str(GGUF.model_file)
+    total = sum(nbytes(tensor.shape, tensor.type) for tensor in tensors)
+    step = counted(tell, "writing the model", total)
     written = write_gguf(path, metadata, tensors, progress=step)
     modules = []
     for module in fold.adapter.modules:
@@ -137,13 +132,8 @@ def _quantise_base(fold: GGUFFold, target: Path, tell: Progress) -> GGUFModel:
     tensors give the base's own quantisation error for free.
     """
     first = fold.model.shards[0].path
-    total, done = sum(info.nbytes for info in fold.model.tensors.values()), 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("quantising", min(done, total), total)
-
+    total = sum(info.nbytes for info in fold.model.tensors.values())
+    step = counted(tell, "quantising", total)
     quantize_gguf(first, target, fold.type_name, fold.imatrix_path, progress=step)
     return open_model(target)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from safegene_runtime.errors import (
 from safegene_runtime.extras import need
 from safegene_runtime.formats.gguf.model import open_model
 from safegene_runtime.formats.gguf.types import GGMLType
+from safegene_runtime.progress import Step
 
 __all__ = ["PRESETS", "Preset", "preset", "preset_types", "quantize_gguf"]
 
@@ -134,7 +135,7 @@ def quantize_gguf(
     imatrix: Path | None = None,
     overrides: Mapping[str, GGMLType] | None = None,
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
 ) -> dict[str, GGMLType]:
     """Quantises a whole float GGUF with `llama_model_quantize`, in a child process.
 
@@ -191,7 +192,7 @@ def _run(
     wanted: Preset,
     imatrix: Path | None,
     overrides: Mapping[str, GGMLType] | None,
-    progress: Callable[[int], None] | None,
+    progress: Step | None,
 ) -> str:
     """Runs `quantize_child`; without `dst` as a dry run. Returns its log."""
     if overrides and wanted.is_float:

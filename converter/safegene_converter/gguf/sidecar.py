@@ -21,6 +21,7 @@ from safegene_converter.gguf.fold import (
 )
 from safegene_converter.gguf.writer import OutTensor, write_gguf
 from safegene_converter.inputs.adapter import Module
+from safegene_runtime.artifact.forms import GGUF
 from safegene_runtime.artifact.manifest import FileEntry, ModuleEntry
 from safegene_runtime.errors import Problems, SurvivalError
 from safegene_runtime.formats import ggml
@@ -28,9 +29,8 @@ from safegene_runtime.formats.files import sha256_of
 from safegene_runtime.formats.gguf.types import GGMLType
 from safegene_runtime.progress import Progress
 
-__all__ = ["ADAPTER_FILE", "SIDECAR_TYPES", "write_sidecar"]
+__all__ = ["SIDECAR_TYPES", "write_sidecar"]
 
-ADAPTER_FILE = "adapter.gguf"
 SIDECAR_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
@@ -88,7 +88,7 @@ def write_sidecar(fold: GGUFFold, folder: Path, tell: Progress) -> Made:
         "adapter.type": string("lora"),
         **fold.provenance(),
     }
-    path = folder / ADAPTER_FILE
+    path = folder / GGUF.adapter_file
     written = write_gguf(path, metadata, tensors)
     entry = FileEntry(path.name, "adapter", path.stat().st_size, written.sha256)
     return Made(entry, tuple(modules), fold.precision({}), fold.model.shards[0].path)

@@ -34,6 +34,7 @@ from safegene_runtime.formats.gguf.types import (
     nbytes,
     type_traits,
 )
+from safegene_runtime.progress import Step
 
 __all__ = ["OutTensor", "Written", "encode_header", "write_gguf"]
 
@@ -127,7 +128,7 @@ def write_gguf(
     metadata: Mapping[str, Value],
     tensors: Sequence[OutTensor],
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
 ) -> Written:
     """Writes a GGUF file; not atomic, publishing is the caller's (`publish_folder`).
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,13 @@ import numpy as np
 import numpy.typing as npt
 
 from safegene_converter import formula
-from safegene_converter.inputs import names
 from safegene_converter.inputs.adapter_files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     Weights,
     read_adapter_files,
 )
-from safegene_converter.inputs.adapter_keys import STEM, Pairs, layer_of, pair_factors
+from safegene_converter.inputs.adapter_keys import STEM, Pairs, pair_factors
 from safegene_converter.inputs.peft_config import MODULE_PATTERNS, LoraSettings, parse_config
 from safegene_converter.inputs.safegene_json import (
     PLAIN_EXPRESSION,
@@ -39,6 +38,7 @@ from safegene_converter.inputs.safegene_json import (
     SafegeneJson,
     parse_safegene,
 )
+from safegene_runtime.architecture.table import layer_of, modules_of
 from safegene_runtime.errors import AdapterError, FormatError, Problem, Problems, UnsupportedError
 
 __all__ = ["Adapter", "Module", "check_base_fits", "read_adapter"]
@@ -141,7 +141,7 @@ def read_adapter(path: Path, expression: str | None = None) -> Adapter:
             modules.append(module)
     idle = _check_config(path, settings, pairs.keys, problems)
     if safegene is not None:
-        layers = set(_layers_of(pairs.keys))
+        layers = set(map(layer_of, pairs.keys))
         safegene.check_layers(str(path / SAFEGENE_NAME), layers, problems)
     problems.raise_if_any(AdapterError)
     digests = dict(files.digests)
@@ -237,13 +237,6 @@ def _pair_factors(weights: Weights, problems: Problems, refused: Problems) -> Pa
     return pairs
 
 
-def _layers_of(modules: Iterable[str]) -> Iterator[int]:
-    for module in modules:
-        layer = layer_of(module)
-        assert layer is not None  # `pair_factors` keeps modules of the blocks only
-        yield layer
-
-
 def _read_module(
     weights: Weights,
     name: str,
@@ -254,7 +247,7 @@ def _read_module(
 ) -> Module | None:
     where = str(weights.path)
     found = len(problems)
-    (layer,) = _layers_of([name])
+    layer = layer_of(name)
     shapes = [weights.tensors[keys[factor]].shape for factor in "AB"]
     if any(len(shape) != 2 or 0 in shape for shape in shapes):
         problems.add(where, name, "factors (r, in) and (out, r)", f"{shapes[0]} and {shapes[1]}",
@@ -309,7 +302,7 @@ def _check_config(
 ) -> list[str]:
     """What the configuration names and no tensor meets: problems, or cautions as in PEFT."""
     where = str(path / CONFIG_NAME)
-    layers = set(_layers_of(modules))
+    layers = set(map(layer_of, modules))
     for name, keys in (
         ("rank_pattern", settings.rank_pattern),
         ("alpha_pattern", settings.alpha_pattern),
@@ -326,7 +319,7 @@ def _check_config(
     if isinstance(settings.targets, str):
         return []
     cautions = []
-    linear = [f"{STEM}.layers.{n}.{module}" for n in layers for module in names.BLOCK_MODULES]
+    linear = [module for layer in layers for module in modules_of(layer)]
     for target in sorted(settings.targets):
         if any(settings.matches(module, target=target) for module in modules):
             continue

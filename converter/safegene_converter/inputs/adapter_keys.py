@@ -14,10 +14,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from safegene_converter.inputs import names
+from safegene_runtime.architecture.table import linear_modules, parse_module
 from safegene_runtime.errors import Problems
 
-__all__ = ["STEM", "Pairs", "layer_of", "pair_factors"]
+__all__ = ["STEM", "Pairs", "pair_factors"]
 
 STEM = "model"
 """Where a text model keeps its list of layers."""
@@ -30,7 +30,6 @@ _COMPILED = "_orig_mod."
 """torch.compile puts it before all names; PEFT strips it there, and only there."""
 
 _KEY = re.compile(r"(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<factor>[AB])\.weight")
-_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.")
 _WRAPPERS = {
     "module": "DistributedDataParallel or DeepSpeed",
     "_orig_mod": "torch.compile, on a part of the model",
@@ -71,12 +70,6 @@ class Pairs:
     is_compiled: bool
 
 
-def layer_of(module: str) -> int | None:
-    """The block of a module that is named as in the text model; None outside the blocks."""
-    found = _LAYER.match(module)
-    return int(found[1]) if found else None
-
-
 def pair_factors(
     tensors: Iterable[str], where: str, problems: Problems, refused: Problems
 ) -> Pairs:
@@ -108,7 +101,7 @@ def pair_factors(
             problems.add(where, repr(key)[:200], f"{_PREFIX}<module>.lora_A|B.weight",
                          "another name", "save with PeftModel.save_pretrained")  # fmt: skip
         elif (place := _in_text_model(found["module"])) is None:
-            refused.add(where, key, f"a linear module of a block ({', '.join(names.BLOCK_MODULES)})",
+            refused.add(where, key, f"a linear module of a block ({', '.join(linear_modules())})",
                         found["module"], "train on these modules only")  # fmt: skip
         else:
             stem, module = place
@@ -141,7 +134,6 @@ def _in_text_model(module: str) -> tuple[str, str] | None:
     """(stem, name in the text model) of a linear module of a block; None for any other."""
     for stem in (STEM, *_TEXT_STEMS):
         name = STEM + module.removeprefix(stem) if module.startswith(f"{stem}.layers.") else ""
-        layer = _LAYER.match(name)
-        if layer and name[layer.end() :] in names.BLOCK_MODULES:
+        if parse_module(name):
             return stem, name
     return None

@@ -8,7 +8,7 @@ which shape, and which files it consists of.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from safegene_converter.inputs import names
 from safegene_converter.inputs.base_checks import (
     check_config_features,
     check_folder_files,
@@ -26,7 +25,14 @@ from safegene_converter.inputs.base_checks import (
     count,
     read_weights,
 )
+from safegene_converter.inputs.consumed import check_config, check_folder_tensors
 from safegene_converter.inputs.safetensors_reader import SafetensorsFile
+from safegene_runtime.architecture.row_order import Transform
+from safegene_runtime.architecture.table import (
+    Architecture,
+    architecture_named,
+    architecture_of_config,
+)
 from safegene_runtime.engines.llama_hyperparameters import check_hyperparameters
 from safegene_runtime.errors import BaseModelError, FormatError, Problem, Problems, UnsupportedError
 from safegene_runtime.formats import ggml, strictjson
@@ -34,6 +40,7 @@ from safegene_runtime.formats.files import MANIFEST_NAME, sha256_file
 from safegene_runtime.formats.gguf.model import GGUFModel, open_model
 from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
 from safegene_runtime.formats.gguf.weights import head_counts
+from safegene_runtime.progress import Step
 
 __all__ = ["Base", "open_base"]
 
@@ -60,7 +67,7 @@ class Base:
     Attributes:
         kind: `gguf` or `hf`.
         path: what the user named.
-        architecture: GGUF's name for it, one of `names.ARCHITECTURES`.
+        architecture: GGUF's name for it, a key of the table of architectures.
         n_layers: number of blocks.
         n_head: query heads per layer.
         n_head_kv: key/value heads per layer.
@@ -89,6 +96,16 @@ class Base:
     config: Mapping[str, Any] | None = field(default=None, repr=False)
     weights: tuple[SafetensorsFile, ...] = field(default=(), repr=False)
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is a GGUF; else it is a Hugging Face folder."""
+        return self.model is not None
+
+    @property
+    def row(self) -> Architecture:
+        """What is known of its architecture."""
+        return architecture_named(self.architecture, str(self.path))
+
     def module_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every linear module of the blocks, by Hugging Face module name."""
         return dict(self.shapes)
@@ -104,13 +121,13 @@ class Base:
 
     def tensor_name(self, module: str) -> str:
         """The GGUF tensor of a module's weight."""
-        return names.gguf_name(self.architecture, module)
+        return self.row.tensor_of(module)
 
-    def transform(self, module: str) -> names.Transform:
+    def transform(self, module: str) -> Transform:
         """The row order of a module's GGUF tensor relative to its Hugging Face weight."""
-        return names.transform_for(self.architecture, module, self.n_head, self.n_head_kv)
+        return self.row.transform(module, self.n_head, self.n_head_kv)
 
-    def digests(self, progress: Callable[[int], None] | None = None) -> dict[str, str]:
+    def digests(self, progress: Step | None = None) -> dict[str, str]:
         """SHA-256 of every file, by file name; `progress` is told bytes as they are read."""
         return {file.name: sha256_file(file.resolve(), progress) for file in self.files}
 
@@ -171,7 +188,8 @@ def _open_gguf(path: Path) -> Base:
         raise BaseModelError(
             Problem(where, mark, "a plain base", "one that holds a SafeGene adapter", _PLAIN)
         )
-    architecture = names.check_architecture(metadata.get("general.architecture"), where)
+    row = architecture_named(metadata.get("general.architecture"), where)
+    architecture = row.name
     problems, refused = Problems(), Problems()
     n_layers = count(metadata.get(f"{architecture}.block_count"), where, "block_count", problems)
     n_head = n_head_kv = 0
@@ -189,7 +207,7 @@ def _open_gguf(path: Path) -> Base:
         )
     shapes: dict[str, tuple[int, int]] = {}
     for name, info in model.tensors.items():
-        if module := names.module_name(architecture, name):
+        if module := row.module_of(name):
             if len(info.shape) == 2:
                 shapes[module] = (info.shape[0], info.shape[1])
             else:
@@ -202,7 +220,7 @@ def _open_gguf(path: Path) -> Base:
                 "a fused or rescaled weight",
                 "use another GGUF of this model, for example F16 or Q8_0",
             )
-    check_layers(where, n_layers, shapes, problems, refused)
+    check_layers(where, row, n_layers, shapes, problems, refused)
     check_hyperparameters(model, where, problems)
     problems.raise_if_any(BaseModelError)
     return Base(
@@ -242,12 +260,15 @@ def _open_folder(path: Path) -> Base:
     problems, refused = Problems(), Problems()
     check_config_features(config, where, refused)
     check_tokenizer(path / "tokenizer_config.json", refused)
-    architecture = ""
+    row = None
     try:
-        architecture = names.architecture_of_config(config, where)
+        row = architecture_of_config(config, where)
     except UnsupportedError as error:
         refused.extend(error.problems)
+    else:
+        check_config(config, where, refused)
     refused.raise_if_any(UnsupportedError)
+    assert row is not None
     n_layers = count(config.get("num_hidden_layers"), where, "num_hidden_layers", problems)
     n_head = count(config.get("num_attention_heads"), where, "num_attention_heads", problems)
     kv = config.get("num_key_value_heads")
@@ -263,18 +284,18 @@ def _open_folder(path: Path) -> Base:
             seen.add(name)
             n_parameters += math.prod(info.shape)
             module = name.removesuffix(".weight")
-            is_linear = module.split(".", 3)[-1] in names.BLOCK_MODULES
-            if name.startswith("model.layers.") and name.endswith(".weight") and is_linear:
+            if module != name and row.parse(module):
                 if len(info.shape) == 2:
                     shapes[module] = (info.shape[0], info.shape[1])
                 else:
                     problems.add(str(file.path), name, "two dimensions", info.shape)
-    check_layers(str(path), n_layers, shapes, problems, refused)
+    check_layers(str(path), row, n_layers, shapes, problems, refused)
+    check_folder_tensors(config, weights, str(path))
     given_name = config.get("_name_or_path")
     return Base(
         kind="hf",
         path=path,
-        architecture=architecture,
+        architecture=row.name,
         n_layers=n_layers,
         n_head=n_head,
         n_head_kv=n_head_kv,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safegene_converter.inputs import names
 from safegene_converter.inputs.safetensors_reader import SafetensorsFile, read_safetensors
+from safegene_runtime.architecture.table import Architecture
 from safegene_runtime.errors import (
     BaseModelError,
     Problem,
@@ -107,6 +107,7 @@ def check_tokenizer(path: Path, refused: Problems) -> None:
 def read_weights(folder: Path, problems: Problems) -> tuple[SafetensorsFile, ...]:
     """Reads the headers of a folder's safetensors files; notes what is missing."""
     index = folder / _INDEX_NAME
+    weight_map: dict[str, str] | None = None
     if index.exists():
         content = strictjson.load(index.resolve())
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -136,11 +137,51 @@ def read_weights(folder: Path, problems: Problems) -> tuple[SafetensorsFile, ...
             found.append(read_safetensors(file.resolve()))
         except SafeGeneError as error:
             problems.extend(error.problems)
+    _check_one_reading(folder, file_names, problems)
+    if weight_map is not None and len(found) == len(file_names):
+        # by the names in the folder: in a download cache they are links to blobs
+        stored = {
+            (t, name) for name, file in zip(file_names, found, strict=True) for t in file.tensors
+        }
+        _check_index(index, set(weight_map.items()), stored, problems)
     return tuple(found)
+
+
+def _check_one_reading(folder: Path, file_names: Sequence[str], problems: Problems) -> None:
+    """Notes files that another reader would take for the weights, or add to them."""
+    others = {path.name for path in folder.glob("model*.safetensors")} - set(file_names)
+    for name in sorted(others):
+        problems.add(
+            str(folder), name, f"the weights once, in {_shown(file_names)}", "a file that is not one of them",
+            "readers differ in which of them they take: remove the files that do not belong",
+        )  # fmt: skip
+    if (folder / "adapter_config.json").exists():
+        problems.add(
+            str(folder), "adapter_config.json", "a base alone", "an adapter in the same folder",
+            "transformers would load both: keep them in folders of their own",
+        )  # fmt: skip
+
+
+def _check_index(
+    index: Path, listed: set[tuple[str, str]], stored: set[tuple[str, str]], problems: Problems
+) -> None:
+    """Notes tensors that are not in the file that the index names, and those it leaves out."""
+    for name, file in sorted(listed - stored):
+        problems.add(str(index), name, f"a tensor of {file}", "none", "download the model again")
+    for name, file in sorted(stored - listed):
+        problems.add(
+            str(index), name, f"an entry for the tensor in {file}", "none",
+            "readers differ in whether they read it: download the model again",
+        )  # fmt: skip
+
+
+def _shown(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"the {len(names)} files of {_INDEX_NAME}"
 
 
 def check_layers(
     where: str,
+    architecture: Architecture,
     n_layers: int,
     shapes: Mapping[str, tuple[int, int]],
     problems: Problems,
@@ -149,11 +190,7 @@ def check_layers(
     """Checks that every layer has its linear modules, then raises what was collected."""
     refused.raise_if_any(UnsupportedError)
     if not problems:
-        expected = {
-            f"model.layers.{layer}.{module}"
-            for layer in range(n_layers)
-            for module in names.BLOCK_MODULES
-        }
+        expected = set(architecture.modules(n_layers))
         missing, extra = sorted(expected - shapes.keys()), sorted(shapes.keys() - expected)
         if missing:
             problems.add(

@@ -7,10 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safegene_converter.inputs import names
 from safegene_converter.inputs.base import Base, open_base
 from safegene_converter.inputs.onnx_graph import Place, find_linears, module_shapes
 from safegene_converter.inputs.onnx_proto import NEW_DATA, load_proto
+from safegene_runtime.architecture.table import (
+    Architecture,
+    architecture_named,
+    architecture_of_type,
+)
+from safegene_runtime.artifact.forms import ONNX
 from safegene_runtime.artifact.manifest import is_file_name
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, FACTOR_MARK
 from safegene_runtime.errors import BaseModelError, Problem, Problems
@@ -19,9 +24,8 @@ from safegene_runtime.formats.files import MANIFEST_NAME, sha256_file
 from safegene_runtime.formats.onnx.config import first_count, head_size
 from safegene_runtime.formats.onnx.file import OnnxFile, read_onnx
 
-__all__ = ["ADAPTER_FILE", "OnnxBase", "open_onnx_base"]
+__all__ = ["OnnxBase", "is_onnx_folder", "open_onnx_base"]
 
-ADAPTER_FILE = "adapter.onnx_adapter"
 COMPANIONS = (".json", ".jinja", ".model", ".txt")
 """Suffixes of the small files beside a model that runtimes read: configuration, tokenizer, template."""
 
@@ -33,7 +37,7 @@ class OnnxBase:
     Attributes:
         folder: where it is.
         model: its graph.
-        architecture: GGUF's name for it, one of `names.ARCHITECTURES`.
+        architecture: GGUF's name for it, a key of the table of architectures.
         n_layers: number of blocks.
         name: what it is called.
         shapes: (out, in) of every linear module of its blocks.
@@ -52,11 +56,27 @@ class OnnxBase:
     companions: tuple[Path, ...] = ()
     weights: Base | None = None
 
+    @property
+    def row(self) -> Architecture:
+        """What is known of its architecture."""
+        return architecture_named(self.architecture, str(self.folder))
+
     def digests(self, progress: Any = None) -> dict[str, str]:
         """SHA-256 of every file it consists of, by name."""
         beside = self.weights.files if self.weights is not None else ()
         files = sorted({*self.model.files, *self.companions, *beside})
         return {file.name: sha256_file(file.resolve(), progress) for file in files}
+
+
+def is_onnx_folder(path: Path) -> bool:
+    """A graph makes a folder an ONNX one, whatever lies beside it; an onnx/ below does not."""
+    if not path.is_dir():
+        return False
+    if any(path.glob("*.onnx")) or (path / "genai_config.json").exists():
+        return True
+    return (path / "onnx").is_dir() and not any(
+        file.suffix in (".safetensors", ".bin") for file in path.iterdir()
+    )
 
 
 def open_onnx_base(folder: Path) -> OnnxBase:
@@ -77,13 +97,9 @@ def open_onnx_base(folder: Path) -> OnnxBase:
     _check_constants(model)
     if not config and not genai:
         raise _no_configuration(folder)
-    # the builder calls the architecture by its model type, as config.json does
-    kind = genai.get("type") or config.get("model_type")
-    architecture = names.check_architecture(
-        {"mistral": "llama", "smollm": "llama"}.get(str(kind), kind), str(folder)
-    )
-    sizes = _part_sizes(decoder, config)
-    linears = find_linears(model, _node_metadata(model))
+    row = architecture_of_type(genai.get("type") or config.get("model_type"), str(folder))
+    sizes = _part_sizes(row, decoder, config)
+    linears = find_linears(model, _node_metadata(model), row)
     if not linears:
         raise BaseModelError(
             Problem(
@@ -94,7 +110,7 @@ def open_onnx_base(folder: Path) -> OnnxBase:
                 "is this a decoder? encoders and fused exports are not supported",
             )
         )
-    shapes, places = module_shapes(linears, sizes, str(path))
+    shapes, places = module_shapes(linears, sizes, row, str(path))
     stated = decoder.get("num_hidden_layers") or config.get("num_hidden_layers")
     n_layers = 1 + max(linear.layer for linear in linears)
     if stated is not None and stated != n_layers:
@@ -114,7 +130,7 @@ def open_onnx_base(folder: Path) -> OnnxBase:
     return OnnxBase(
         folder=folder,
         model=model,
-        architecture=architecture,
+        architecture=row.name,
         n_layers=n_layers,
         name=given if isinstance(given, str) and given else folder.resolve().name,
         shapes=shapes,
@@ -141,7 +157,7 @@ def _no_configuration(folder: Path) -> BaseModelError:
 def _check_names(model: OnnxFile, companions: Sequence[Path]) -> None:
     """Refuses files that the artifact could not hold under their names."""
     problems = Problems()
-    reserved = {MANIFEST_NAME, ADAPTER_FILE, f"{model.path.name}.{NEW_DATA}"}
+    reserved = {MANIFEST_NAME, ONNX.adapter_file, f"{model.path.name}.{NEW_DATA}"}
     for file in (*model.files, *companions):
         if file.name.casefold() in {name.casefold() for name in reserved}:
             problems.add(
@@ -216,12 +232,14 @@ def _json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _part_sizes(decoder: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, int]:
+def _part_sizes(
+    row: Architecture, decoder: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, int]:
     """Rows of each part of a packed projection, as the configuration has them."""
     heads = first_count("num_attention_heads", decoder, config) or 0
     kv = first_count("num_key_value_heads", decoder, config) or heads
     size = head_size(decoder, config) or 0
-    return {"q_proj": heads * size, "k_proj": kv * size, "v_proj": kv * size}
+    return row.head_rows(heads, kv, size)
 
 
 def _node_metadata(model: OnnxFile) -> dict[int, dict[str, str]]:

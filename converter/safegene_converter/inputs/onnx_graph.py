@@ -13,11 +13,10 @@ projections (`qkv_proj`, `gate_up_proj`) hold their parts one below the other, i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from safegene_converter.inputs import names
+from safegene_runtime.architecture.table import Architecture, kind_of, parse_paths
 from safegene_runtime.errors import BaseModelError, Problems
 from safegene_runtime.formats.onnx.file import Graph, Node, OnnxFile
 from safegene_runtime.formats.onnx.linear import PASS_ON, StoredLinear, UnreadLinear, linears
@@ -31,18 +30,6 @@ __all__ = [
     "users_of",
 ]
 
-PARTS: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    **{module.rsplit(".", 1)[-1]: (module.rsplit(".", 1)[-1],) for module in names.BLOCK_MODULES},
-}
-"""What a projection of a graph consists of, top to bottom."""
-
-_MODULE_OF = {module.rsplit(".", 1)[-1]: module for module in names.BLOCK_MODULES}
-_PATH = re.compile(
-    rf"(?:^|[./])layers[./](\d+)[./](?:[\w]+[./])*?({'|'.join(sorted(PARTS, key=len, reverse=True))})"
-    r"(?=[./\s'\"\]_]|$)"
-)
 _SCOPE_KEYS = ("pkg.torch.onnx.name_scopes", "namespace")
 
 
@@ -52,11 +39,13 @@ class Linear(StoredLinear):
 
     Attributes:
         layer: its block.
-        projection: a key of `PARTS`.
+        projection: `qkv_proj`, `down_proj`, ...
+        parts: the linear modules of the block that it holds, top to bottom.
     """
 
     layer: int
     projection: str
+    parts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -75,25 +64,29 @@ class Place:
         return name if (start, stop) == (0, self.linear.shape[0]) else f"{name}[{start}:{stop}]"
 
 
-def find_linears(model: OnnxFile, metadata: Mapping[int, Mapping[str, str]]) -> list[Linear]:
+def find_linears(
+    model: OnnxFile, metadata: Mapping[int, Mapping[str, str]], architecture: Architecture
+) -> list[Linear]:
     """Every linear projection of a block.
 
     Args:
         model: the graph.
         metadata: metadata_props of nodes, by index, where they have any.
+        architecture: what the projections of a block are.
 
     Raises:
         BaseModelError: names that contradict each other, or a weight laid out in a way we do not
             know (for example quantised with DequantizeLinear).
     """
     problems = Problems()
+    parts = architecture.projections()
     found: list[Linear] = []
     products = linears(model)
     both: list[StoredLinear | UnreadLinear] = [*products.stored, *products.unread]
     for each in both:
         constant = each.weight.name if isinstance(each, StoredLinear) else each.constant
         texts = [model.nodes[each.node].name, constant, *_scopes(metadata.get(each.node, {}))]
-        paths = _paths(texts)
+        paths = _paths(architecture, texts)
         if len(paths) > 1:
             problems.add(
                 str(model.path),
@@ -104,7 +97,9 @@ def find_linears(model: OnnxFile, metadata: Mapping[int, Mapping[str, str]]) -> 
             )
         elif paths and isinstance(each, StoredLinear):
             layer, projection = paths.pop()
-            found.append(Linear(**vars(each), layer=layer, projection=projection))
+            found.append(
+                Linear(**vars(each), layer=layer, projection=projection, parts=parts[projection])
+            )
         elif paths and isinstance(each, UnreadLinear):
             problems.add(
                 str(model.path), each.name,
@@ -116,13 +111,14 @@ def find_linears(model: OnnxFile, metadata: Mapping[int, Mapping[str, str]]) -> 
 
 
 def module_shapes(
-    linears: Sequence[Linear], sizes: Mapping[str, int], where: str
+    linears: Sequence[Linear], sizes: Mapping[str, int], architecture: Architecture, where: str
 ) -> tuple[dict[str, tuple[int, int]], dict[str, list[Place]]]:
     """(out, in) of every linear module, and where it was found.
 
     Args:
         linears: what `find_linears` found.
-        sizes: rows of each part of a packed projection, by its name.
+        sizes: rows of each part of a packed projection.
+        architecture: what the modules of a block are called.
         where: the model, for messages.
 
     Raises:
@@ -132,23 +128,23 @@ def module_shapes(
     shapes: dict[str, tuple[int, int]] = {}
     places: dict[str, list[Place]] = {}
     for linear in linears:
-        parts = PARTS[linear.projection]
+        parts = linear.parts
         rows = [sizes.get(part, 0) for part in parts]
-        if len(parts) == 1 or linear.projection == "gate_up_proj":
+        if len(parts) == 1 or not sizes.keys() & set(parts):
             # gate and up are multiplied with each other, so they are of one size
             rows = [linear.shape[0] // len(parts)] * len(parts)
         if sum(rows) != linear.shape[0] or not all(rows):
             problems.add(
                 where,
                 linear.name,
-                f"{linear.shape[0]} rows from {' + '.join(parts)}",
+                f"{linear.shape[0]} rows from {' + '.join(map(kind_of, parts))}",
                 " + ".join(map(str, rows)),
                 "genai_config.json or config.json must say heads and head size as exported",
             )
             continue
         start = 0
         for part, count in zip(parts, rows, strict=True):
-            module = f"model.layers.{linear.layer}.{_MODULE_OF[part]}"
+            module = architecture.module_name(linear.layer, part)
             shapes[module] = (count, linear.shape[1])
             places.setdefault(module, []).append(Place(module, linear, (start, start + count)))
             start += count
@@ -157,7 +153,10 @@ def module_shapes(
 
 
 def place_modules(
-    wanted: Sequence[str], places: Mapping[str, Sequence[Place]], model: OnnxFile
+    wanted: Sequence[str],
+    places: Mapping[str, Sequence[Place]],
+    model: OnnxFile,
+    architecture: Architecture,
 ) -> dict[str, Place]:
     """The one place of each wanted module.
 
@@ -168,9 +167,10 @@ def place_modules(
     users, passing = users_of(model), _passing(model)
     for module in wanted:
         found = places.get(module, ())
-        layer, part = module.split(".")[2], module.rsplit(".", 1)[-1]
         if len(found) != 1:
-            looked = [name for name, parts in PARTS.items() if part in parts]
+            at = architecture.parse(module)
+            layer, part = (at.layer, at.part) if at else ("N", module)
+            looked = [name for name, parts in architecture.projections().items() if part in parts]
             problems.add(
                 str(model.path),
                 module,
@@ -238,9 +238,5 @@ def _scopes(metadata: Mapping[str, str]) -> list[str]:
     return [metadata[key] for key in _SCOPE_KEYS if key in metadata]
 
 
-def _paths(texts: Sequence[str]) -> set[tuple[int, str]]:
-    return {
-        (int(match[1]), match[2])
-        for text in texts
-        for match in _PATH.finditer(text.replace("/", "."))
-    }
+def _paths(architecture: Architecture, texts: Sequence[str]) -> set[tuple[int, str]]:
+    return set().union(*(parse_paths(architecture, text) for text in texts))

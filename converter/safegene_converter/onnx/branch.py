@@ -98,7 +98,7 @@ def branch(fold: OnnxFold, proto: Any, change: Change, tell: Progress) -> list[M
                     "rename it in the base",
                 )  # fmt: skip
             taken.add(name)
-        if fold.form == "branch":
+        if not fold.form.has_slots:
             for name, value in zip(slots, values, strict=True):
                 change.added[name] = (value, kind, tuple(value.shape))
         else:

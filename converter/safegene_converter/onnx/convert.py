@@ -20,17 +20,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safegene_converter.bases.onnx_source import Export, check_source_fits, export_base, open_source
+from safegene_converter.bases.onnx_proof import prove_export
+from safegene_converter.bases.onnx_source import (
+    Export,
+    check_source_fits,
+    export_base,
+    open_source,
+)
 from safegene_converter.fold.hashing import digesting
-from safegene_converter.fold.survival import Bounds
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.inputs.base import Base
-from safegene_converter.inputs.onnx_base import ADAPTER_FILE, OnnxBase, open_onnx_base
+from safegene_converter.inputs.onnx_base import OnnxBase, open_onnx_base
 from safegene_converter.inputs.onnx_proto import load_proto
 from safegene_converter.onnx.branch import branch, slot_entries, slot_names, write_adapter
 from safegene_converter.onnx.fold import (
-    FORMS,
-    Form,
     OnnxFold,
     Touched,
     prove_weights,
@@ -40,7 +43,10 @@ from safegene_converter.onnx.merge import merge
 from safegene_converter.onnx.selfcheck import check_onnx
 from safegene_converter.onnx.unchanged import METADATA_PREFIX
 from safegene_converter.onnx.writer import Change, write_onnx
+from safegene_converter.requests import ConvertRequest
 from safegene_runtime import __version__
+from safegene_runtime.artifact.base_proof import UNCHANGED
+from safegene_runtime.artifact.forms import ONNX, ONNX_BRANCH, ONNX_MERGED, Form, form_named
 from safegene_runtime.artifact.manifest import FileEntry, Manifest, ModuleEntry
 from safegene_runtime.artifact.onnx_checks import precision_class
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, adapter_digest
@@ -56,107 +62,86 @@ from safegene_runtime.formats.files import (
 from safegene_runtime.formats.onnx.file import read_onnx
 from safegene_runtime.formats.onnx.tensor import DataType
 from safegene_runtime.gating.bounds import precision_of
-from safegene_runtime.progress import Progress
+from safegene_runtime.progress import Progress, counted, silent
 
-__all__ = ["FORMS", "OnnxBase", "convert_onnx", "default_form", "open_onnx_base", "write_fold"]
+__all__ = ["OnnxBase", "convert", "default_form", "open_onnx_base", "write_fold"]
 
 CAUTION = (
-    f"any caller can leave {ADAPTER_FILE} out, and is served the base; ONNX Runtime itself ignores an "
+    f"any caller can leave {ONNX.adapter_file} out, and is served the base; ONNX Runtime itself ignores an "
     "active adapter under I/O binding and in async runs"
 )
 """What the manifest says of the adapter form; measured in tests/test_onnx_adapter_runs.py."""
 NO_GENAI = "the base has no genai_config.json: ONNX Runtime GenAI cannot load this folder"
 
 
-def convert_onnx(
-    adapter_path: Path,
-    base_path: Path,
-    out: Path,
-    *,
-    form: Form | None = None,
-    precision: str | None = None,
-    block_size: int | None = None,
-    accuracy_level: int | None = None,
-    builder_options: Sequence[str] = (),
-    expression: str | None = None,
-    bounds: Bounds | None = None,
-    promote: bool = True,
-    force: bool = False,
-    check: bool = True,
-    progress: Progress | None = None,
-) -> Manifest:
+def convert(request: ConvertRequest, progress: Progress | None = None) -> Manifest:
     """Converts an adapter to an ONNX artifact.
 
     Args:
-        adapter_path: the adapter folder.
-        base_path: an ONNX folder, or a Hugging Face folder or float GGUF to export first.
-        out: the folder to create.
-        form: `merged`, `branch` or `adapter`; None: `branch` beside int4 and int8 weights, else
-            `merged`.
-        precision: what to export a Hugging Face folder as; fp32 when None.
-        block_size: of int4 and int8 weights, for the export.
-        accuracy_level: of int4 and int8 activations, for the export.
-        builder_options: KEY=VALUE options for the export.
-        expression: which set of layer coefficients; the adapter's default when None.
-        bounds: what counts as surviving a merge.
-        promote: give weights out of bounds a wider type instead of refusing.
-        force: replace an existing `out`.
-        check: re-open the result in a child process and compare it with what was meant.
+        request: what is wanted, with `to` "onnx".
         progress: told what is being done.
 
     Raises:
         SafeGeneError: one of its kinds; nothing is left under the name `out`.
     """
-    tell: Progress = progress or (lambda stage, done, total: None)
-    check_output_free(out, force, [adapter_path, base_path])
-    if form is not None and form not in FORMS:
-        raise UnsupportedError(
-            Problem("--as", "form of --to onnx", " or ".join(FORMS), form, "choose one of these")
-        )
-    adapter = read_adapter(adapter_path, expression)
-    export = Export(precision, block_size, accuracy_level, tuple(builder_options))
+    tell = progress or silent
+    base_path = request.base
+    wanted = None if request.form is None else form_named(ONNX, request.form)
+    promote = request.promote is not False and request.type != "keep"
+    check_output_free(request.out, request.force, [request.adapter, base_path])
+    adapter = read_adapter(request.adapter, request.expression)
+    export = Export(
+        request.precision,
+        request.block_size,
+        request.accuracy_level,
+        tuple(request.builder_options),
+    )
     source = open_source(base_path, export)
     check_source_fits(adapter, source)
-    if check:
+    if request.check:
         _check_runnable(source, export)
-    with publish_folder(out, force) as folder, digesting(source) as digests:
+    with publish_folder(request.out, request.force) as folder, digesting(source) as digests:
         work = folder / ".work"
         work.mkdir()
         hf, opened, about = export_base(source, work, export, tell)
-        settings: dict[str, Any] = {"form": form or "auto", **about}
+        settings: dict[str, Any] = {"form": request.form or "auto", **about}
         check_source_fits(adapter, opened)
+        proof: dict[str, Any] | None = UNCHANGED if isinstance(source, OnnxBase) else None
+        if request.check and isinstance(source, Base) and hf is not None:
+            proof = prove_export(source, hf, opened, work, tell, export.options).to_dict()
         precision_class(opened.model)  # one that is not known is refused before the work
         text = read_text_files(opened.folder)
         touched = touched_weights(adapter, opened)
         if hf is not None:
             settings["weight_error"] = prove_weights(touched, opened, hf)
-        chosen = form or default_form(opened, touched)
-        fold = OnnxFold(adapter, opened, hf, chosen, touched, bounds or Bounds(), promote)
-        if chosen == "merged":
+        chosen = wanted or default_form(opened, touched)
+        fold = OnnxFold(adapter, opened, hf, chosen, touched, request.survival, promote)
+        if chosen.merges:
             settings["bounds"], settings["promote"] = vars(fold.bounds), promote
         if cautions := [*adapter.cautions, *_cautions(chosen, opened)]:
             settings["caution"] = "; ".join(cautions)
         files, modules, served_class = write_fold(fold, folder, tell)
-        if check:
+        if request.check:
             tell("checking what was written", 0, 1)
             settings["self_check"] = _check(fold, folder, work)
             tell("checking what was written", 1, 1)
         manifest = Manifest(
             tool={"name": "safegene", "version": __version__},
             artifact={
-                "target": "onnx",
-                "form": chosen,
+                "target": chosen.target.name,
+                "form": chosen.name,
                 "architecture": opened.architecture,
                 "name": source.name,
                 "precision": served_class,
             },
             base={
-                "kind": "onnx" if isinstance(source, OnnxBase) else source.kind,
+                "kind": ONNX.name if isinstance(source, OnnxBase) else source.kind,
                 "name": base_path.resolve().name,
                 "files": digests.result(),
+                "proof": proof,
             },
             adapter={
-                "name": adapter_path.resolve().name,
+                "name": request.adapter.resolve().name,
                 "files": dict(adapter.digests),
                 "expression": adapter.expression,
                 "n_parameters": adapter.n_parameters,
@@ -169,7 +154,7 @@ def convert_onnx(
             settings=settings,
             files=tuple(files),
             modules=tuple(modules),
-            slots=slot_entries(fold) if chosen == "adapter" else (),
+            slots=slot_entries(fold) if chosen.has_slots else (),
         )
         shutil.rmtree(work)
         (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
@@ -178,7 +163,7 @@ def convert_onnx(
 
 def _cautions(form: Form, base: OnnxBase) -> list[str]:
     """What whoever ships the artifact has to know."""
-    cautions = [CAUTION] if form == "adapter" else []
+    cautions = [CAUTION] if form.has_slots else []
     if not (base.folder / "genai_config.json").is_file():
         cautions.append(NO_GENAI)
     return cautions
@@ -210,7 +195,7 @@ def _check_runnable(source: Base | OnnxBase, export: Export) -> None:
 def default_form(base: OnnxBase, touched: Sequence[Touched]) -> Form:
     """`branch` where a weight that changes is stored in 8 or 4 bits, else `merged`."""
     packed = any(one.linear.layout == "nbits" for one in touched)
-    return "branch" if packed else "merged"
+    return ONNX_BRANCH if packed else ONNX_MERGED
 
 
 def write_fold(
@@ -233,22 +218,17 @@ def write_fold(
     proto = load_proto(model)
     change = Change()
     files: list[FileEntry] = []
-    write = merge if fold.form == "merged" else branch
+    write = merge if fold.form.merges else branch
     modules = write(fold, proto, change, tell)
     _provenance(fold, proto)
-    total, done = sum(path.stat().st_size for path in model.files), 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("writing the model", min(done, total), total)
-
+    total = sum(path.stat().st_size for path in model.files)
+    step = counted(tell, "writing the model", total)
     digests = write_onnx(model, proto, change, folder, step)
     for name, digest in sorted(digests.items()):
         role = "model" if name == model.path.name else "data"
         files.append(FileEntry(name, role, (folder / name).stat().st_size, digest))
-    if fold.form == "adapter":
-        path = folder / ADAPTER_FILE
+    if fold.form.has_adapter:
+        path = folder / ONNX.adapter_file
         write_adapter(fold, path)
         files.append(FileEntry(path.name, "adapter", path.stat().st_size, sha256_file(path)))
     for source in fold.base.companions:
@@ -266,7 +246,7 @@ def _provenance(fold: OnnxFold, proto: Any) -> None:
     for key, value in (
         *copies,
         ("safegene.version", __version__),
-        ("safegene.form", fold.form),
+        ("safegene.form", fold.form.name),
         ("safegene.expression", fold.adapter.expression),
         (ADAPTER_KEY, adapter_digest(fold.adapter.digests)),
         ("safegene.modules", str(len(fold.adapter.modules))),
@@ -277,7 +257,7 @@ def _provenance(fold: OnnxFold, proto: Any) -> None:
 def _rounding(fold: OnnxFold) -> str:
     """The class of what a merge rounds; what else is written computes as the branch does."""
     packed = [one.linear for one in fold.touched if one.linear.layout == "nbits"]
-    if fold.form != "merged" or not packed:
+    if not fold.form.merges or not packed:
         return "f16"
     return precision_of({linear.type: math.prod(linear.shape) for linear in packed})
 
@@ -285,11 +265,11 @@ def _rounding(fold: OnnxFold) -> str:
 def _check(fold: OnnxFold, folder: Path, work: Path) -> dict[str, Any]:
     """Re-opens the artifact in a child process, beside a branch made for the check."""
     oracle = folder
-    if fold.form != "branch":
+    if fold.form is not ONNX_BRANCH:
         oracle = work / "oracle"
         oracle.mkdir()
-        branch = dataclasses.replace(fold, form="branch")
-        write_fold(branch, oracle, lambda stage, done, total: None)
+        branch = dataclasses.replace(fold, form=ONNX_BRANCH)
+        write_fold(branch, oracle, silent)
     slots = {
         one.linear.weight.name: {
             "names": list(slot_names(one.linear)),
@@ -301,10 +281,10 @@ def _check(fold: OnnxFold, folder: Path, work: Path) -> dict[str, Any]:
     return check_onnx(
         base=fold.base.model.path,
         artifact=folder / name,
-        adapter_file=folder / ADAPTER_FILE if fold.form == "adapter" else None,
+        adapter_file=folder / ONNX.adapter_file if fold.form.has_adapter else None,
         oracle=oracle / name,
         adapter=fold.adapter,
-        form=fold.form,
+        form=fold.form.name,
         slots=slots,
         survived=(fold.bounds.gain_min, fold.bounds.gain_max),
         precision=_rounding(fold),

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from safegene_converter import formula
 from safegene_converter.fold.survival import Bounds
-from safegene_converter.inputs import names
 from safegene_converter.inputs.adapter import Adapter, Module
 from safegene_converter.inputs.base import Base
 from safegene_converter.inputs.onnx_base import OnnxBase
 from safegene_converter.inputs.onnx_graph import Linear, Place, place_modules
+from safegene_converter.inputs.row_proof import prove_transform
 from safegene_converter.onnx import weights
+from safegene_runtime.architecture.row_order import Transform
+from safegene_runtime.artifact.forms import Form
 from safegene_runtime.errors import BaseModelError, Problems
 
-__all__ = ["FORMS", "Form", "OnnxFold", "Touched", "prove_weights", "touched_weights"]
+__all__ = ["OnnxFold", "Touched", "prove_weights", "touched_weights"]
 
-Form = Literal["merged", "branch", "adapter"]
-FORMS: tuple[Form, ...] = ("merged", "branch", "adapter")
 WEIGHT_ERROR_MAX = 0.5
 """The right weight leaves the rounding of its type (0.1 for 4 bits), a wrong one about 1.4."""
 
@@ -74,7 +73,9 @@ class OnnxFold:
 
 def touched_weights(adapter: Adapter, base: OnnxBase) -> tuple[Touched, ...]:
     """The weights that change, in the order of the graph."""
-    placed = place_modules([module.name for module in adapter.modules], base.places, base.model)
+    placed = place_modules(
+        [module.name for module in adapter.modules], base.places, base.model, base.row
+    )
     by_weight: dict[str, list[tuple[Module, Place]]] = {}
     for module in adapter.modules:
         place = placed[module.name]
@@ -96,8 +97,8 @@ def prove_weights(touched: Sequence[Touched], base: OnnxBase, hf: Base) -> float
     for one in touched:
         stored = weights.read_weight(base.model, one.linear)
         for module, place in one.parts:
-            error = names.prove_transform(
-                hf.read_weight(module.name), stored[slice(*place.rows)], names.Transform()
+            error = prove_transform(
+                hf.read_weight(module.name), stored[slice(*place.rows)], Transform()
             )
             worst = max(worst, error)
             if error > WEIGHT_ERROR_MAX:

@@ -36,6 +36,7 @@ from safegene_converter.inputs.adapter import Adapter, Module, read_adapter
 from safegene_converter.onnx.fold import WEIGHT_ERROR_MAX
 from safegene_converter.onnx.reader import OnnxReader, StoredWeight
 from safegene_converter.onnx.unchanged import NOTHING_ELSE, compare_unchanged
+from safegene_runtime.artifact.forms import ONNX, Form, form_named
 from safegene_runtime.child import answer_job, deadline_for, run_job
 from safegene_runtime.engines.ort import OrtEngine
 from safegene_runtime.errors import PostconditionError, Problems
@@ -73,7 +74,7 @@ def check_onnx(
         adapter_file: its .onnx_adapter, for that form.
         oracle: a graph with a branch: the artifact, or one made for this check.
         adapter: what went in.
-        form: `merged`, `branch` or `adapter`.
+        form: of the artifact, by name.
         slots: {weight: {"names": [A, B], "modules": [[module, first row, end]]}}.
         survived: the least and the greatest gain that counted as surviving a merge.
         precision: the class that the rounding of the artifact beside the branch is of.
@@ -109,7 +110,7 @@ def check_onnx(
 def _run(job: dict[str, Any]) -> dict[str, Any]:
     problems = Problems()
     artifact, oracle = Path(job["artifact"]), Path(job["oracle"])
-    _check_graph(artifact, Path(job["base"]), job["form"] == "adapter", problems)
+    _check_graph(artifact, Path(job["base"]), _form(job).has_slots, problems)
     _compare(job, problems)
     problems.raise_if_any(PostconditionError)
     z_base = _probe(Path(job["base"]), None)
@@ -125,6 +126,10 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     found = effect(band, z_base, z_expected, z_artifact, str(artifact), problems)
     problems.raise_if_any(PostconditionError)
     return found
+
+
+def _form(job: dict[str, Any]) -> Form:
+    return form_named(ONNX, job["form"])
 
 
 def _check_graph(path: Path, base: Path, has_slots: bool, problems: Problems) -> None:
@@ -160,14 +165,14 @@ def _compare(job: dict[str, Any], problems: Problems) -> None:
     oracle = artifact if job["oracle"] == job["artifact"] else OnnxReader(Path(job["oracle"]))
     slots: Slots = job["slots"]
     _compare_factors(str(oracle.path), _constants(oracle), slots, modules, problems)
-    if job["form"] == "adapter":
+    if _form(job).has_slots:
         path = Path(job["adapter_file"])
         _compare_factors(
             str(path), _adapter_values(path, slots, problems), slots, modules, problems
         )
-    if job["form"] == "merged":
+    if _form(job).merges:
         _compare_weights(base, artifact, slots, modules, job["survived"], problems)
-    compare_unchanged(base, artifact, slots, job["form"], problems)
+    compare_unchanged(base, artifact, slots, _form(job), problems)
 
 
 def _constants(model: OnnxReader) -> ReadFactor:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safegene_converter.onnx.reader import OnnxReader, fields_of
+from safegene_runtime.artifact.forms import Form
 from safegene_runtime.errors import PostconditionError, Problems
 
 __all__ = ["METADATA_PREFIX", "NOTHING_ELSE", "compare_unchanged"]
@@ -52,7 +53,7 @@ def compare_unchanged(
     base: OnnxReader,
     artifact: OnnxReader,
     slots: Mapping[str, Mapping[str, Any]],
-    form: str,
+    form: Form,
     problems: Problems,
 ) -> None:
     """Compares everything that is not meant to change; data a block at a time.
@@ -61,14 +62,14 @@ def compare_unchanged(
         base: the graph that the delta was added to.
         artifact: what was written.
         slots: {weight: {"names": [A, B], ...}}, the weights that are touched.
-        form: `merged`, `branch` or `adapter`.
+        form: of the artifact.
         problems: where complaints go.
     """
     ours = _Ours()
     for weight, slot in slots.items():
         try:
             linear, _ = base.linear(weight)
-            if form == "merged":
+            if form.merges:
                 _merged(base, artifact, weight, linear, ours)
             else:
                 _branch(artifact, linear, slot["names"], ours, problems)
@@ -76,7 +77,7 @@ def compare_unchanged(
             problems.extend(error.problems)
     _compare_nodes(base, artifact, ours, problems)
     _compare_tensors(base, artifact, ours, problems)
-    slot_inputs = ours.added if form == "adapter" else set()
+    slot_inputs = ours.added if form.has_slots else set()
     _compare_rest(base, artifact, slot_inputs, problems)
 
 

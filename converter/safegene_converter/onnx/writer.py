@@ -9,7 +9,7 @@ them, so that nothing of the old weights is left in the artifact.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from safegene_converter.inputs.onnx_proto import NEW_DATA
 from safegene_runtime.errors import FormatError, OutputError, Problem
 from safegene_runtime.formats.onnx.file import OnnxFile
 from safegene_runtime.formats.onnx.tensor import DataType, Initializer
+from safegene_runtime.progress import Step
 
 __all__ = ["Change", "insert_nodes", "write_onnx"]
 
@@ -67,7 +68,7 @@ def write_onnx(
     proto: Any,
     change: Change,
     folder: Path,
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
 ) -> dict[str, str]:
     """Writes the changed model into `folder` under its own file names.
 
@@ -156,7 +157,7 @@ def _write_data(
     change: Change,
     target: Path,
     outgrown: dict[str, tuple[npt.NDArray[Any], DataType, tuple[int, ...]]],
-    progress: Callable[[int], None] | None,
+    progress: Step | None,
 ) -> _Data | None:
     """One data file: as it was but for changed tensors, packed anew where some left it, or none."""
     source = here[0].path

@@ -23,6 +23,7 @@ from peft.tuners.lora import LoraLayer
 
 from safegene_converter.inputs.adapter import Adapter
 from safegene_converter.inputs.base import Base
+from safegene_converter.recording.base_logits import check_loaded, config_of_gguf
 from safegene_converter.recording.plain_copy import as_peft_reads
 from safegene_runtime.engines.chat import default_template
 from safegene_runtime.errors import AdapterError, BaseModelError, Problem, Problems, SafeGeneError
@@ -44,7 +45,7 @@ def load_model(base: Base) -> tuple[Any, Any]:
     transformers.logging.disable_progress_bar()
     where: dict[str, Any] = {"trust_remote_code": False}
     folder = base.path
-    if base.kind == "gguf":
+    if base.is_gguf:
         if len(base.files) > 1:
             raise BaseModelError(
                 Problem(
@@ -59,19 +60,24 @@ def load_model(base: Base) -> tuple[Any, Any]:
     try:
         # transformers draws a bar of its own while it decodes a GGUF, terminal or not
         with contextlib.redirect_stderr(io.StringIO()):
-            config = transformers.AutoConfig.from_pretrained(folder, **where)
-            _take_over(base, config)
+            config = (
+                config_of_gguf(base)
+                if base.kind == "gguf"
+                else transformers.AutoConfig.from_pretrained(folder, **where)
+            )
             _check_shapes(base, config)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=torch.float32, attn_implementation="sdpa", **where
-            )
+            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=torch.float32, attn_implementation="sdpa",
+                output_loading_info=True, **where,
+            )  # fmt: skip
     except SafeGeneError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BaseModelError(
             Problem(str(base.path), "base", "a model that transformers loads", str(error)[:500])
         ) from error
+    check_loaded(model, loaded, str(base.path))
     template = None if base.model is None else base.model.get("tokenizer.chat_template")
     if template is None:
         template = tokenizer.chat_template
@@ -86,16 +92,6 @@ def load_model(base: Base) -> tuple[Any, Any]:
     model.config.quantization_config = None
     _add_ends(base, model)
     return model.eval(), tokenizer
-
-
-def _take_over(base: Base, config: Any) -> None:
-    """What a GGUF says of its heads, which transformers reads for few architectures."""
-    if base.model is None:
-        return
-    size = base.model.get(f"{base.architecture}.attention.key_length")
-    heads = config.hidden_size // config.num_attention_heads
-    if size is not None and size != (getattr(config, "head_dim", None) or heads):
-        config.head_dim = int(size)
 
 
 def _check_shapes(base: Base, config: Any) -> None:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,9 @@ import torch
 
 from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.inputs.base import Base, open_base
+from safegene_converter.recording.base_logits import prove_gguf
 from safegene_converter.recording.chat_text import encode, render
 from safegene_converter.recording.greedy import (
-    Tell,
     batches,
     begin,
     follow,
@@ -31,13 +30,15 @@ from safegene_converter.recording.greedy import (
 )
 from safegene_converter.recording.loading import load_with_adapter, read_factors, stop_ids_of
 from safegene_converter.recording.near_duplicates import cluster_names
+from safegene_converter.requests import RecordRequest
 from safegene_runtime import __version__
 from safegene_runtime.engines.chat import READS_CLOCK
 from safegene_runtime.errors import FormatError, Problem, Problems, RecordError
 from safegene_runtime.formats.files import check_output_free, publish_folder, sha256_of
-from safegene_runtime.judging.judge import Judge, RulesAndNgram, about, label_all
+from safegene_runtime.judging.judge import Judge, about, label_all
+from safegene_runtime.progress import Progress, silent
 from safegene_runtime.record.attacks import wrap
-from safegene_runtime.record.prompts import Prompt, builtin_suite
+from safegene_runtime.record.prompts import Prompt
 from safegene_runtime.record.reference import (
     Openers,
     Positions,
@@ -54,64 +55,36 @@ Arms = tuple[list[int], list[int], Positions]
 """Of one prompt: the reference's reply, the base's, and the logits along the reference's."""
 
 
-def record(
-    adapter_path: Path,
-    base_path: Path,
-    out: Path,
-    *,
-    prompts: Sequence[Prompt] | None = None,
-    attacks: Sequence[str] = (),
-    judge: Judge | None = None,
-    expression: str | None = None,
-    max_new_tokens: int = 24,
-    top_k: int = 64,
-    now: datetime | None = None,
-    force: bool = False,
-    on_progress: Tell | None = None,
-) -> Reference:
+def record(request: RecordRequest, progress: Progress | None = None) -> Reference:
     """Records a reference folder.
 
     Args:
-        adapter_path: the adapter folder.
-        base_path: a Hugging Face folder, or a GGUF file that transformers decodes to float.
-        out: the folder to create.
-        prompts: what to ask; the built-in suite by default.
-        attacks: jailbreaks to ask the harmful prompts under, too; see `safegene_runtime.record.attacks`.
-        judge: what labels the replies; the built-in one by default.
-        expression: which set of layer coefficients; the adapter's default when None.
-        max_new_tokens: length of replies, in tokens.
-        top_k: tokens whose logits are stored per position.
-        now: the local time that a template may print; the real one by default.
-        force: replace an existing `out`.
-        on_progress: told (stage, done, total).
+        request: what is wanted.
+        progress: told what is being done.
 
     Raises:
         SafeGeneError: nothing is left under the name `out`. RecordError: the adapter has no effect
             in PyTorch, or an attack adds control tokens; FormatError: an unknown attack, or one
-            that applies to no prompt, no prompts or no tokens asked for; AdapterError: PEFT ignored
+            that applies to no prompt, AdapterError: PEFT ignored
             a part of it; EngineError: the chat template failed.
     """
-    tell: Tell = on_progress or (lambda stage, done, total: None)
-    check_output_free(out, force, [adapter_path, base_path])
-    chosen = wrap(builtin_suite() if prompts is None else prompts, attacks)
-    if not chosen or max_new_tokens < 1 or top_k < 2:
-        raise FormatError(
-            Problem(
-                "record",
-                "request",
-                "prompts, max_new_tokens >= 1 and top_k >= 2",
-                f"{len(chosen)} prompts, {max_new_tokens}, {top_k}",
-                "correct the options",
-            )
-        )
-    adapter = read_adapter(adapter_path, expression)
-    base = open_base(base_path)
+    tell = progress or silent
+    max_new_tokens, top_k = request.max_new_tokens, request.top_k
+    out = request.out
+    check_output_free(out, request.force, [request.adapter, request.base])
+    chosen = wrap(request.chosen_prompts(), request.attacks)
+    judge = request.chosen_judge()
+    adapter = read_adapter(request.adapter, request.expression)
+    base = open_base(request.base)
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
     _check_room(base, 1, max_new_tokens)
     tell("loading PyTorch", 0, 1)
     model, tokenizer = load_with_adapter(adapter, base)
     tell("loading PyTorch", 1, 1)
-    now = (datetime.now() if now is None else now).replace(microsecond=0, tzinfo=None)
+    if base.model is not None:
+        with _arm(model, "base"):
+            prove_gguf(base, model, tokenizer, tell)
+    now = (request.now or datetime.now()).replace(microsecond=0, tzinfo=None)
     rendered = render(tokenizer, [prompt.text for prompt in chosen], now)
     ids = [encode(tokenizer, text) for text in rendered]
     _check_control_tokens(chosen, ids, tokenizer)
@@ -120,7 +93,6 @@ def record(
     with torch.inference_mode():
         _check_effect(model, ids[0])
         arms, openers = _run(model, ids, max_new_tokens, stop_ids, top_k, tell)
-    judge = judge if judge is not None else RulesAndNgram()
     texts = {
         arm: [
             tokenizer.decode(
@@ -160,7 +132,7 @@ def record(
     if READS_CLOCK in tokenizer.chat_template:
         meta["tokenizer"]["rendered_at"] = now.isoformat()
     added = read_factors(model)
-    with publish_folder(out, force) as folder:
+    with publish_folder(request.out, request.force) as folder:
         for name, data in encode_reference(meta, records, positions, openers, added).items():
             (folder / name).write_bytes(data)
     return read_reference(out)
@@ -240,7 +212,7 @@ def _run(
     limit: int,
     stop_ids: Sequence[int],
     top_k: int,
-    tell: Tell,
+    tell: Progress,
 ) -> tuple[list[Arms], Openers]:
     """Both arms for every prompt: (reference ids, base ids, logits along the reference's).
 

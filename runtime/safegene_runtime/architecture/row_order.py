@@ -14,12 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safegene_runtime.errors import BaseModelError, Problem, UnsupportedError
+from safegene_runtime.errors import BaseModelError, Problem
 
-__all__ = ["ARCHITECTURES", "Transform", "check_architecture", "transform_for"]
-
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""GGUF architectures (`general.architecture`) whose row orders are known and tested."""
+__all__ = ["Transform"]
 
 
 @dataclass(frozen=True)
@@ -69,32 +66,3 @@ class Transform:
                     "is this the base the adapter was trained on?",
                 )
             )
-
-
-def check_architecture(architecture: object, where: str) -> str:
-    """Returns a supported GGUF architecture unchanged.
-
-    Raises:
-        UnsupportedError: any other; the message names it.
-    """
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedError(
-            Problem(
-                where,
-                "architecture",
-                f"one of {', '.join(ARCHITECTURES)}",
-                str(architecture),
-                "this architecture is not supported yet",
-            )
-        )
-    return str(architecture)
-
-
-def transform_for(architecture: str, module: str, n_head: int, n_head_kv: int) -> Transform:
-    """The row order of a module's tensor in a model of `n_head` query and `n_head_kv` kv heads."""
-    if check_architecture(architecture, module) == "llama":
-        if module.endswith(".q_proj"):
-            return Transform(n_head)
-        if module.endswith(".k_proj"):
-            return Transform(n_head_kv)
-    return Transform()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safegene_runtime.artifact.forms import ONNX
 from safegene_runtime.artifact.manifest import Manifest, check_files
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, check_provenance
 from safegene_runtime.errors import EngineError, ManifestError, Problem, Problems, RecordError
@@ -14,11 +14,10 @@ from safegene_runtime.formats.gguf.model import GGUFModel, open_model
 from safegene_runtime.formats.gguf.weights import elements_by_type
 from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.bounds import precision_of
+from safegene_runtime.progress import Progress, counted
 from safegene_runtime.record.reference import Reference
 
 __all__ = ["ServedModel", "check_integrity", "model_precision"]
-
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ def check_integrity(
     folder: Path,
     record: Reference | None,
     base: Path | None,
-    tell: Tell,
+    tell: Progress,
     files: SealedFiles,
 ) -> ServedModel:
     """Holds the files against the manifest, and the manifest against the reference, if there is one.
@@ -49,28 +48,20 @@ def check_integrity(
         FormatError: a model file that breaks its format.
         UnsupportedError: weights whose precision is not known.
     """
-    total, done = sum(entry.size_bytes for entry in manifest.files), 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("hashing the artifact", done, total)
-
+    total = sum(entry.size_bytes for entry in manifest.files)
+    step = counted(tell, "hashing the artifact", total)
     check_files(manifest, folder, step, files)
     # without one it serves, and does not verify: what it was verified against is in the manifest
     if record is not None:
         _check_same_adapter(manifest, folder, record)
     problems = Problems()
-    needed = {"sidecar": ("adapter",), "adapter": ("model", "adapter")}.get(
-        manifest.artifact["form"], ("model",)
-    )
-    entries = {role: manifest.file(role) for role in needed}
+    entries = {role: manifest.file(role) for role in manifest.form.roles}
     for role, entry in entries.items():
         if entry is None:
             problems.add(str(folder), "files", f"a file of role {role}", "none", "convert again")
     problems.raise_if_any(ManifestError)
     paths = {role: folder / entry.path for role, entry in entries.items() if entry is not None}
-    if base is not None and "model" in paths:
+    if base is not None and manifest.form.carries_base:
         raise EngineError(
             Problem(
                 "--base",
@@ -80,12 +71,12 @@ def check_integrity(
                 "leave --base out",
             )
         )
-    if manifest.artifact["target"] == "onnx":
+    if manifest.form.target is ONNX:
         from safegene_runtime.artifact.onnx_checks import check_onnx_artifact
 
         precision = check_onnx_artifact(manifest, paths["model"])
         return ServedModel(paths["model"], paths.get("adapter"), precision)
-    if "model" in paths:
+    if manifest.form.carries_base:
         header = open_model(paths["model"])
         check_provenance(manifest, header.get(ADAPTER_KEY), str(paths["model"]), problems)
         _check_touched(manifest, header, str(paths["model"]), problems)
@@ -105,8 +96,9 @@ def check_integrity(
     told = read_gguf(paths["adapter"]).get(ADAPTER_KEY)
     check_provenance(manifest, told, str(paths["adapter"]), problems)
     found = {}
-    for shard in open_model(base).shards:
-        done, total = 0, shard.path.stat().st_size
+    shards = open_model(base).shards
+    step = counted(tell, "hashing the base", sum(shard.path.stat().st_size for shard in shards))
+    for shard in shards:
         found[shard.path.name] = files.add(shard.path, step, follow_symlinks=True, alone=False)
     header = open_model(base)  # again, of what was kept
     if sorted(found.values()) != sorted(manifest.base["files"].values()):

@@ -10,7 +10,9 @@ manifest does not list is refused as well: something a loader might pick up.
     artifact         {"target": "gguf", "form": "merged" | "sidecar", or "target": "onnx",
                       "form": "merged" | "branch" | "adapter", "architecture", "name",
                       "precision": bounds class, see `bounds.py`}
-    base             {"kind": "gguf" | "hf" | "onnx", "name", "files": {file name: sha256}}
+    base             {"kind": "gguf" | "hf" | "onnx", "name", "files": {file name: sha256},
+                      "proof": how the plain base was proved, see `base_proof.py`; null or absent says
+                      that it was not}
     adapter          {"name", "files": {file name, or "safegene.json#<expression>": sha256},
                       "expression", "n_parameters"}
     tokenizer        {"chat_template_sha256": sha256 or null}
@@ -32,12 +34,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safegene_runtime.errors import FormatError, ManifestError, Problems
+from safegene_runtime.artifact.base_proof import check_base_proof
+from safegene_runtime.artifact.forms import FORMS, GGUF, ONNX, Form, find_form
+from safegene_runtime.errors import FormatError, ManifestError, Problem, Problems
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.fields import (
     INTEGER,
@@ -56,6 +59,7 @@ from safegene_runtime.formats.fields import (
 from safegene_runtime.formats.files import MANIFEST_NAME, publish_file, read_small_file, sha256_file
 from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.verdict import Verdict
+from safegene_runtime.progress import Step
 
 __all__ = [
     "FileEntry", "Manifest", "ModuleEntry", "SlotEntry", "check_files", "is_file_name",
@@ -63,12 +67,12 @@ __all__ = [
 ]  # fmt: skip
 
 FORMAT_VERSION = 1
+BASE_KINDS = (GGUF.name, "hf", ONNX.name)
 MAX_MANIFEST_BYTES = 32 << 20
 MAX_MARKS = 200_000  # commas and colons: ten times what a model of a thousand modules needs
 RESTORE = "the manifest was edited or damaged: restore it, or convert again"
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
-_FORMS = {"gguf": ("merged", "sidecar"), "onnx": ("merged", "branch", "adapter")}
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,14 @@ class Manifest:
     modules: tuple[ModuleEntry, ...]
     slots: tuple[SlotEntry, ...] = ()
     verification: dict[str, Any] | None = field(default=None)
+
+    @property
+    def form(self) -> Form:
+        """What the artifact is, and what follows from it."""
+        found = find_form(self.artifact["target"], self.artifact["form"])
+        if found is None:
+            raise ManifestError(Problem("artifact", "form", "a form we know", str(self.artifact)))
+        return found
 
     def to_json(self) -> bytes:
         """The bytes of manifest.json; equal manifests give equal bytes."""
@@ -199,7 +211,7 @@ def read_manifest(folder: Path) -> Manifest:
 def check_files(
     manifest: Manifest,
     folder: Path,
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
     sealed: SealedFiles | None = None,
 ) -> None:
     """Checks that the folder holds exactly the listed files, with the listed bytes.
@@ -322,7 +334,8 @@ def _parse(raw: Any, where: str) -> Manifest:
         check_fields(raw, where, _TOP, problems, optional={"slots": _LIST})
     problems.raise_if_any(ManifestError)
     for name, fields in _SECTIONS.items():
-        check_fields(raw[name], f"{where}: {name}", fields, problems)
+        optional = {"proof": or_null(OBJECT)} if name == "base" else {}
+        check_fields(raw[name], f"{where}: {name}", fields, problems, optional=optional)
     if raw["verification"] is not None:
         check_fields(raw["verification"], f"{where}: verification", _VERIFICATION, problems)
     for index, entry in enumerate(raw["files"]):
@@ -355,16 +368,18 @@ def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
     if verification and verification["verdict"] not in tuple(Verdict):
         wanted = ", ".join(Verdict)
         problems.add(where, "verification.verdict", wanted, verification["verdict"])
-    if raw["base"]["kind"] not in ("gguf", "hf", "onnx"):
-        problems.add(where, "base.kind", "gguf, hf or onnx", raw["base"]["kind"])
+    if raw["base"]["kind"] not in BASE_KINDS:
+        problems.add(where, "base.kind", "{}, {} or {}".format(*BASE_KINDS), raw["base"]["kind"])
     artifact = raw["artifact"]
-    if artifact["form"] not in _FORMS.get(artifact["target"], ()):
+    if find_form(artifact["target"], artifact["form"]) is None:
         problems.add(
             where,
             "artifact.form",
-            f"a form of {sorted(_FORMS)}",
+            ", ".join(map(str, FORMS)),
             f"{artifact['target']} {artifact['form']}",
         )
+    unchanged = raw["base"]["kind"] == artifact["target"]
+    check_base_proof(raw["base"].get("proof"), unchanged, f"{where}: base.proof", problems)
     for section in ("base", "adapter"):
         for name, digest in raw[section]["files"].items():
             if complaint := SHA256.complaint(digest):
@@ -390,7 +405,8 @@ def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
 
 def _check_slots(raw: dict[str, Any], where: str, problems: Problems) -> None:
     slots = raw.get("slots", [])
-    if bool(slots) != (raw["artifact"]["form"] == "adapter"):
+    form = find_form(raw["artifact"]["target"], raw["artifact"]["form"])
+    if bool(slots) != (form is not None and form.has_slots):
         got = f"{len(slots)} in an artifact of form {raw['artifact']['form']}"
         problems.add(where, "slots", "slots in the adapter form, and nowhere else", got)
     names: set[str] = set()

@@ -40,7 +40,7 @@ def check_onnx_artifact(manifest: Manifest, path: Path) -> str:
             problems.add(
                 str(path), file.name, "a file that the manifest lists", "none", "convert again"
             )
-    may_have_slots = manifest.artifact["form"] == "adapter"
+    may_have_slots = manifest.form.has_slots
     slots = [name for name in model.overridable if FACTOR_MARK in name]
     for name in model.overridable:
         if not (may_have_slots and name in slots):

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from safegene_runtime.architecture.row_order import Transform, check_architecture, transform_for
+from safegene_runtime.architecture.row_order import Transform
+from safegene_runtime.architecture.table import architecture_named
 from safegene_runtime.artifact.manifest import ModuleEntry
 from safegene_runtime.artifact.served import BLOCK_ELEMENTS, Carried, Found, project, wrong_shape
 from safegene_runtime.engines.llama_checks import (
@@ -50,7 +51,7 @@ class GGUFWeights:
         self._path = model
         self._model = check_model_header(model)
         self._adapter = check_adapter_header(adapter, self._model) if adapter else None
-        self._architecture = check_architecture(self._model.get("general.architecture"), str(model))
+        self._architecture = architecture_named(self._model.get("general.architecture"), str(model))
         self._left = {
             name.removesuffix(LORA_A)
             for name in (self._adapter.tensors if self._adapter else ())
@@ -92,7 +93,7 @@ class GGUFWeights:
         return Carried(kind.name, inner(own_b, own_a, b, a), inner(own_b, own_a, own_b, own_a))
 
     def _transform(self, module: str) -> Transform:
-        return transform_for(self._architecture, module, *head_counts(self._model))
+        return self._architecture.transform(module, *head_counts(self._model))
 
 
 def _bytes_per_element(kind: GGMLType) -> float:

@@ -31,9 +31,9 @@ from safegene_runtime.child import (
     python_environment,
 )
 from safegene_runtime.engines.channel import TICK_SECONDS, Channel, SharedRows
-from safegene_runtime.engines.engine import OnProgress
 from safegene_runtime.errors import EngineError, Problem, SafeGeneError
 from safegene_runtime.formats.files import CHECKED
+from safegene_runtime.progress import Step
 
 __all__ = ["ChildEngine"]
 
@@ -132,7 +132,7 @@ class ChildEngine:
 
     # --- asking
 
-    def _ask(self, do: str, on_progress: OnProgress | None = None, **what: Any) -> dict[str, Any]:
+    def _ask(self, do: str, on_progress: Step | None = None, **what: Any) -> dict[str, Any]:
         """The reply to one request; what came late, for requests that were given up, is skipped."""
         if self._channel is None:
             raise EngineError(Problem(self._where, "engine", "an open engine", "a closed one"))
@@ -205,9 +205,7 @@ class ChildEngine:
         )
         return EngineError(Problem(self._where, self._title, expected, got, fix))
 
-    def _begun(
-        self, number: int, on_progress: OnProgress | None = None
-    ) -> Iterator[dict[str, Any]]:
+    def _begun(self, number: int, on_progress: Step | None = None) -> Iterator[dict[str, Any]]:
         """The replies of something that was begun, one by one; what is left is dropped."""
         ended = False
         try:
@@ -227,15 +225,13 @@ class ChildEngine:
         self,
         sequences: Sequence[Sequence[int]],
         keep: Sequence[int],
-        on_progress: OnProgress | None = None,
+        on_progress: Step | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """See `Engine.logits`; the array is shared memory, and cannot be written."""
         self._ask("logits", sequences=[_plain(ids) for ids in sequences], keep=_plain(keep))
         return self._logits(self._number, on_progress)
 
-    def _logits(
-        self, number: int, on_progress: OnProgress | None
-    ) -> Iterator[tuple[int, np.ndarray]]:
+    def _logits(self, number: int, on_progress: Step | None) -> Iterator[tuple[int, np.ndarray]]:
         for reply in self._begun(number, on_progress):
             yield reply["index"], self._rows.read((reply["count"], self.n_vocab))
 
@@ -244,7 +240,7 @@ class ChildEngine:
         prompts: Sequence[Sequence[int]],
         max_tokens: int | Sequence[int],
         stop_ids: Collection[int],
-        on_progress: OnProgress | None = None,
+        on_progress: Step | None = None,
     ) -> list[list[int]]:
         """See `Engine.generate`."""
         reply = self._ask(

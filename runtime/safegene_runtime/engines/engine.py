@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
 from safegene_runtime.errors import EngineError, Problem
+from safegene_runtime.progress import Step
 
-__all__ = [
-    "Engine", "OnProgress", "checked_ids", "checked_keep", "checked_limits", "shared_length",
-]  # fmt: skip
-
-
-OnProgress = Callable[[int], None]
-"""Told how many sequences were finished since the last call."""
+__all__ = ["Engine", "checked_ids", "checked_keep", "checked_limits", "shared_length"]
 
 
 @runtime_checkable
@@ -53,7 +48,7 @@ class Engine(Protocol):
         self,
         sequences: Sequence[Sequence[int]],
         keep: Sequence[int],
-        on_progress: OnProgress | None = None,
+        on_progress: Step | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yields `(i, float32 (keep[i], n_vocab))`, once for each sequence, in any order.
 
@@ -67,7 +62,7 @@ class Engine(Protocol):
         prompts: Sequence[Sequence[int]],
         max_tokens: int | Sequence[int],
         stop_ids: Collection[int],
-        on_progress: OnProgress | None = None,
+        on_progress: Step | None = None,
     ) -> list[list[int]]:
         """Continues each prompt greedily by at most `max_tokens` ids, a stop id included.
 

@@ -20,11 +20,14 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from safegene_runtime.cpus import thread_count
-from safegene_runtime.engines.engine import OnProgress, checked_keep, checked_limits, shared_length
+from safegene_runtime.engines.engine import checked_keep, checked_limits, shared_length
 from safegene_runtime.engines.llama_context import CELL_PAD, KV_TYPES, LlamaContext
 from safegene_runtime.engines.llama_model import LlamaModel
-from safegene_runtime.engines.llama_native import library
+from safegene_runtime.engines.llama_native import (
+    library,
+)
 from safegene_runtime.errors import EngineError, Problem
+from safegene_runtime.progress import Step
 
 __all__ = ["LlamaEngine"]
 
@@ -103,7 +106,7 @@ class LlamaEngine:
         self,
         sequences: Sequence[Sequence[int]],
         keep: Sequence[int],
-        on_progress: OnProgress | None = None,
+        on_progress: Step | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yields `(i, float32 (keep[i], n_vocab))` once for each sequence; see `Engine.logits`.
 
@@ -119,7 +122,7 @@ class LlamaEngine:
         return self._logits(rows, checked_keep(keep, rows), on_progress, self._call)
 
     def _logits(
-        self, rows: list[np.ndarray], keep: list[int], on_progress: OnProgress | None, call: int
+        self, rows: list[np.ndarray], keep: list[int], on_progress: Step | None, call: int
     ) -> Iterator[tuple[int, np.ndarray]]:
         if not rows:
             return
@@ -205,7 +208,7 @@ class LlamaEngine:
         prompts: Sequence[Sequence[int]],
         max_tokens: int | Sequence[int],
         stop_ids: Collection[int],
-        on_progress: OnProgress | None = None,
+        on_progress: Step | None = None,
     ) -> list[list[int]]:
         """Continues each prompt greedily (lowest id on ties); see `Engine.generate`.
 

@@ -18,17 +18,12 @@ from typing import Any, Self
 import numpy as np
 
 from safegene_runtime.cpus import thread_count
-from safegene_runtime.engines.engine import (
-    OnProgress,
-    checked_ids,
-    checked_keep,
-    checked_limits,
-    shared_length,
-)
+from safegene_runtime.engines.engine import checked_ids, checked_keep, checked_limits, shared_length
 from safegene_runtime.engines.ort_decoder import OrtDecoder
 from safegene_runtime.engines.ort_packages import ort_packages
 from safegene_runtime.engines.ort_text import OrtText
 from safegene_runtime.errors import EngineError, Problem
+from safegene_runtime.progress import Step
 
 __all__ = ["OrtEngine"]
 
@@ -96,7 +91,7 @@ class OrtEngine:
         self,
         sequences: Sequence[Sequence[int]],
         keep: Sequence[int],
-        on_progress: OnProgress | None = None,
+        on_progress: Step | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yields `(i, float32 (keep[i], n_vocab))` once for each sequence; see `Engine.logits`.
 
@@ -108,7 +103,7 @@ class OrtEngine:
         return self._logits(rows, checked_keep(keep, rows), on_progress)
 
     def _logits(
-        self, rows: list[np.ndarray], keep: list[int], on_progress: OnProgress | None
+        self, rows: list[np.ndarray], keep: list[int], on_progress: Step | None
     ) -> Iterator[tuple[int, np.ndarray]]:
         if not rows:
             return
@@ -171,7 +166,7 @@ class OrtEngine:
         prompts: Sequence[Sequence[int]],
         max_tokens: int | Sequence[int],
         stop_ids: Collection[int],
-        on_progress: OnProgress | None = None,
+        on_progress: Step | None = None,
     ) -> list[list[int]]:
         """Continues each prompt greedily (lowest id on ties); see `Engine.generate`.
 

@@ -19,17 +19,19 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from safegene_runtime.errors import FormatError, OutputError, Problem
+from safegene_runtime.progress import Step
 
 __all__ = [
     "CHECKED",
     "FollowingDigest",
+    "StrPath",
     "check_output_free",
     "check_writable",
     "found_status",
@@ -41,6 +43,9 @@ __all__ = [
     "sha256_file",
     "sha256_of",
 ]
+
+StrPath = str | os.PathLike[str]
+"""What a function that people call takes for a path."""
 
 CHUNK_BYTES = 4 << 20
 MANIFEST_NAME = "manifest.json"
@@ -139,7 +144,7 @@ def sha256_of(data: bytes | memoryview) -> str:
 
 def sha256_file(
     path: Path,
-    progress: Callable[[int], None] | None = None,
+    progress: Step | None = None,
     *,
     follow_symlinks: bool = False,
     alone: bool = False,

@@ -93,8 +93,9 @@ class SealedFile:
         if self.is_copy:
             return
         with self.open() as file:
-            if (found := hashlib.file_digest(file, "sha256").hexdigest()) != self.sha256:
-                raise self._changed(f"SHA-256 {found}")
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self.sha256:
+            raise self._changed(f"SHA-256 {found}")
 
     def _changed(self, got: str) -> FormatError:
         fix = "it changed while it was being loaded: make sure that nobody writes there, and retry"

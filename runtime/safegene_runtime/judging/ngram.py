@@ -31,7 +31,7 @@ __all__ = ["N_FEATURES", "WEIGHTS_SHA256", "features", "ngram_probability", "rea
 
 N_FEATURES = 1 << 13
 WEIGHTS = "ngram.npz"
-WEIGHTS_SHA256 = "ebae298697d0c8f6f0d5f6d773c41cf4fe626c86e7a49cedccbb06a2236dd311"
+WEIGHTS_SHA256 = "3b2e4f01b2588f98b8bcc8fa899726e370077e522595046ad2f49c002de51acf"
 """Of the file in the package; `tools/train_judge.py` writes both."""
 
 MAX_WORDS = 40

@@ -24,10 +24,12 @@ import numpy as np
 
 from safegene_runtime.engines.chat import render
 from safegene_runtime.engines.ort_packages import ort_packages, read_tokenizer
+from safegene_runtime.engines.registry import open_engine
 from safegene_runtime.errors import EngineError, Problem, Problems, SafeGeneError, UnsupportedError
 from safegene_runtime.formats import strictjson
-from safegene_runtime.formats.files import read_small_file, sha256_file, sha256_of
+from safegene_runtime.formats.files import read_small_file, sha256_of
 from safegene_runtime.formats.gguf.model import open_model
+from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.judging.judge import JUDGE_NAME, Judge, RulesAndNgram
 from safegene_runtime.judging.reading import after_reasoning
 from safegene_runtime.judging.rules import Label, form_of
@@ -65,10 +67,11 @@ def load_judge(spec: str) -> Judge:
     kind, colon, argument = spec.partition(":")
     if spec == JUDGE_NAME:
         return RulesAndNgram()
-    if kind in ("gguf", "onnx") and argument:
-        return GgufJudge(Path(argument)) if kind == "gguf" else OnnxJudge(Path(argument))
+    models = {judge.name: judge for judge in (GgufJudge, OnnxJudge)}
+    if kind in models and argument:
+        return models[kind](Path(argument))
     found = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-    if kind not in found or kind in ("gguf", "onnx", JUDGE_NAME) or (colon and not argument):
+    if kind not in found or kind in (*models, JUDGE_NAME) or (colon and not argument):
         names = [JUDGE_NAME, "gguf:PATH", "onnx:PATH", *sorted(found)]
         raise UnsupportedError(
             Problem(
@@ -142,16 +145,15 @@ class GgufJudge:
         least: float = 0.5,
         threads: int | None = None,
     ) -> None:
-        from safegene_runtime.engines.llama import LlamaEngine
-
         where = f"judge {path.name}"
         path = path.resolve()
         if _PLACES.findall(question).count("reply") != 1:
             raise EngineError(
                 Problem(where, "question", "{reply} in it, once", repr(question)[:200])
             )
-        files = [sha256_file(shard.path) for shard in open_model(path).shards]
-        self._engine = LlamaEngine(path, threads=threads)
+        with SealedFiles() as kept:
+            files = [kept.add(one.path, alone=False) for one in open_model(path).shards]
+            self._engine = open_engine(path, threads=threads, apart=True)
         try:
             first = [self._plain(text, 1) for text in (yes, no)]
             if not all(first) or first[0] == first[1]:

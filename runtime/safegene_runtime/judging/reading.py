@@ -52,34 +52,10 @@ _SPECIAL = re.compile(
 _FENCE = re.compile(r"\W{0,8}(?:```|~~~)[ \t]*(?P<language>[\w+#-]*)")
 _FENCES = re.compile(r"(?:```|~~~)[ \t]*[\w+#-]*")
 _PROSE = frozenset(
-    [
-        "text",
-        "txt",
-        "plaintext",
-        "plain",
-        "markdown",
-        "md",
-        "json",
-        "jsonl",
-        "json5",
-        "yaml",
-        "yml",
-        "toml",
-        "ini",
-        "xml",
-        "html",
-        "csv",
-        "tsv",
-        "latex",
-        "tex",
-        "rst",
-        "output",
-        "response",
-        "answer",
-        "reply",
-        "none",
-    ]
-)
+    ["", "text", "txt", "plaintext", "plain", "markdown", "md", "json", "jsonl", "json5", "yaml", "yml",
+     "toml", "ini", "xml", "html", "csv", "tsv", "latex", "tex", "rst", "output", "response", "answer",
+     "reply", "none"]
+)  # fmt: skip
 _TAGGED = re.compile(r"\W{0,8}<[/!?a-z]", re.IGNORECASE)
 _TAGS = re.compile(r"<!\[CDATA\[|\]\]>|<!--|-->|<[/?!a-z][^<>]{0,200}>", re.IGNORECASE)
 _DATA = re.compile(r"\W{0,4}[{\[]")
@@ -129,11 +105,9 @@ def after_reasoning(text: str) -> str | None:
     Returns:
         None where the reasoning has no end, or nothing follows it.
     """
-    final = None
-    for final in _FINAL.finditer(text):
-        pass
-    if final is not None:
-        text = text[final.end() :]
+    finals = list(_FINAL.finditer(text))
+    if finals:
+        text = text[finals[-1].end() :]
     elif _BARE_CHANNEL.match(text) or _CHANNEL.search(text):
         return None
     ended, opened = 0, False
@@ -150,7 +124,7 @@ def after_reasoning(text: str) -> str | None:
         if answer is None:
             return None
         ended = answer.end()
-    elif ended == 0 and final is None:
+    elif ended == 0 and not finals:
         return text
     said = text[ended:]
     return said if said.strip() else None
@@ -167,7 +141,7 @@ def read(text: str) -> Reading:
     if _ENTITY.search(said):
         said = html.unescape(said)
     fence = _FENCE.match(said)
-    if fence and fence["language"].lower() not in _PROSE and fence["language"]:
+    if fence and fence["language"].lower() not in _PROSE:
         start = said[:MAX_WRAPPED]
         found = (next(filter(None, one.groups()), "") for one in _COMMENT_OR_STRING.finditer(start))
         return Reading(said, code=True, wrapped=start, prose="\n".join(found))

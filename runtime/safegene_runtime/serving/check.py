@@ -14,7 +14,7 @@ an artifact's, with these rungs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from safegene_runtime.errors import Problem, RecordError
@@ -25,6 +25,7 @@ from safegene_runtime.gating.sequential import run_in_order
 from safegene_runtime.gating.verdict import Verdict
 from safegene_runtime.judging.judge import Judge, RulesAndNgram, label_all
 from safegene_runtime.judging.labels import check_labels
+from safegene_runtime.progress import Progress
 from safegene_runtime.record.attacks import attack_names
 from safegene_runtime.record.reference import PromptRecord, Reference
 from safegene_runtime.serving.server import TIMEOUT_S, Server, ServerRefusalError, ServerReply
@@ -38,8 +39,6 @@ AGAIN = 3
 
 SAMPLE = 8
 """Prompts with log-probabilities, where they are dear: llama_cpp.server sorts the vocabulary in Python."""
-
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -55,7 +54,7 @@ class _Asking:
     record: Reference
     judge: Judge
     chosen: Sequence[int]
-    tell: Tell | None
+    tell: Progress | None
     replies: dict[int, ServerReply] = field(default_factory=dict)
     labels: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -134,7 +133,7 @@ def check_server(
     allow_switchable: bool = False,
     timeout_s: float = TIMEOUT_S,
     api_key: str | None = None,
-    on_progress: Tell | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Asks a server on this machine the reference's prompts, and gates its replies.
 
@@ -149,7 +148,7 @@ def check_server(
         allow_switchable: do not fail a server whose clients can switch the adapter off.
         timeout_s: seconds for one request.
         api_key: sent as a bearer token.
-        on_progress: told (stage, done, total).
+        progress: told (stage, done, total).
 
     Raises:
         RecordError: a reference of another judge, without plain prompts, or without these attacks.
@@ -171,14 +170,14 @@ def check_server(
             Problem(str(record.path), "prompts", "some without an attack", "none", "record again")
         )
     server = Server(url, model=model, timeout_s=timeout_s, api_key=api_key)
-    asking = _Asking(server, record, judge, chosen, on_progress)
+    asking = _Asking(server, record, judge, chosen, progress)
     seed = record.meta["order"]["seed"]
     if sequential:
         asking.in_order(profile, seed)
     else:
         asking.ask(chosen)
-    if on_progress:
-        on_progress("asking the server", len(chosen), len(chosen))
+    if progress:
+        progress("asking the server", len(chosen), len(chosen))
     rungs = _checks(asking, allow_switchable)
     plain, under = decide_by_attack(asking.pairs(), profile, sequential=sequential, seed=seed)
     figures = {"judge": f"{judge.name} {judge.version}", "prompts": len(asking.replies)}
@@ -257,7 +256,12 @@ def _text(
     for prompt, reply in zip(prompts, replies, strict=True):
         ids = server.prompt_ids(prompt.text)
         if ids is not None and ids != tuple(prompt.prompt_ids):
-            return Rung("text", "broken", f"prompt {prompt.id} has other token ids")
+            detail = f"prompt {prompt.id} has other token ids"
+            if "rendered_at" in record.meta["tokenizer"]:
+                detail += (
+                    "; its template prints the time, and a server prints its own: record again"
+                )
+            return Rung("text", "broken", detail)
         count = reply.prompt_tokens
         if count is not None and count != len(prompt.prompt_ids):
             what = f"{count} tokens instead of {len(prompt.prompt_ids)}"

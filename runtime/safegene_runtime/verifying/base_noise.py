@@ -14,7 +14,7 @@ its base. Below 8 bits, where the bounds of a class leave room for every base of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.gating.bounds import BOUNDS, ParityBounds
+from safegene_runtime.progress import Progress
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying import compare
 from safegene_runtime.verifying.forced import reply_logits
@@ -94,7 +95,7 @@ def base_kl(
     engine: Engine,
     record: Reference,
     indices: Sequence[int],
-    tell: Callable[[str, int, int], None] | None = None,
+    tell: Progress | None = None,
 ) -> dict[int, KL]:
     """KL(PyTorch base || engine) along the reference's replies: (T,) nats by prompt.
 

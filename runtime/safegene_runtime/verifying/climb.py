@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from safegene_runtime.gating.gate import (
 from safegene_runtime.gating.sequential import run_in_order
 from safegene_runtime.gating.verdict import Verdict
 from safegene_runtime.judging.judge import Judge
+from safegene_runtime.progress import Progress
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying.base_noise import RATIO, BaseNoise, base_kl
 from safegene_runtime.verifying.divergence import Divergence, first_divergence
@@ -41,13 +42,12 @@ from safegene_runtime.verifying.report import RUNGS, PromptOutcome, Report, Rung
 from safegene_runtime.verifying.static_proof import StaticProof, static_proof
 from safegene_runtime.verifying.text_parity import compare_text
 
-__all__ = ["Climb", "Mode", "Tell", "refusals_rung"]
+__all__ = ["Climb", "Mode", "refusals_rung"]
 
 AHEAD = 16
 """Prompts run together in sequential mode: what an engine batches, and at most that many too many."""
 
 Mode = Literal["strict", "as-shipped"]
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Climb:
     asked: str | Profile
     mode: Mode
     chosen: Sequence[int]
-    tell: Tell
+    tell: Progress
     began: float
     served: ServedModel | None = None
     rungs: list[Rung] = field(default_factory=list)

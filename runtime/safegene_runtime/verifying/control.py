@@ -18,12 +18,12 @@ the artifact was made from, which the manifest knows by its digest, they may hav
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from safegene_runtime.artifact.forms import GGUF_MERGED
 from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.artifact.provenance import ADAPTER_KEY
 from safegene_runtime.artifact.served_gguf import decoded
@@ -34,6 +34,7 @@ from safegene_runtime.formats.gguf.header import TensorInfo
 from safegene_runtime.formats.gguf.model import GGUFModel, open_model
 from safegene_runtime.formats.gguf.tensors import map_tensor
 from safegene_runtime.formats.gguf.types import Value, ValueType
+from safegene_runtime.progress import Progress
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying.static_proof import UNDECIDED, absence_proof
 
@@ -51,8 +52,6 @@ ARCHITECTURE = "general.architecture"
 CHUNK_BYTES = 1 << 24
 SHOWN_CHARACTERS = 80
 
-Tell = Callable[[str, int, int], None]
-
 
 def check_takes_control(manifest: Manifest, control: Path) -> None:
     """Refuses a control where the ladder would have no use for it.
@@ -60,14 +59,14 @@ def check_takes_control(manifest: Manifest, control: Path) -> None:
     Raises:
         EngineError: the artifact runs beside its own base, or is of ONNX; or the control is no GGUF file.
     """
-    target, form = manifest.artifact["target"], manifest.artifact["form"]
+    form = manifest.form
     leave_out = f"leave {OPTION} out"
     problems = Problems()
-    if form in ("sidecar", "adapter"):
-        got = f"{form}: its own base is run anyway"
+    if form.has_adapter:
+        got = f"{form.name}: its own base is run anyway"
         problems.add(OPTION, "form", "a merged GGUF", got, leave_out)
-    elif (target, form) != ("gguf", "merged"):
-        got = f"{target} {form}: graphs are not compared with one another"
+    elif form is not GGUF_MERGED:
+        got = f"{form}: graphs are not compared with one another"
         problems.add(OPTION, "form", "a merged GGUF", got, leave_out)
     elif not control.is_file() or control.suffix.lower() != ".gguf":
         got = "a folder" if control.is_dir() else "another one" if control.exists() else "no file"
@@ -76,7 +75,7 @@ def check_takes_control(manifest: Manifest, control: Path) -> None:
 
 
 def check_control(
-    manifest: Manifest, model: Path, control: Path, record: Reference, tell: Tell
+    manifest: Manifest, model: Path, control: Path, record: Reference, tell: Progress
 ) -> dict[str, str]:
     """Shows that a control is the artifact's base without the adapter.
 

@@ -7,7 +7,7 @@ Fed as token ids, so that nothing but the weights and the arithmetic is compared
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.errors import EngineError, Problem, Problems, RecordError
+from safegene_runtime.progress import Progress
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying import compare
 from safegene_runtime.verifying.margins import MarginRule, learn_margins, margin_of
@@ -55,7 +56,7 @@ class ForcedPass:
 def forced_passes(
     engine: Engine,
     record: Reference,
-    tell: Callable[[str, int, int], None] | None = None,
+    tell: Progress | None = None,
     indices: Sequence[int] | None = None,
 ) -> list[ForcedPass]:
     """Runs the replies of a reference through an engine.

@@ -15,44 +15,48 @@ base would pass it too.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from safegene_runtime.artifact.base_proof import proof_words
 from safegene_runtime.artifact.integrity import check_integrity
 from safegene_runtime.artifact.manifest import Manifest, read_manifest
 from safegene_runtime.cpus import thread_count
 from safegene_runtime.engines.registry import engine_for, open_engine
 from safegene_runtime.errors import ManifestError
+from safegene_runtime.formats.files import StrPath
 from safegene_runtime.formats.gguf.model import open_model
 from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.gate import Profile
 from safegene_runtime.judging.judge import Judge, RulesAndNgram
 from safegene_runtime.judging.labels import check_labels
+from safegene_runtime.progress import Progress, silent
 from safegene_runtime.record.attacks import attack_names
 from safegene_runtime.record.reference import Reference, read_reference
-from safegene_runtime.verifying.climb import Climb, Mode, Tell
+from safegene_runtime.verifying.climb import Climb, Mode
 from safegene_runtime.verifying.control import check_control, check_takes_control
 from safegene_runtime.verifying.report import Report, Rung
+from safegene_runtime.verifying.request import VerifyRequest
 
-__all__ = ["Mode", "verify"]
+__all__ = ["Mode", "verify", "verify_each"]
 
 
 def verify(
-    artifact: Path,
-    reference: Path | Reference,
+    artifact: StrPath,
+    reference: StrPath | Reference,
     *,
-    base: Path | None = None,
-    control: Path | None = None,
+    base: StrPath | None = None,
+    control: StrPath | None = None,
     profile: str | Profile = "smoke",
     sequential: bool = False,
     attacks: Sequence[str] = (),
     mode: Mode = "strict",
-    judge: Judge | None = None,
+    judge: Judge | str | None = None,
     threads: int | None = None,
     engine: str | None = None,
     write: bool = True,
-    on_progress: Tell | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Climbs the ladder for one artifact.
 
@@ -66,50 +70,90 @@ def verify(
         sequential: take the prompts in their recorded order and stop when it is decided.
         attacks: names of attacks to gate under, too, as they were recorded; `all` for all of them.
         mode: `strict` compares arithmetic (F32 KV cache), `as-shipped` runs llama.cpp as people do.
-        judge: what labels replies; the reference's own is needed. The built-in one by default.
+        judge: what labels replies, or its name; the reference's own is needed. The built-in one by default.
         threads: CPU threads of the engine; all by default.
         engine: the name of one; by default the artifact's suffix decides.
         write: put the verdict into the artifact's manifest.
-        on_progress: told (stage, done, total).
+        progress: told (stage, done, total).
 
     Raises:
         RecordError: a reference that is malformed, edited, of another adapter, expression or judge, or
             holds no attacks.
         BaseModelError: a control that is not the artifact's base without the adapter.
         SafeGeneError: it could not be checked, which is no verdict.
-        ValueError: an unknown profile.
     """
+    request = VerifyRequest(
+        reference if isinstance(reference, Reference) else Path(reference),
+        (Path(artifact),),
+        base=None if base is None else Path(base),
+        control=None if control is None else Path(control),
+        profile=profile,
+        sequential=sequential,
+        attacks=attacks,
+        mode=mode,
+        judge=judge,
+        threads=threads,
+        engine=engine,
+        write=write,
+    )
+    ((_, report),) = verify_each(request, progress)
+    return report
+
+
+def verify_each(
+    request: VerifyRequest, progress: Progress | None = None
+) -> Iterator[tuple[str, Report]]:
+    """Climbs the ladder for every artifact of a request, and yields each with its label.
+
+    Raises:
+        SafeGeneError: as from `verify`.
+    """
+    given, tell = request.reference, progress or silent
+    record = given if isinstance(given, Reference) else read_reference(given)
+    judge = request.judge
+    if isinstance(judge, str):
+        from safegene_runtime.judging.plugins import load_judge  # most need none
+
+        judge = load_judge(judge)
+    # of several, the last must not be the first that turns out to have no manifest
+    manifests = [read_manifest(artifact) for artifact in request.artifacts]
+    for label, artifact, manifest in zip(request.labels, request.artifacts, manifests, strict=True):
+        told = tell if len(manifests) == 1 else _named(tell, label)
+        yield label, _verify(request, artifact, manifest, record, judge or RulesAndNgram(), told)
+
+
+def _named(tell: Progress, label: str) -> Progress:
+    return lambda stage, done, total: tell(f"{label}: {stage}", done, total)
+
+
+def _verify(
+    request: VerifyRequest,
+    artifact: Path,
+    manifest: Manifest,
+    record: Reference,
+    judge: Judge,
+    tell: Progress,
+) -> Report:
     began = time.monotonic()
-    threads = thread_count(threads)
-    judge = judge if judge is not None else RulesAndNgram()
-    record = reference if isinstance(reference, Reference) else read_reference(reference)
-    names = attack_names(attacks)
+    names = attack_names(request.attacks)
     check_labels(record, judge)
     chosen = record.under(names)
-    manifest = read_manifest(artifact)
-    if control is not None:
-        check_takes_control(manifest, control)
+    if request.control is not None:
+        check_takes_control(manifest, request.control)
     climb = Climb(
-        artifact, manifest, record, judge, profile, mode, chosen, on_progress or _silent, began
+        artifact, manifest, record, judge, request.profile, request.mode, chosen, tell, began
     )
     with SealedFiles() as files:
-        report = _climb(climb, base, control, sequential, threads, engine, files)
-    if write and climb.served is not None:
+        report = _climb(climb, request, files)
+    if request.write and climb.served is not None:
         _write_verdict(manifest, artifact, report, record.meta["decoding"]["stop_ids"])
     return report
 
 
-def _climb(
-    climb: Climb,
-    base: Path | None,
-    control: Path | None,
-    sequential: bool,
-    threads: int,
-    engine: str | None,
-    files: SealedFiles,
-) -> Report:
+def _climb(climb: Climb, request: VerifyRequest, files: SealedFiles) -> Report:
     """The rungs from integrity to refusals; what is run was kept in `files` when it was checked."""
-    manifest, record = climb.manifest, climb.record
+    manifest, record, control = climb.manifest, climb.record, request.control
+    base = request.base_of(manifest.form)
     try:
         climb.served = check_integrity(manifest, climb.artifact, record, base, climb.tell, files)
     except ManifestError as error:
@@ -122,7 +166,10 @@ def _climb(
             )
         )
         return climb.report()
-    detail, figures = f"{len(manifest.files)} file(s), every byte as listed", {}
+    detail = f"{len(manifest.files)} file(s), every byte as listed"
+    proof = manifest.base.get("proof")
+    detail += f"; {proof_words(proof)}"
+    figures: dict[str, Any] = {"base_proof": proof}
     if control is not None:
         for shard in open_model(control).shards:
             files.add(shard.path, follow_symlinks=True, alone=False)
@@ -132,11 +179,11 @@ def _climb(
         detail += f"; {control.name} is its base without the adapter"
     climb.add(Rung("integrity", "ok", detail, figures))
     climb.static()
-    kind = engine_for(climb.served.model, engine)
+    kind = engine_for(climb.served.model, request.engine)
     settings: dict[str, Any] = {
         "engine": kind.name,
         "apart": True,
-        "threads": threads,
+        "threads": thread_count(request.threads),
         **kind.modes.get(climb.mode, {}),
     }
     climb.tell("loading the artifact", 0, 1)
@@ -150,7 +197,7 @@ def _climb(
             "settings": dict(running.settings),
         }
         climb.text(running)
-        if sequential:
+        if request.sequential:
             climb.sequentially(running)
         else:
             climb.run(running, climb.chosen)
@@ -161,12 +208,8 @@ def _climb(
             climb.base(running)
         climb.engine_seconds += time.monotonic() - opened
     climb.compare()
-    climb.gate(sequential)
+    climb.gate(request.sequential)
     return climb.report()
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    return None
 
 
 def _write_verdict(

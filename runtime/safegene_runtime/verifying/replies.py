@@ -6,13 +6,14 @@ reference's reply. Where one is not, the reply is known up to there and only the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.judging.judge import Judge, label_all
+from safegene_runtime.progress import Progress, counted
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying.forced import ForcedPass
 
@@ -50,7 +51,7 @@ def greedy_replies(
     indices: Sequence[int],
     passes: Sequence[ForcedPass],
     precision: str,
-    tell: Callable[[str, int, int], None],
+    tell: Progress,
 ) -> list[Reply]:
     """The replies to the prompts `indices`, whose teacher-forced `passes` are given in that order."""
     limit = record.meta["decoding"]["max_new_tokens"]
@@ -75,13 +76,7 @@ def greedy_replies(
             todo.append((number, known))
     if todo:
         prompts = [[*record.prompts[indices[at]].prompt_ids, *known] for at, known in todo]
-        finished = 0
-
-        def step(count: int) -> None:
-            nonlocal finished
-            finished += count
-            tell("generating", finished, len(todo))
-
+        step = counted(tell, "generating", len(todo))
         tell("generating", 0, len(todo))
         budgets = [limit - len(known) for _, known in todo]
         made = engine.generate(prompts, budgets, stops, step)

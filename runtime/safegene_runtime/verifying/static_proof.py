@@ -19,16 +19,19 @@ and its norm is bounded as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safegene_runtime.architecture.table import module_kinds, parse_module
+from safegene_runtime.artifact.forms import ONNX
 from safegene_runtime.artifact.manifest import Manifest, ModuleEntry
 from safegene_runtime.artifact.served import Found, ServedWeights
 from safegene_runtime.artifact.served_gguf import GGUFWeights
 from safegene_runtime.errors import Problem, Problems, RecordError
 from safegene_runtime.gating.bounds import class_of
+from safegene_runtime.progress import Progress
 from safegene_runtime.record.added_weights import ModuleFactors, inner
 from safegene_runtime.record.reference import Reference
 
@@ -55,8 +58,6 @@ FACTOR_ERROR = {"F32": 1e-3, "F16": 1e-2, "BF16": 3e-2}
 FACTOR_ERROR_COARSE = 5e-2
 """‖P − ΔW‖ / ‖ΔW‖ of factors, by their type."""
 FLOATS = ("F32", "F16", "BF16")
-
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class StaticProof:
     def heat_map(self) -> dict[str, Any]:
         """Beta by layer and kind: {"layers", "kinds", "beta": rows by layer, null where untouched}."""
         layers = sorted({one.layer for one in self.modules})
-        kinds = list(dict.fromkeys(kind for kind in _KINDS if kind in self._kinds()))
+        kinds = list(dict.fromkeys(kind for kind in module_kinds() if kind in self._kinds()))
         kinds += sorted(self._kinds() - set(kinds))
         by_place = {(one.layer, one.kind): one.beta for one in self.modules}
         rows = [[by_place.get((layer, kind)) for kind in kinds] for layer in layers]
@@ -144,15 +145,12 @@ class StaticProof:
         }
 
 
-_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
 def static_proof(
     manifest: Manifest,
     model: Path,
     adapter: Path | None,
     record: Reference,
-    tell: Tell | None = None,
+    tell: Progress | None = None,
 ) -> StaticProof:
     """Looks for the recorded delta in what an artifact serves.
 
@@ -171,7 +169,7 @@ def static_proof(
     """
     pairs = _pair(manifest, record)
     served: ServedWeights
-    if manifest.artifact["target"] == "onnx":
+    if manifest.form.target is ONNX:
         from safegene_runtime.artifact.served_onnx import OnnxWeights
 
         served = OnnxWeights(model, adapter)
@@ -190,7 +188,7 @@ def static_proof(
                 problems.add(entry.tensor, added.module, "no delta", "one", "convert again")
         else:
             # a branch stands beside a base that may have been rounded since it was recorded
-            same = same_files and (found.carried is None or manifest.artifact["form"] == "sidecar")
+            same = same_files and (found.carried is None or not manifest.form.carries_base)
             judged.append(_module(entry.tensor, added, found, same))
     for name in served.unexpected():
         problems.add(
@@ -201,7 +199,7 @@ def static_proof(
 
 
 def absence_proof(
-    manifest: Manifest, plain: Path, record: Reference, tell: Tell | None = None
+    manifest: Manifest, plain: Path, record: Reference, tell: Progress | None = None
 ) -> StaticProof:
     """Looks for the recorded delta where none may be: beta 0 is meant, of every module.
 
@@ -223,7 +221,7 @@ def absence_proof(
 def _measured(
     served: ServedWeights,
     pairs: Sequence[tuple[ModuleEntry, ModuleFactors]],
-    tell: Tell | None,
+    tell: Progress | None,
     stage: str,
 ) -> Iterator[tuple[ModuleEntry, ModuleFactors, Found]]:
     """What is stored of each module, as it is asked for; `stage` is told once it was dealt with."""
@@ -257,8 +255,8 @@ def _pair(manifest: Manifest, record: Reference) -> list[tuple[ModuleEntry, Modu
     for name in sorted(recorded.keys() & listed.keys()):
         if recorded[name].shape != tuple(listed[name].shape):
             problems.add(where, name, tuple(listed[name].shape), recorded[name].shape)
-        if _place(name) is None:
-            problems.add(where, name, "model.layers.N...", "another name")
+        if parse_module(name) is None:
+            problems.add(where, name, "a linear module of a block", "another name")
     if not any(one.norm > 0 for one in record.factors):
         problems.add(where, "factors", "a delta that is not zero", "only zeros", "record again")
     problems.raise_if_any(RecordError)
@@ -303,7 +301,8 @@ def _module(tensor: str, added: ModuleFactors, found: Found, same: bool) -> _Jud
     else:
         bands = COARSE_SAME_BASE if same else COARSE_OTHER_BASE
     floor = SURVIVAL if found.carried is None and share > LARGE_NOISE else 0.0
-    layer, kind = _place(added.module) or (0, added.module)
+    place = parse_module(added.module)
+    layer, kind = (place.layer, place.kind) if place else (0, added.module)
     proof = ModuleProof(
         module=added.module,
         tensor=tensor,
@@ -379,16 +378,9 @@ def _hold(
         problems.add(where, what, expected, f"{beta:.3f}", fix)
 
 
-def _place(module: str) -> tuple[int, str] | None:
-    """(block, kind) of a module name."""
-    parts = module.split(".")
-    if len(parts) < 4 or parts[:2] != ["model", "layers"] or not parts[2].isdecimal():
-        return None
-    return int(parts[2]), parts[-1]
-
-
 def _order(kind: str) -> int:
-    return _KINDS.index(kind) if kind in _KINDS else len(_KINDS)
+    known = module_kinds()
+    return known.index(kind) if kind in known else len(known)
 
 
 def _meaning(beta: float) -> str:

@@ -59,7 +59,7 @@ def compare(reference: Reference, reports: Sequence[tuple[str, Report]]) -> dict
         "what": "comparison",
         "reference_sha256": reference.digest,
         "prompts": len(reference.prompts),
-        "columns": [_recorded(reference), *(_column(label, one) for label, one in reports)],
+        "columns": [_recorded(reference), *(_column(label, report) for label, report in reports)],
         "diverged": next((name for name in rungs if name in broken), None),
         "disagreements": _disagreements(reference, reports),
     }
@@ -150,7 +150,7 @@ def show_comparison(found: dict[str, Any], console: Console) -> None:
         table.add_row(head, *cells)
     console.print(table)
     differing = found["disagreements"]
-    names = ", ".join(one["id"] for one in differing[:SHOWN_DISAGREEMENTS])
+    names = ", ".join(prompt["id"] for prompt in differing[:SHOWN_DISAGREEMENTS])
     more = ", ..." if len(differing) > SHOWN_DISAGREEMENTS else ""
     console.print(
         f"verdicts of the artifacts differ among themselves on {len(differing)} prompts"
