@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safegene_converter.inputs.names import BLOCK_MODULES
 
 from safegene_converter.inputs.peft_config import parse_config
 from safegene_converter.inputs.safetensors_reader import read_safetensors
@@ -35,7 +34,11 @@ from safegene_runtime.formats.onnx.tensor import Initializer, read_initializer
 INPUT, BASE, DATA = "input", "base.gguf", "data.bin"
 """In the folder of a run: the input, the base of LoRA adapters, the external data of ONNX models."""
 DATA_BYTES = 64
-MODULES = [f"model.layers.{layer}.{name}" for layer in (0, 1, 11) for name in BLOCK_MODULES]
+MODULES = [
+    f"model.layers.{layer}.{name}"
+    for layer in (0, 1, 11)
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj")
+]
 NATIVE_SECONDS = 10
 
 Summary = dict[str, Any]

@@ -16,7 +16,7 @@
     └── PostconditionError       what was written is not what was meant
 
 A reader collects every problem of a file in a `Problems` list and raises once: the user fixes all of
-them in one go instead of one per run.
+them in one go instead of one per run. The first thousand are kept.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ __all__ = [
     "UnverifiedError",
 ]
 
+MAX_PROBLEMS = 1000  # that are kept of one file: more than anyone reads
 MAX_SHOWN = 5000  # characters of a part of a message; a path may have 4096
 
 
@@ -141,7 +142,8 @@ class Problems:
 
     def add(self, where: str, field: str, expected: object, got: object, fix: str = "") -> None:
         """Notes one problem; `expected` and `got` are rendered with `str`."""
-        self._found.append(Problem(where, field, str(expected), str(got), fix))
+        if len(self._found) < MAX_PROBLEMS:
+            self._found.append(Problem(where, field, str(expected), str(got), fix))
 
     def extend(self, problems: Iterable[Problem]) -> None:
         """Takes over the problems of an error that was caught."""

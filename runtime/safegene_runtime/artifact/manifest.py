@@ -69,6 +69,7 @@ __all__ = [
 FORMAT_VERSION = 1
 BASE_KINDS = (GGUF.name, "hf", ONNX.name)
 MAX_MANIFEST_BYTES = 32 << 20
+MAX_MARKS = 200_000  # commas and colons: ten times what a model of a thousand modules needs
 RESTORE = "the manifest was edited or damaged: restore it, or convert again"
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
@@ -150,7 +151,7 @@ class Manifest:
             ManifestError: everything that is wrong with it.
         """
         try:
-            return _parse(strictjson.loads(data, where), where)
+            return _parse(strictjson.loads(data, where, MAX_MARKS), where)
         except FormatError as error:
             raise ManifestError(
                 problem if problem.fix else dataclasses.replace(problem, fix=RESTORE)

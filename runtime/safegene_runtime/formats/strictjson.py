@@ -20,15 +20,17 @@ from safegene_runtime.formats.files import read_small_file
 __all__ = ["check_keys", "dumps", "load", "loads"]
 
 MAX_JSON_BYTES = 64 << 20
+MAX_MARKS = 1 << 19
+"""Commas and colons, unless the caller knows better: each stands for a value, which costs memory."""
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def loads(data: bytes, where: str) -> Any:
+def loads(data: bytes, where: str, max_marks: int = MAX_MARKS) -> Any:
     """Parses UTF-8 JSON strictly.
 
     Raises:
-        FormatError: not UTF-8, not JSON, a duplicate key, a number that is not finite, or half a
-            surrogate pair.
+        FormatError: not UTF-8, not JSON, a duplicate key, a number that is not finite, half a
+            surrogate pair, or more commas and colons than `max_marks`.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -52,6 +54,12 @@ def loads(data: bytes, where: str) -> Any:
         raise FormatError(
             Problem(where, "content", "JSON", "a git-lfs pointer", "run `git lfs pull`")
         )
+    marks = data.count(b",") + data.count(b":")
+    if marks > max_marks:
+        raise FormatError(
+            Problem(where, "content", f"at most {max_marks} commas and colons", str(marks),
+                    "restore the file")
+        )  # fmt: skip
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -64,6 +72,10 @@ def loads(data: bytes, where: str) -> Any:
         return value
     except FormatError:
         raise
+    except MemoryError:
+        raise FormatError(
+            Problem(where, "content", "JSON that fits into memory", "more", "free some memory")
+        ) from None
     except (ValueError, RecursionError) as error:
         raise FormatError(
             Problem(where, "content", "valid UTF-8 JSON", str(error), "restore the file")

@@ -245,7 +245,7 @@ def read_reference(path: Path) -> Reference:
         problems.raise_if_any(RecordError if path.is_dir() else FormatError)
     try:
         raw = read_small_file(path / INDEX, MAX_JSON_BYTES)
-        meta = strictjson.loads(raw, str(path / INDEX))
+        meta = strictjson.loads(raw, str(path / INDEX), len(raw))
         check_index(meta, str(path / INDEX), problems)
         problems.raise_if_any(RecordError)
         data = {

@@ -46,6 +46,10 @@ MAX_HEADER_BYTES = 128 << 20  # the largest vocabularies take 16 MiB
 MAX_DIMS = 4
 MAX_NAME_BYTES = 63
 MAX_KEY_BYTES = 65535
+MAX_KEYS = 16_384
+MAX_TENSORS = 32_768
+MAX_NUMBERS = 1 << 20
+"""In all arrays of a file: a vocabulary has some for each token. A number costs more than its bytes."""
 MIN_KV_BYTES = 8 + 1 + 4 + 1
 MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 READ_BYTES = 1 << 20
@@ -99,7 +103,11 @@ def read_gguf(path: Path, *, follow_symlinks: bool = True) -> GGUFFile:
     """
     path = Path(path)
     with open_regular(path, follow_symlinks=follow_symlinks) as file:
-        return _parse(_Cursor(file, str(path)), path)
+        cursor = _Cursor(file, str(path))
+        try:
+            return _parse(cursor, path)
+        except MemoryError:
+            raise cursor.fail("header", "one that fits into memory", "more") from None
 
 
 class _Cursor:
@@ -112,6 +120,7 @@ class _Cursor:
         self._limit = min(self.size, MAX_HEADER_BYTES)
         self._window = b""  # the bytes of the file from `_start`; `_next` is an index into it
         self._start = self._next = 0
+        self._numbers = 0
 
     @property
     def at(self) -> int:
@@ -167,6 +176,14 @@ class _Cursor:
             )
         return self.take(length, what)
 
+    def numbers(self, count: int, what: str) -> None:
+        """Counts the numbers of an array before they are made."""
+        self._numbers += count
+        if self._numbers > MAX_NUMBERS:
+            raise self.fail(
+                f"length of {what}", f"at most {MAX_NUMBERS} numbers in all arrays", self._numbers
+            )
+
     def texts(self, count: int, what: str) -> Texts:
         """`count` strings; a vocabulary has 100,000, so the window is walked without calls."""
         pieces: list[bytes] = []
@@ -205,16 +222,13 @@ def _parse(cursor: _Cursor, path: Path) -> GGUFFile:
             f"{version} (a big-endian file)" if swapped else version,
             "convert it to a little-endian GGUF v3",
         )
-    if n_kv > cursor.left // MIN_KV_BYTES:
-        raise cursor.fail(
-            "n_kv", f"at most {cursor.left // MIN_KV_BYTES} in {cursor.size} bytes", n_kv
-        )
-    if n_tensors > cursor.left // MIN_TENSOR_BYTES:
-        raise cursor.fail(
-            "n_tensors",
-            f"at most {cursor.left // MIN_TENSOR_BYTES} in {cursor.size} bytes",
-            n_tensors,
-        )
+    for name, number, most, least in (
+        ("n_kv", n_kv, MAX_KEYS, MIN_KV_BYTES),
+        ("n_tensors", n_tensors, MAX_TENSORS, MIN_TENSOR_BYTES),
+    ):
+        most = min(most, cursor.left // least)
+        if number > most:
+            raise cursor.fail(name, f"at most {most} in {cursor.size} bytes", number)
     metadata = _metadata(cursor, n_kv)
     alignment = _alignment(cursor, metadata)
     raw = [_tensor(cursor) for _ in range(n_tensors)]
@@ -274,6 +288,7 @@ def _value(cursor: _Cursor, key: str) -> Value:
     size = SCALARS[element].size
     if count > cursor.left // size:
         raise cursor.fail(f"length of {key!r}", f"at most {cursor.left // size} elements", count)
+    cursor.numbers(count, repr(key))
     array = np.frombuffer(cursor.take(count * size, key), dtype=SCALAR_FORMATS[element])
     if element is ValueType.BOOL:
         if (array > 1).any():

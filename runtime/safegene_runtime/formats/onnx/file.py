@@ -23,7 +23,8 @@ __all__ = ["Graph", "Node", "OnnxFile", "ValueInfo", "read_onnx"]
 
 MAX_MODEL_BYTES = (1 << 31) - 1
 MAX_DEPTH = 8
-MAX_ITEMS = 1_000_000
+MAX_ITEMS = 50_000
+"""Nodes, tensors and values of all graphs; entries of metadata."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,13 @@ def read_onnx(path: Path, data: bytes | memoryview | None = None) -> OnnxFile:
         FormatError: what is wrong with it.
     """
     path = Path(path)
+    try:
+        return _read(path, data)
+    except MemoryError:
+        raise wrong(path, "graph", "one that fits into memory", "more") from None
+
+
+def _read(path: Path, data: bytes | memoryview | None) -> OnnxFile:
     if data is not None:
         return _ModelReader(path, memoryview(data)).model()
     with open_regular(path, follow_symlinks=True) as file:
@@ -135,6 +143,8 @@ def read_onnx(path: Path, data: bytes | memoryview | None = None) -> OnnxFile:
 
 class _ModelReader(TensorReader):
     """Reads the messages of a model."""
+
+    _items = 0
 
     def model(self) -> OnnxFile:
         head = bytes(self.view[:64])
@@ -162,6 +172,8 @@ class _ModelReader(TensorReader):
                 opsets[domain] = opset
             elif number == 14:
                 key, text = self.pair(value, "metadata_props")
+                if len(metadata) == MAX_ITEMS:
+                    raise self.fail("metadata_props", f"at most {MAX_ITEMS}", "more")
                 if key in metadata:
                     raise self.fail("metadata_props", "each key once", key)
                 metadata[key] = text
@@ -202,11 +214,14 @@ class _ModelReader(TensorReader):
         name = ""
         nodes_at: list[Span] = []
         initializers: dict[str, Initializer] = {}
-        ports: dict[int, list[ValueInfo]] = {11: [], 12: []}
+        ports: dict[int, dict[str, ValueInfo]] = {11: {}, 12: {}}
         known = dict.fromkeys((1, 2, 5, 10, 11, 12, 13, 14, 15, 16), BYTES)
         for number, value in self.fields(
             span, "graph", known, frozenset({1, 5, 11, 12, 13, 14, 15, 16})
         ):
+            self._items += 1
+            if self._items > MAX_ITEMS:
+                raise self.fail("graph", f"at most {MAX_ITEMS} nodes, tensors and values", "more")
             if number == 1:
                 nodes_at.append(value)
             elif number == 2:
@@ -225,15 +240,13 @@ class _ModelReader(TensorReader):
                 initializers[tensor.name] = tensor
             elif number in ports:
                 port = self._value_info(value)
-                if port.name in {other.name for other in ports[number]}:
+                if port.name in ports[number]:
                     raise self.fail(f"input or output {port.name!r}", "each name once", "twice")
-                ports[number].append(port)
+                ports[number][port.name] = port
             elif number == 15:
                 raise self.fail("sparse_initializer", "dense tensors", "a sparse one")
-            if len(nodes_at) > MAX_ITEMS or len(initializers) > MAX_ITEMS:
-                raise self.fail("graph", f"at most {MAX_ITEMS} nodes and tensors", "more")
         visible = outer | initializers.keys()
-        made = {value.name for value in ports[11]}
+        made = set(ports[11])
         nodes = []
         for node_span in nodes_at:
             node = self._node(node_span, depth, visible)
@@ -242,7 +255,9 @@ class _ModelReader(TensorReader):
                     raise self.fail(f"value {output!r}", "made once", "made twice")
                 made.add(output)
             nodes.append(node)
-        return Graph(name, tuple(nodes), initializers, tuple(ports[11]), tuple(ports[12]))
+        return Graph(
+            name, tuple(nodes), initializers, *(tuple(ports[n].values()) for n in (11, 12))
+        )
 
     def _node(self, span: Span, depth: int, outer: frozenset[str]) -> Node:
         texts = {3: "", 4: "", 7: "", 8: ""}

@@ -18,7 +18,9 @@ from safegene_runtime.errors import FormatError, Problem
 
 __all__ = ["BYTES", "FIXED32", "FIXED64", "VARINT", "Span", "WireReader", "to_signed", "wrong"]
 
-MAX_FIELDS = 64_000_000
+MAX_FIELDS = 600_000
+MAX_NUMBERS = 1 << 20
+"""That are not stored as raw data: each costs more than its bytes."""
 MAX_NAME = 4096
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
@@ -38,7 +40,7 @@ class WireReader:
     def __init__(self, path: Path, view: memoryview) -> None:
         self.path = path
         self.view = view
-        self._fields = 0
+        self._fields = self._numbers = 0
 
     def fail(self, what: str, expected: object, got: object, fix: str = "") -> FormatError:
         """The error about this file, for the caller to raise."""
@@ -146,18 +148,29 @@ class WireReader:
         value: float = struct.unpack("<f", self.view[span[0] : span[1]])[0]
         return value
 
+    def _count(self, more: int) -> None:
+        self._numbers += more
+        if self._numbers > MAX_NUMBERS:
+            raise self.fail(
+                "numbers", f"at most {MAX_NUMBERS} outside of raw data", "more",
+                "save the tensors as raw_data",
+            )  # fmt: skip
+
     def floats(self, span: Span) -> list[float]:
         """The numbers of one fixed32 field, or of a packed list of them."""
         if (span[1] - span[0]) % 4:
             raise self.fail("floats", "a multiple of 4 bytes", f"{span[1] - span[0]}")
+        self._count((span[1] - span[0]) // 4)
         found: list[float] = np.frombuffer(self.view[span[0] : span[1]], "<f4").tolist()
         return found
 
     def integers(self, value: int | Span, signed: bool = True) -> list[int]:
         """The numbers of one varint field, or of a packed list of them."""
         if isinstance(value, int):
+            self._count(1)
             return [to_signed(value) if signed else value]
         at, end = value
+        self._count(np.count_nonzero(np.frombuffer(self.view[at:end], np.uint8) < 128))
         found = []
         while at < end:
             one, at = self.varint(at, end, "numbers")
