@@ -69,7 +69,7 @@ def _make(kind: str, changes: dict[str, Any], out: Path) -> None:
     import torch
     import transformers
 
-    tokenizer = tiny._tokenizer("qwen2" if kind == "qwen2" else "llama")
+    tokenizer = tiny._tokenizer("qwen2" if kind == "qwen2" else "smollm2")
     vocabulary = json.loads((tokenizer / "tokenizer.json").read_text())
     ids = {token["content"]: token["id"] for token in vocabulary["added_tokens"]}
     config = getattr(transformers, f"{CLASSES[kind]}Config")(

@@ -100,7 +100,8 @@ def other_rows(heads: int, heads_kv: int, inverse: bool) -> Edit:
     def mix(all: Factors) -> Factors:
         found = dict(all)
         for module, (a, b) in all.items():
-            order = TABLE["llama"].transform(module, heads, heads_kv)
+            name = module.removeprefix("base_model.model.")
+            order = TABLE["llama"].transform(name, heads, heads_kv)
             found[module] = a, (order.invert_rows if inverse else order.apply_rows)(b)
         return found
 

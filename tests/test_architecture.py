@@ -125,7 +125,7 @@ def test_no_other_tensor_is_taken_for_a_module(architecture: str) -> None:
 
 def test_no_name_stands_in_two_rows() -> None:
     for names in (
-        [one for row in TABLE.values() for one in row.classes],
+        [one.name for row in TABLE.values() for one in row.classes],
         [one for row in TABLE.values() for one in row.model_types],
     ):
         assert len(set(names)) == len(names)
@@ -134,7 +134,11 @@ def test_no_name_stands_in_two_rows() -> None:
 def test_only_the_table_knows_an_architecture() -> None:
     """So that a new one is one row: no other module of the packages names one, or its parts."""
     home = Path(table.__file__)
-    known = {one for row in TABLE.values() for one in (row.name, *row.classes, *row.model_types)}
+    known = {
+        one
+        for row in TABLE.values()
+        for one in (row.name, *(kind.name for kind in row.classes), *row.model_types)
+    }
     known |= {one for row in TABLE.values() for one in (*row.tensors, *row.tensors.values())}
     known |= {*module_kinds(), *table.PACKED}
     for package in (safegene_runtime, safegene_converter):

@@ -17,8 +17,15 @@ from safetensors.numpy import load_file, save_file
 from safegene_converter.inputs.base import open_base
 from safegene_converter.inputs.consumed import check_carried, window_of
 from safegene_converter.inputs.consumed_gguf import check_gguf_for_torch, gguf_config
+from safegene_runtime.artifact.forms import target_named
 from safegene_runtime.errors import BaseModelError, SafeGeneError, UnsupportedError
 from safegene_runtime.formats.gguf.header import Value, ValueType
+
+
+def carried(config: dict[str, Any], target: str, where: str) -> None:
+    """`check_carried`, of a target by name."""
+    check_carried(config, target_named(target), where)
+
 
 Weights = dict[str, np.ndarray]
 ATTENTION = "model.layers.0.self_attn"
@@ -210,10 +217,10 @@ def test_a_scaled_rope_goes_only_where_the_converter_carries_it(
     }  # fmt: skip
     for target in ("gguf", "onnx"):
         if target in targets:
-            check_carried(config, target, "config.json")
+            carried(config, target, "config.json")
         else:
             with pytest.raises(BaseModelError, match="rope"):
-                check_carried(config, target, "config.json")
+                carried(config, target, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -225,9 +232,9 @@ def test_a_scaled_rope_goes_only_where_the_converter_carries_it(
 )
 def test_what_else_a_converter_would_drop_is_named(config: dict[str, Any], target: str) -> None:
     other = {"onnx": "gguf", "gguf": "onnx"}[target]
-    check_carried(config, other, "config.json")
+    carried(config, other, "config.json")
     with pytest.raises(BaseModelError, match=f"--to {other}"):
-        check_carried(config, target, "config.json")
+        carried(config, target, "config.json")
 
 
 @pytest.mark.parametrize(

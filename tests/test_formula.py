@@ -186,9 +186,9 @@ def test_survival_is_measured_against_this_very_delta(
     adapter = tiny.peft_adapter("llama", tmp_path / "adapter", scale=0.05)
     true = formula.delta
     monkeypatch.setattr(formula, "delta", lambda *given: 2 * true(*given))
-    loose = Bounds(0, 9, 9, 9)
+    loose = Bounds(0, 9, 9)
     if form == "sidecar":
-        base, options = tiny.gguf_model("llama"), {"type_name": "f16"}
+        base, options = tiny.gguf_model("llama"), {"type": "f16"}
         made = convert(adapter, base, tmp_path / "out", form="sidecar", check=False, bounds=loose,
                        **options)  # type: ignore[arg-type]  # fmt: skip
     else:

@@ -24,6 +24,8 @@ from safegene_converter.inputs.adapter import read_adapter
 from safegene_runtime.artifact.integrity import check_integrity
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.errors import ManifestError, RecordError
+from safegene_runtime.formats.sealed import SealedFiles
+from safegene_runtime.progress import silent
 
 KEY = "safegene.adapter.sha256"
 FORMS = ("gguf merged", "gguf sidecar", "onnx merged", "onnx branch", "onnx adapter")
@@ -72,7 +74,8 @@ def carrier(folder: Path) -> Path:
 
 def check(form: str, folder: Path) -> None:
     base = base_of(form) if form == "gguf sidecar" else None
-    check_integrity(read_manifest(folder), folder, None, base, lambda *_: None)
+    with SealedFiles() as files:
+        check_integrity(read_manifest(folder), folder, None, base, silent, files)
 
 
 def stated(path: Path) -> str:
@@ -202,7 +205,8 @@ def test_one_gene_many_targets_a_new_expression_leaves_earlier_records_valid(
     out = tmp_path / "out"
     base = tiny.gguf_model("llama")
     convert(adapter, base, out, form="merged", expression="first", check=False)
-    check_integrity(read_manifest(out), out, before, None, lambda *_: None)
+    with SealedFiles() as files:
+        check_integrity(read_manifest(out), out, before, None, silent, files)
 
 
 @pytest.mark.parametrize(
@@ -224,8 +228,8 @@ def test_a_reference_of_another_expression_or_other_vectors_is_refused(
     convert(adapter, tiny.gguf_model("llama"), out, form="merged", check=False)
     other(adapter)
     second = "expected second" in says
-    with pytest.raises(RecordError, match=f"(?s){says}"):
+    with pytest.raises(RecordError, match=f"(?s){says}"), SealedFiles() as files:
         check_integrity(
             read_manifest(out), out, recorded(adapter, "second" if second else None), None,
-            lambda *_: None,
+            silent, files,
         )  # fmt: skip

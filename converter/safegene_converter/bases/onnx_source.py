@@ -19,6 +19,7 @@ from safegene_converter.inputs.adapter import Adapter, check_base_fits
 from safegene_converter.inputs.base import Base, open_base
 from safegene_converter.inputs.consumed import check_carried
 from safegene_converter.inputs.onnx_base import OnnxBase, is_onnx_folder, open_onnx_base
+from safegene_runtime.artifact.forms import ONNX
 from safegene_runtime.errors import BaseModelError, Problem, UnsupportedError
 from safegene_runtime.progress import Progress, counted
 
@@ -96,7 +97,7 @@ def open_source(path: Path, export: Export) -> Base | OnnxBase:
         return open_onnx_base(path)
     base = open_base(path)
     if base.config is not None:
-        check_carried(base.config, "onnx", str(base.path))
+        check_carried(base.config, ONNX, str(base.path))
     else:
         check_decodable(base)
     check_build_options(

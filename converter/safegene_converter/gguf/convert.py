@@ -67,11 +67,11 @@ def convert(request: ConvertRequest, progress: Progress | None = None) -> Manife
     base = given = open_base(base_path)
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
     if base.config is not None:
-        check_carried(base.config, "gguf", str(base.path))
+        check_carried(base.config, GGUF, str(base.path))
     type_name, imatrix = request.type.lower(), request.imatrix
     _check_type(form, type_name, base)
     weights = read_imatrix(imatrix) if imatrix else {}
-    proof: dict[str, Any] | None = UNCHANGED if base.kind == "gguf" else None
+    proof: dict[str, Any] | None = UNCHANGED if base.is_gguf else None
     with publish_folder(request.out, request.force) as folder, digesting(base) as digests:
         work = folder / ".work"
         work.mkdir()

@@ -15,18 +15,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from safegene_converter.inputs.safetensors_reader import SafetensorsFile, SafetensorsTensor
+from safegene_runtime.architecture.table import (
+    ModelClass,
+    architecture_of_config,
+    model_class_of_config,
+)
+from safegene_runtime.artifact.forms import GGUF, ONNX, Target
 from safegene_runtime.errors import BaseModelError, Problems
 from safegene_runtime.formats.files import open_regular
 
 __all__ = [
-    "CLASSES",
-    "ModelClass",
     "check_carried",
     "check_config",
     "check_folder_tensors",
@@ -34,45 +37,10 @@ __all__ = [
     "window_of",
 ]  # fmt: skip
 
-_ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
-_MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
-@dataclass(frozen=True)
-class ModelClass:
-    """What a model class of transformers makes of its configuration.
-
-    Attributes:
-        model_type: by which transformers finds it.
-        biased: modules that have a bias whatever the configuration says.
-        switches: configuration key -> modules that it gives a bias.
-        qk_norm: whether q and k are normalised.
-        head_dim: of a configuration that does not say; None for hidden / heads.
-        window: key that switches the sliding window on; "" if it is on, None if there is none.
-    """
-
-    model_type: str
-    biased: tuple[str, ...] = ()
-    switches: Mapping[str, tuple[str, ...]] | None = None
-    qk_norm: bool = False
-    head_dim: int | None = None
-    window: str | None = None
-
-
-CLASSES = {
-    "LlamaForCausalLM": ModelClass(
-        "llama", switches={"attention_bias": _ATTENTION, "mlp_bias": _MLP}
-    ),
-    "MistralForCausalLM": ModelClass("mistral", window=""),
-    "Qwen2ForCausalLM": ModelClass("qwen2", biased=_ATTENTION[:3], window="use_sliding_window"),
-    "Qwen3ForCausalLM": ModelClass(
-        "qwen3", switches={"attention_bias": _ATTENTION}, qk_norm=True, head_dim=128,
-        window="use_sliding_window",
-    ),
-}  # fmt: skip
-"""As in transformers 5: configuration_*.py and modeling_*.py of each."""
 _WINDOW = 4096
 """Sliding window of a configuration that does not say, where there is one."""
 
@@ -116,23 +84,7 @@ _CARRIED_KEYS = {
     | {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": _EVERY_ROPE | {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"},
 }
-_CARRIED = {
-    "gguf": {
-        "LlamaForCausalLM": ("default", "linear", "llama3", "yarn"),
-        "MistralForCausalLM": ("default", "linear", "llama3", "yarn"),
-        "Qwen2ForCausalLM": ("default", "linear", "yarn"),
-        "Qwen3ForCausalLM": ("default", "linear", "yarn"),
-    },
-    "onnx": {
-        "LlamaForCausalLM": ("default", "llama3"),
-        "MistralForCausalLM": ("default", "linear", "yarn"),
-        "Qwen2ForCausalLM": ("default", "linear", "yarn"),
-        "Qwen3ForCausalLM": ("default", "linear", "yarn"),
-    },
-}
-"""Kinds of rotary embedding per target: llama.cpp's `conversion`, and the builders of onnxruntime-genai
-0.18, where `LlamaModel.make_rope_init` leaves out what it does not name."""
-_DEFAULTS = {"onnx": {"yarn": {"beta_fast": 32, "beta_slow": 1}}}
+_DEFAULTS = {ONNX.name: {"yarn": {"beta_fast": 32, "beta_slow": 1}}}
 """transformers' defaults of parameters that a converter takes from the configuration, or fails."""
 
 
@@ -150,7 +102,7 @@ def check_config(config: Mapping[str, Any], where: str, refused: Problems) -> No
         refused: what is wrong is added here.
     """
     kind = _class(config)
-    switches = {*(kind.switches or ())}
+    switches = {*kind.switches, *kind.keys}
     if kind.window is not None:
         switches |= {"sliding_window", "use_sliding_window"}
     for key, value in config.items():
@@ -166,8 +118,8 @@ def check_config(config: Mapping[str, Any], where: str, refused: Problems) -> No
             where, "model_type", f"{kind.model_type}, as architectures says",
             _short(config.get("model_type")), _CONTRADICTION,
         )  # fmt: skip
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        refused.add(where, "hidden_act", "silu", _short(config["hidden_act"]), _ADVICE)
+    if config.get("hidden_act", kind.activations[0]) not in kind.activations:
+        refused.add(where, "hidden_act", kind.activations[0], _short(config["hidden_act"]), _ADVICE)
     if config.get("is_causal") is False:
         refused.add(where, "is_causal", "a causal model", False, "this is no decoder")
     if type(config.get("rms_norm_eps")) not in (float, int):
@@ -178,7 +130,7 @@ def check_config(config: Mapping[str, Any], where: str, refused: Problems) -> No
 
 
 def _class(config: Mapping[str, Any]) -> ModelClass:
-    return CLASSES[config["architectures"][0]]
+    return model_class_of_config(config, "config.json")
 
 
 def _short(value: object) -> str:
@@ -229,40 +181,40 @@ def rope_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return str(kind), {key: value for key, value in rope.items() if value is not None}
 
 
-def check_carried(config: Mapping[str, Any], target: str, where: str) -> None:
-    """Refuses what the converter to `target`, gguf or onnx, would not carry over.
+def check_carried(config: Mapping[str, Any], target: Target, where: str) -> None:
+    """Refuses what the converter to `target` would not carry over.
 
     Raises:
         BaseModelError: it names the kind of rotary embedding or its parameter, the bias, or the window.
     """
     kind, parameters = rope_of(config)
-    carried = _CARRIED[target][config["architectures"][0]]
+    carried = _class(config).rope[target.name]
     problems = Problems()
-    if target == "gguf" and config.get("attention_bias") and _class(config).qk_norm:
+    if target is GGUF and config.get("attention_bias") and _class(config).qk_norm:
         problems.add(
             where, "attention_bias", "none: llama.cpp has no biases in this architecture", True,
             "use --to onnx",
         )  # fmt: skip
-    if target == "onnx" and (window := window_of(config)) is not None:
+    if target is ONNX and (window := window_of(config)) is not None:
         problems.add(
             where, "sliding_window", "none: the graph would attend to all tokens, or run in one runtime only",
             window, "use --to gguf, whose context ends where the window does",
         )  # fmt: skip
     if kind not in carried:
         problems.add(
-            where, "rope_type", f"one that the converter to {target} carries: {', '.join(carried)}",
+            where, "rope_type", f"one that the converter to {target.name} carries: {', '.join(carried)}",
             kind, "the target would have another rotary embedding; try the other target",
         )  # fmt: skip
     else:
         for name in sorted(parameters.keys() - _CARRIED_KEYS[kind] - {"partial_rotary_factor"}):
             problems.add(
-                where, f"{kind} rope: {name}", f"a parameter that the converter to {target} carries",
+                where, f"{kind} rope: {name}", f"a parameter that the converter to {target.name} carries",
                 _short(parameters[name]), _ADVICE,
             )  # fmt: skip
-        for name, value in _DEFAULTS.get(target, {}).get(kind, {}).items():
+        for name, value in _DEFAULTS.get(target.name, {}).get(kind, {}).items():
             if name not in parameters:
                 problems.add(
-                    where, f"{kind} rope: {name}", f"a number for the converter to {target}", "none",
+                    where, f"{kind} rope: {name}", f"a number for the converter to {target.name}", "none",
                     f"write what transformers takes when there is none: {value}",
                 )  # fmt: skip
     problems.raise_if_any(BaseModelError)
@@ -338,7 +290,7 @@ def check_folder_tensors(
         elif name.endswith("rotary_emb.inv_freq"):
             _check_inv_freq(config, file, name, where, problems)
         else:
-            switches = _class(config).switches or {}
+            switches = _class(config).switches
             said = [
                 key
                 for key, modules in switches.items()
@@ -372,26 +324,20 @@ def _expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         number("hidden_size"), number("intermediate_size"), number("num_attention_heads"),
     )  # fmt: skip
     head = number("head_dim", kind.head_dim or (hidden // heads if heads else 0))
-    default_kv = (
-        8 if kind.model_type == "mistral" and "num_key_value_heads" not in config else heads
-    )
+    default_kv = heads if "num_key_value_heads" in config else kind.n_head_kv or heads
     q, kv = heads * head, number("num_key_value_heads", default_kv) * head
-    linear = {
-        "self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, q),
-        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }  # fmt: skip
+    row = architecture_of_config(config, "config.json")
+    linear = row.linear_shapes(hidden, inner, q, kv)
     biased = {*kind.biased}
-    for key, modules in (kind.switches or {}).items():
-        biased |= set(modules) if config.get(key) else set()
+    for key, modules in kind.switches.items():
+        biased |= set(modules) & linear.keys() if config.get(key) else set()
     made: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (number("vocab_size"), hidden), "model.norm.weight": (hidden,),
     }  # fmt: skip
     if not config.get("tie_word_embeddings", False):
         made["lm_head.weight"] = (number("vocab_size"), hidden)
     for layer in range(number("num_hidden_layers")):
-        at = f"model.layers.{layer}."
+        at = f"{row.blocks}.{layer}."
         made |= {f"{at}{norm}.weight": (hidden,) for norm in _NORMS}
         made |= {f"{at}{name}.weight": shape for name, shape in linear.items()}
         made |= {f"{at}{name}.bias": (linear[name][0],) for name in biased}

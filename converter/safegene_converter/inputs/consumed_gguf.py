@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from safegene_converter.inputs.consumed import CLASSES
+from safegene_runtime.architecture.table import TABLE
 from safegene_runtime.errors import BaseModelError, Problems
 from safegene_runtime.formats.gguf.model import GGUFModel
 
@@ -29,41 +29,38 @@ _WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "rope.scaling.factor": (0.0, 1.0),
     "pooling_type": (0,),
 }
-_BLOCK = {
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-_CLASS = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+
+
+def _block(architecture: str) -> dict[str, str]:
+    """Tensor of a block, without `.weight` -> its module."""
+    tensors = TABLE[architecture].tensors
+    return {tensor.removesuffix(".weight"): module for module, tensor in tensors.items()}
 
 
 def _expected(architecture: str, n_layers: int, switched: Mapping[str, bool]) -> set[str]:
-    kind = CLASSES[_CLASS[architecture]]
+    kind, blocks = TABLE[architecture].classes[0], _block(architecture)
     biased = {*kind.biased}
-    for key, modules in (kind.switches or {}).items():
+    for key, modules in kind.switches.items():
         biased |= set(modules) if switched[key] else set()
     names = {"token_embd.weight", "output_norm.weight"}
     for layer in range(n_layers):
         at = f"blk.{layer}."
         names |= {f"{at}attn_norm.weight", f"{at}ffn_norm.weight"}
-        names |= {f"{at}{one}.weight" for one in _BLOCK}
-        names |= {f"{at}{one}.bias" for one, module in _BLOCK.items() if module in biased}
+        names |= {f"{at}{one}.weight" for one in blocks}
+        names |= {f"{at}{one}.bias" for one, module in blocks.items() if module in biased}
         names |= {f"{at}attn_{one}_norm.weight" for one in "qk"} if kind.qk_norm else set()
     return names
 
 
 def _switched(architecture: str, model: GGUFModel) -> dict[str, bool]:
     """Which biases the configuration has to ask for: those of which one is there."""
-    tensor_of = {module: tensor for tensor, module in _BLOCK.items()}
-    switches = CLASSES[_CLASS[architecture]].switches or {}
-    return {
-        key: any(f"blk.0.{tensor_of[module]}.bias" in model.tensors for module in modules)
-        for key, modules in switches.items()
+    there = {
+        module
+        for tensor, module in _block(architecture).items()
+        if f"blk.0.{tensor}.bias" in model.tensors
     }
+    switches = TABLE[architecture].classes[0].switches
+    return {key: not there.isdisjoint(modules) for key, modules in switches.items()}
 
 
 def gguf_config(architecture: str, model: GGUFModel) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def load_model(base: Base) -> tuple[Any, Any]:
         with contextlib.redirect_stderr(io.StringIO()):
             config = (
                 config_of_gguf(base)
-                if base.kind == "gguf"
+                if base.is_gguf
                 else transformers.AutoConfig.from_pretrained(folder, **where)
             )
             _check_shapes(base, config)

@@ -26,12 +26,14 @@ __all__ = [
     "TABLE",
     "Architecture",
     "BlockModule",
+    "ModelClass",
     "architecture_named",
     "architecture_of_config",
     "architecture_of_type",
     "kind_of",
     "layer_of",
     "linear_modules",
+    "model_class_of_config",
     "module_kinds",
     "modules_of",
     "parse_module",
@@ -67,6 +69,13 @@ PACKED: Mapping[str, tuple[str, ...]] = {
 }
 """Projections that exporters pack into one, and their parts, top to bottom."""
 
+ATTENTION = tuple(part for part in SWIGLU_BLOCK if part.startswith("self_attn."))
+LLAMA_BIASES: Mapping[str, tuple[str, ...]] = {
+    "attention_bias": ATTENTION,
+    "mlp_bias": tuple(part for part in SWIGLU_BLOCK if part.startswith("mlp.")),
+}
+"""Key of a config.json -> modules that it gives a bias."""
+
 _LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
 
 
@@ -89,12 +98,47 @@ class BlockModule:
 
 
 @dataclass(frozen=True)
+class ModelClass:
+    """What a model class of transformers makes of its configuration, as in configuration_*.py of 5.23.
+
+    Attributes:
+        name: as `architectures` of a config.json has it.
+        model_type: by which transformers finds it.
+        biased: modules that have a bias whatever the configuration says.
+        switches: configuration key -> modules that it gives a bias.
+        qk_norm: whether q and k are normalised.
+        head_dim: of a configuration that does not say; None for hidden / heads.
+        n_head_kv: likewise; None for as many as query heads.
+        window: key that switches the sliding window on; "" if it is on, None if there is none.
+        keys: hyperparameters that it alone reads.
+        activations: of its feed-forward network, those that llama.cpp computes.
+        rope: target -> kinds of rotary embedding that the converter to it carries over: llama.cpp's
+            `conversion`, and the builders of onnxruntime-genai 0.18, where `LlamaModel.make_rope_init`
+            leaves out what it does not name.
+    """
+
+    name: str
+    model_type: str
+    biased: tuple[str, ...] = ()
+    switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    qk_norm: bool = False
+    head_dim: int | None = None
+    n_head_kv: int | None = None
+    window: str | None = None
+    keys: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ("silu", "swish")
+    rope: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"gguf": ("default",), "onnx": ("default",)}
+    )
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One row of the table.
 
     Attributes:
         name: GGUF's name for it, `general.architecture`.
-        classes: the Hugging Face model classes that llama.cpp converts to it.
+        classes: the Hugging Face model classes that llama.cpp converts to it, the usual one first.
         model_types: what `model_type` of a config.json, and `type` of a genai_config.json, may say.
         tensors: linear module of a block -> its tensor in `blk.N.`.
         heads: modules whose rows are made of heads, and of which.
@@ -103,7 +147,7 @@ class Architecture:
     """
 
     name: str
-    classes: tuple[str, ...]
+    classes: tuple[ModelClass, ...]
     model_types: tuple[str, ...]
     tensors: Mapping[str, str] = field(default_factory=lambda: SWIGLU_BLOCK)
     heads: Mapping[str, Heads] = field(default_factory=lambda: GROUPED_HEADS)
@@ -157,7 +201,12 @@ class Architecture:
         return self.module_name(int(layer), part)
 
     def transform(self, module: str, n_head: int, n_head_kv: int) -> Transform:
-        """The row order of a module's tensor in a model of `n_head` query and `n_head_kv` kv heads."""
+        """The row order of a module's tensor in a model of `n_head` query and `n_head_kv` kv heads.
+
+        Raises:
+            UnsupportedError: not a linear module of a block.
+        """
+        self.tensor_of(module)
         found = self.parse(module)
         if found is None or found.part not in self.permutes:
             return Transform()
@@ -167,6 +216,26 @@ class Architecture:
         """How many rows the modules have that are made of heads."""
         counts = {"n_head": n_head, "n_head_kv": n_head_kv}
         return {part: counts[heads] * head_size for part, heads in self.heads.items()}
+
+    def linear_shapes(self, hidden: int, inner: int, q: int, kv: int) -> dict[str, tuple[int, int]]:
+        """(out, in) of the linear modules of a block.
+
+        Args:
+            hidden: width of the model.
+            inner: width of the feed-forward network.
+            q: rows of all query heads together.
+            kv: rows of all key heads together, and of all value heads.
+        """
+        shapes = {
+            "self_attn.q_proj": (q, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, q),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+        return {part: shapes[part] for part in self.tensors}
 
     def projections(self) -> dict[str, tuple[str, ...]]:
         """What a projection of an exported graph holds, top to bottom: `qkv_proj` -> q, k, v.
@@ -187,21 +256,86 @@ TABLE: dict[str, Architecture] = {
     for row in (
         Architecture(
             name="llama",
-            classes=("LlamaForCausalLM", "MistralForCausalLM"),
+            classes=(
+                ModelClass(
+                    "LlamaForCausalLM",
+                    "llama",
+                    switches=LLAMA_BIASES,
+                    rope={
+                        "gguf": ("default", "linear", "llama3", "yarn"),
+                        "onnx": ("default", "llama3"),
+                    },
+                ),
+                ModelClass(
+                    "MistralForCausalLM",
+                    "mistral",
+                    n_head_kv=8,
+                    window="",
+                    rope={
+                        "gguf": ("default", "linear", "llama3", "yarn"),
+                        "onnx": ("default", "linear", "yarn"),
+                    },
+                ),
+            ),
             model_types=("llama", "mistral", "smollm"),
             permutes=LLAMA_PERMUTES,
         ),
-        Architecture(name="qwen2", classes=("Qwen2ForCausalLM",), model_types=("qwen2",)),
-        Architecture(name="qwen3", classes=("Qwen3ForCausalLM",), model_types=("qwen3",)),
+        Architecture(
+            name="qwen2",
+            classes=(
+                ModelClass(
+                    "Qwen2ForCausalLM",
+                    "qwen2",
+                    biased=ATTENTION[:3],
+                    window="use_sliding_window",
+                    rope={
+                        "gguf": ("default", "linear", "yarn"),
+                        "onnx": ("default", "linear", "yarn"),
+                    },
+                ),
+            ),
+            model_types=("qwen2",),
+        ),
+        Architecture(
+            name="qwen3",
+            classes=(
+                ModelClass(
+                    "Qwen3ForCausalLM",
+                    "qwen3",
+                    switches={"attention_bias": ATTENTION},
+                    qk_norm=True,
+                    head_dim=128,
+                    window="use_sliding_window",
+                    rope={
+                        "gguf": ("default", "linear", "yarn"),
+                        "onnx": ("default", "linear", "yarn"),
+                    },
+                ),
+            ),
+            model_types=("qwen3",),
+        ),
         Architecture(
             name="smollm3",
-            classes=("SmolLM3ForCausalLM",),
+            classes=(
+                ModelClass(
+                    "SmolLM3ForCausalLM",
+                    "smollm3",
+                    switches=LLAMA_BIASES,
+                    n_head_kv=4,
+                    window="use_sliding_window",
+                    keys=("no_rope_layers", "no_rope_layer_interval"),
+                ),
+            ),
             model_types=("smollm3",),
             permutes=LLAMA_PERMUTES,
         ),
         Architecture(
             name="arcee",
-            classes=("ArceeForCausalLM",),
+            classes=(
+                ModelClass(
+                    "ArceeForCausalLM", "arcee", switches=LLAMA_BIASES, activations=("relu2",)
+                ),
+            ),
             model_types=("arcee",),
             tensors={part: t for part, t in SWIGLU_BLOCK.items() if part != "mlp.gate_proj"},
             permutes=LLAMA_PERMUTES,
@@ -228,12 +362,25 @@ def architecture_of_config(config: Mapping[str, Any], where: str) -> Architectur
     Raises:
         UnsupportedError: a model class that no row has; the message names it.
     """
-    rows = {model_class: row for row in TABLE.values() for model_class in row.classes}
+    return _classified(config, where)[0]
+
+
+def model_class_of_config(config: Mapping[str, Any], where: str) -> ModelClass:
+    """What the model class of a Hugging Face config.json makes of it.
+
+    Raises:
+        UnsupportedError: a model class that no row has; the message names it.
+    """
+    return _classified(config, where)[1]
+
+
+def _classified(config: Mapping[str, Any], where: str) -> tuple[Architecture, ModelClass]:
+    known = {one.name: (row, one) for row in TABLE.values() for one in row.classes}
     classes = config.get("architectures")
-    one = classes[0] if isinstance(classes, list) and len(classes) == 1 else None
-    if not isinstance(one, str) or one not in rows:
-        raise _unknown(where, "architectures", rows, classes)
-    return rows[one]
+    name = classes[0] if isinstance(classes, list) and len(classes) == 1 else None
+    if not isinstance(name, str) or name not in known:
+        raise _unknown(where, "architectures", known, classes)
+    return known[name]
 
 
 def architecture_of_type(model_type: object, where: str) -> Architecture:
