@@ -146,7 +146,8 @@ def test_the_extras_are_those_of_pyproject() -> None:
                 found.add(line.partition("=")[0].partition(">")[0].partition("[")[0])
         return found
 
-    assert set(EXTRAS) == set(declared) - {"dev"}
+    # dev and fuzz bring what developers run, and no command
+    assert set(EXTRAS) == set(declared) - {"dev", "fuzz"}
     for extra, modules in EXTRAS.items():
         assert set(modules.values()) == packages(extra), extra
 
