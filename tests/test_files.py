@@ -10,6 +10,7 @@ import resource
 import signal
 import stat
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,11 @@ def _in_child(work: Callable[[], object]) -> int:
         finally:
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a system whose C library has no renameat2."""
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
 
 
 # --- publish_folder --------------------------------------------------------------------------------
@@ -251,7 +257,12 @@ def test_killed_at_any_step_the_output_is_absent_or_complete(tmp_path: Path) -> 
 
 
 @pytest.mark.timeout(60)
-def test_killed_at_any_step_of_replacing_the_old_or_the_new_is_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exchange", [True, False])
+def test_killed_at_any_step_of_replacing_the_old_or_the_new_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:
+        _without_exchange(monkeypatch)
     states = set()
     out, old = tmp_path / "out", {"old": b"old"}
     out.mkdir()
@@ -273,7 +284,51 @@ def test_killed_at_any_step_of_replacing_the_old_or_the_new_is_whole(tmp_path: P
         (out / "old").write_text("old")
 
     _kill_everywhere(work, check)
-    assert states == {"old", "aside", "new"}
+    assert states == ({"old", "new"} if exchange else {"old", "aside", "new"})
+
+
+def test_a_name_that_is_replaced_is_never_missing(tmp_path: Path) -> None:
+    out, missing, done = tmp_path / "out", 0, threading.Event()
+    out.mkdir()
+
+    def poll() -> None:
+        nonlocal missing
+        while not done.is_set():
+            missing += not os.path.lexists(out)
+
+    poller = threading.Thread(target=poll)
+    poller.start()
+    try:
+        for _ in range(50):
+            with publish_folder(out, force=True) as folder:
+                _fill(folder)
+    finally:
+        done.set()
+        poller.join()
+    assert not missing
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_parent_that_cannot_be_synced_is_said_and_the_output_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = files._fsync
+
+    def fsync(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(errno.EIO, "Input/output error")
+        real(path)
+
+    monkeypatch.setattr(files, "_fsync", fsync)
+    with (
+        pytest.raises(OutputError, match=r"in place, but .*power cut.*Input/output"),
+        publish_folder(tmp_path / "out") as folder,
+    ):
+        _fill(folder)
+    assert _tree(tmp_path / "out") == CONTENT
+    with pytest.raises(OutputError, match=r"in place, but .*power cut"):
+        publish_file(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), KeyboardInterrupt()])
@@ -284,6 +339,7 @@ def test_a_replacement_that_fails_puts_the_old_folder_back(
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("old")
+    _without_exchange(monkeypatch)
     real, calls = os.rename, 0
 
     def rename(source: Any, target: Any) -> None:

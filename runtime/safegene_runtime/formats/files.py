@@ -11,6 +11,7 @@ is fsync'ed. Killed at any moment, the final name is either absent or complete.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
@@ -49,6 +50,7 @@ StrPath = str | os.PathLike[str]
 
 CHUNK_BYTES = 4 << 20
 MANIFEST_NAME = "manifest.json"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _READING_UMASK = threading.Lock()
 
 
@@ -309,8 +311,9 @@ def check_writable(path: Path) -> Problem | None:
 def publish_folder(out: Path, force: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling of `out` to fill; renames it to `out` when the block succeeds.
 
-    On any error, a KeyboardInterrupt included, the temporary folder is removed and `out` is as it
-    was. Files are fsync'ed in name order with the manifest last.
+    On any error before the rename, a KeyboardInterrupt included, the temporary folder is removed and
+    `out` is as it was; an error after it says that the new output is in place.
+    Files are fsync'ed in name order with the manifest last.
 
     Raises:
         OutputError: `out` exists (and not `force`), or the file system said no.
@@ -340,7 +343,7 @@ def publish_folder(out: Path, force: bool = False) -> Iterator[Path]:
         for folder in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
             _fsync(folder)
         _rename_over(temporary, out, force)
-        _fsync(out.parent)
+        _fsync_names(out)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -374,7 +377,7 @@ def publish_file(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         temporary = None
-        _fsync(path.parent)
+        _fsync_names(path)
     except OutputError:
         raise
     except OSError as error:
@@ -390,14 +393,19 @@ def publish_file(path: Path, data: bytes) -> None:
 
 
 def _rename_over(source: Path, out: Path, force: bool) -> None:
-    """Moves the finished folder to its name; an old one is moved aside first, then removed.
+    """Moves the finished folder to its name; an old output is removed after that.
 
-    An error in between puts the old one back.
+    The kernel exchanges the two names where it can, so the name is never missing. Elsewhere the old
+    output is moved aside first, and put back when the second rename fails.
     """
     if not os.path.lexists(out):
         os.rename(source, out)
         return
     check_output_free(out, force)
+    if _exchange(source, out):
+        if source.is_symlink() or not source.is_dir():
+            source.unlink()  # a folder is removed by `publish_folder`
+        return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
     try:
         os.rename(out, old / out.name)
@@ -409,6 +417,36 @@ def _rename_over(source: Path, out: Path, force: bool) -> None:
     finally:
         if os.path.lexists(out):  # else the old one is in `old`, and all there is
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step (`renameat2`, Linux); False where that is not to be had.
+
+    Raises:
+        OSError: the file system can, and said no.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # another system, or a C library without it
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    if renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EPERM):  # kernel, file system, or a sandbox
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _fsync_names(out: Path) -> None:
+    """Makes a rename last; when that fails, the output is in place all the same, and this says so."""
+    try:
+        _fsync(out.parent)
+    except OSError as error:
+        got = f"in place, but it may not survive a power cut: {error}"
+        raise OutputError(
+            Problem(str(out), "output", "a name that is on the disk", got, "check the disk, retry")
+        ) from error
 
 
 def _fsync(path: Path) -> None:
