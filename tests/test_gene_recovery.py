@@ -155,7 +155,7 @@ def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("a finished step ran again")
 
-    run.methods.ship(lab, tmp_path / "shipped")
+    run.shipping.ship(lab, tmp_path / "shipped")
     shipped = read_adapter(tmp_path / "shipped")
     assert shipped.expression == "base"
     assert shipped.target == tiny.hf_model("llama").name
@@ -168,7 +168,7 @@ def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
         return replace(found, coefficients={**found.coefficients, 0: 0.0})
 
     monkeypatch.setattr(run.methods, "calibrate", first_layer_off)
-    run.methods.ship(lab, tmp_path / "fewer")
+    run.shipping.ship(lab, tmp_path / "fewer")
     assert {module.layer for module in read_adapter(tmp_path / "fewer").modules} == {1}
     for name in ("evaluate", "calibrate", "extract", "select", "train_lora", "own_replies"):
         monkeypatch.setattr(run.methods, name, never)

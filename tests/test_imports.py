@@ -143,6 +143,23 @@ def test_every_room_says_what_it_is() -> None:
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), name
 
 
+def test_no_file_has_five_hundred_lines() -> None:
+    """One that needs more says why at its head: "long because"."""
+    sources = [
+        path
+        for folder in ("converter", "runtime", "tests", "benchmarks", "examples", "tools")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    assert len(sources) > 300
+    long = {
+        path.name: count
+        for path in sources
+        if (count := len((text := path.read_text(encoding="utf-8")).splitlines())) >= 500
+        and "long because" not in text[:1000]
+    }
+    assert not long
+
+
 def test_only_the_recorder_and_the_gene_package_import_torch() -> None:
     guilty = [
         room_of(name)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import data
 import methods
 import report
+import shipping
 from train import BATCH, CHECK_EVERY, train_lora
 
 from safegene_converter.gene.evaluate import evaluate_model
@@ -116,11 +117,11 @@ def main() -> int:
     )
     more = {
         methods.compare_pairs: arguments.pairs, methods.more_shots: arguments.more_shots,
-        methods.artifacts: arguments.artifacts, methods.deployed: arguments.deployed,
+        shipping.artifacts: arguments.artifacts, shipping.deployed: arguments.deployed,
     }  # fmt: skip
     run(lab, arguments.only, [step for step, wanted in more.items() if wanted])
     if arguments.ship is not None:
-        methods.ship(lab, arguments.ship)
+        shipping.ship(lab, arguments.ship)
     if arguments.publish and arguments.only is None:
         report.publish(arguments.work, Path(__file__).resolve().parent)
     return 0
