@@ -161,17 +161,20 @@ def test_the_whole_experiment_runs_and_goes_on_after_a_kill(
     assert shipped.target == tiny.hf_model("llama").name
     assert (shipped.base_model or {})["name"] == tiny.hf_model("llama").name
     assert {module.layer for module in shipped.modules} == {0, 1}
-    calibrated = run.methods.calibrate
+    calibrated = run.shipping.calibrate
 
     def first_layer_off(*args: Any, **named: Any) -> Any:
         found = calibrated(*args, **named)
         return replace(found, coefficients={**found.coefficients, 0: 0.0})
 
-    monkeypatch.setattr(run.methods, "calibrate", first_layer_off)
+    monkeypatch.setattr(run.shipping, "calibrate", first_layer_off)
     run.shipping.ship(lab, tmp_path / "fewer")
     assert {module.layer for module in read_adapter(tmp_path / "fewer").modules} == {1}
     for name in ("evaluate", "calibrate", "extract", "select", "train_lora", "own_replies"):
-        monkeypatch.setattr(run.methods, name, never)
+        homes = [module for module in (run.methods, run.shipping) if hasattr(module, name)]
+        assert homes
+        for module in homes:
+            monkeypatch.setattr(module, name, never)
     run.run(lab, more=more)
     assert capsys.readouterr().out.count("| obedient + gene |") >= 2
 
