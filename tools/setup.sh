@@ -54,5 +54,5 @@ if ! "$VENV/bin/python" -c "import llama_cpp, sys; sys.exit(llama_cpp.__version_
 fi
 
 say "safegene and the rest"
-pip install -q -e ".[dev]"
+quietly "$VENV/bin/python" -m pip install -q -e ".[dev]"
 say "ready"
