@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 from safegene_converter.inputs.peft_config import parse_config
 from safegene_converter.inputs.safetensors_reader import read_safetensors
 from safegene_runtime.artifact.manifest import Manifest
