@@ -170,7 +170,7 @@ class WireReader:
             self._count(1)
             return [to_signed(value) if signed else value]
         at, end = value
-        self._count(np.count_nonzero(np.frombuffer(self.view[at:end], np.uint8) < 128))
+        self._count(int(np.count_nonzero(np.frombuffer(self.view[at:end], np.uint8) < 128)))
         found = []
         while at < end:
             one, at = self.varint(at, end, "numbers")
