@@ -195,7 +195,7 @@ def test_characters_split_over_tokens_come_whole(text: str, made: dict[str, Path
 
 def command(*arguments: object) -> argparse.Namespace:
     parser = Parser()
-    run_command.add_commands(parser.add_subparsers())
+    run_command.add(parser.add_subparsers())
     return parser.parse_args(["run", *map(str, arguments)])
 
 

@@ -92,9 +92,10 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     if job["model"]:
         _compare_weights(Path(job["model"]), base, adapter, expected["gain"], problems)
     problems.raise_if_any(PostconditionError)
-    z_base = _probe(base, None)
-    z_expected = _probe(base, Path(job["sidecar"]))
-    z_artifact = _probe(Path(job["model"]), None) if job["model"] else z_expected
+    room = open_base(base).context_length  # a sliding window may have made it short
+    z_base = _probe(base, None, room)
+    z_expected = _probe(base, Path(job["sidecar"]), room)
+    z_artifact = _probe(Path(job["model"]), None, room) if job["model"] else z_expected
     band = beta_band(expected["precision"])
     found = effect(band, z_base, z_expected, z_artifact, str(artifact), problems)
     problems.raise_if_any(PostconditionError)
@@ -176,13 +177,13 @@ def _compare_factors(sidecar: Path, base_path: Path, adapter: Adapter, problems:
         problems.add(str(sidecar), "tensors", "one pair for each module", ", ".join(sorted(found)))
 
 
-def _probe(model: Path, adapter: Path | None) -> npt.NDArray[np.float64]:
-    """Logits (positions, vocabulary) of the fixed probe.
+def _probe(model: Path, adapter: Path | None, room: int | None) -> npt.NDArray[np.float64]:
+    """Logits (positions, vocabulary) of the fixed probe, or of its first `room` tokens.
 
     Mapped, and one short batch: models larger than memory are converted, too.
     """
     with open_engine(model, adapter, mmap=True, n_seq_max=1, n_batch=PROBE_BATCH) as engine:
-        ids = engine.tokenize(PROBE, add_special=True)
+        ids = engine.tokenize(PROBE, add_special=True)[:room]
         _, logits = next(iter(engine.logits([ids], [len(ids)])))
         return logits.astype(np.float64)
 
