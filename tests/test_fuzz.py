@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -161,11 +163,13 @@ def test_another_reader_that_reads_otherwise_or_dies_is_a_finding(
 def test_a_reader_that_dies_in_native_code_is_told_from_one_that_does_not(
     tools: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    import os
+    def abort(path: Path) -> None:
+        faulthandler.disable()
+        os.abort()
 
     _, readers = tools
     assert readers._forked(lambda path: None, tmp_path) is None
-    assert readers._forked(lambda path: os.abort(), tmp_path) == "exit code -6"
+    assert readers._forked(abort, tmp_path) == "exit code -6"
 
 
 def test_findings_end_with_1_and_without_somebody_to_compare_with_it_is_2(

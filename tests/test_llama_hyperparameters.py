@@ -84,3 +84,11 @@ def test_hyperparameters_of_other_architectures_are_plausible() -> None:
         assert fields == [], path.name  # there are no blocks to count
         checked += 1
     assert checked > 10
+
+
+def test_key_and_value_heads_without_query_heads_are_refused(tmp_path: Path) -> None:
+    data = tiny.gguf_model("llama").read_bytes()
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data.replace(b"llama.attention.head_count\4", b"llama.attention.head_cOunt\4"))
+    with pytest.raises(EngineError, match=r"head_count: expected query heads beside head_count_kv"):
+        check_model_header(path)

@@ -8,6 +8,7 @@ The other one runs in a process of its own, under a deadline: gguf-py 0.19 can h
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -126,13 +127,19 @@ def _load_model(path: Path) -> Any:
 def _llama(path: Path) -> None:
     """Loads the model and computes one token."""
     llama, model = _load_model(path)
-    if not model:
-        return
+    if model:
+        _decode(llama, model, None)
+
+
+def _decode(llama: Any, model: Any, adapter: Any) -> None:
     parameters = llama.llama_context_default_params()
     parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = 32
     parameters.n_threads = parameters.n_threads_batch = 1
     context = llama.llama_init_from_model(model, parameters)
     if context:
+        if adapter:
+            adapters = (llama.llama_adapter_lora_p_ctypes * 1)(adapter)
+            llama.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0))
         tokens = (llama.llama_token * 1)(1)
         llama.llama_decode(context, llama.llama_batch_get_one(tokens, 1))
 
@@ -153,7 +160,9 @@ def _llama_lora(path: Path) -> None:
     llama, model = _load_model(path.with_name(BASE))
     if not model:
         raise RuntimeError("libllama does not load the base")
-    llama.llama_adapter_lora_init(model, os.fsencode(path))
+    adapter = llama.llama_adapter_lora_init(model, os.fsencode(path))
+    if adapter:
+        _decode(llama, model, adapter)
 
 
 # --- safetensors ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from safegene_runtime.engines.llama_hyperparameters import check_hyperparameters
 from safegene_runtime.errors import EngineError, Problems
 from safegene_runtime.formats.gguf.header import GGUFFile, read_gguf
 from safegene_runtime.formats.gguf.model import GGUFModel, open_model
-from safegene_runtime.formats.gguf.types import ValueType
+from safegene_runtime.formats.gguf.types import GGMLType, ValueType, type_traits
 
 __all__ = ["check_adapter_header", "check_model_header"]
 
@@ -21,6 +21,8 @@ LORA_A, LORA_B = ".lora_a", ".lora_b"
 TOKEN_IDS = ("bos", "eos", "eot", "eom", "unknown", "seperator", "separator", "padding", "mask")
 ADAPTER_KEYS = {"general.type": "adapter", "adapter.type": "lora"}
 INTEGER_TYPES = (ValueType.INT32, ValueType.UINT32)
+FLOATS = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
+"""Beside the quantised types, what libllama multiplies with; of others it dies when it computes."""
 
 
 def check_model_header(path: Path) -> GGUFModel:
@@ -137,6 +139,12 @@ def _check_pairs(adapter: GGUFFile, model: GGUFModel, where: str, problems: Prob
                 "a name ending in .lora_a or .lora_b",
                 "another tensor",
                 "llama.cpp would skip it or refuse the file",
+            )
+            continue
+        if tensor.type not in FLOATS and type_traits(tensor.type)[0] == 1:
+            wanted = ", ".join(kind.name for kind in FLOATS)
+            problems.add(
+                where, f"type of {name}", f"{wanted} or a quantised type", tensor.type.name
             )
             continue
         stem = name[: -len(LORA_A)]
