@@ -125,17 +125,13 @@ _CARRIED = {
     },
     "onnx": {
         "LlamaForCausalLM": ("default", "llama3"),
-        "MistralForCausalLM": ("default", "linear", "yarn"),
-        "Qwen2ForCausalLM": ("default", "linear", "yarn"),
-        "Qwen3ForCausalLM": ("default", "linear", "yarn"),
+        "MistralForCausalLM": ("default", "linear"),
+        "Qwen2ForCausalLM": ("default", "linear"),
+        "Qwen3ForCausalLM": ("default", "linear"),
     },
 }
 """Kinds of rotary embedding per target: llama.cpp's `conversion`, and the builders of onnxruntime-genai
-0.18, where `LlamaModel.make_rope_init` leaves out what it does not name."""
-_DEFAULTS = {"onnx": {"yarn": {"beta_fast": 32, "beta_slow": 1}}}
-"""transformers' defaults of parameters that a converter takes from the configuration, or fails."""
-
-
+0.18, where `LlamaModel.make_rope_init` leaves out what it does not name, and whose yarn is off."""
 _COMPARED = 16 << 20
 _CONTRADICTION = "config.json contradicts itself"
 _ADVICE = "if it does not bear on the result, remove it; else this model is not supported yet"
@@ -259,12 +255,6 @@ def check_carried(config: Mapping[str, Any], target: str, where: str) -> None:
                 where, f"{kind} rope: {name}", f"a parameter that the converter to {target} carries",
                 _short(parameters[name]), _ADVICE,
             )  # fmt: skip
-        for name, value in _DEFAULTS.get(target, {}).get(kind, {}).items():
-            if name not in parameters:
-                problems.add(
-                    where, f"{kind} rope: {name}", f"a number for the converter to {target}", "none",
-                    f"write what transformers takes when there is none: {value}",
-                )  # fmt: skip
     problems.raise_if_any(BaseModelError)
 
 
