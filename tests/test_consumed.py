@@ -200,7 +200,7 @@ BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
         ("Llama", YARN, {"gguf"}),
         ("Llama", {**YARN, **BETAS}, {"gguf"}),
         ("Qwen2", YARN, {"gguf"}),
-        ("Qwen2", {**YARN, **BETAS}, {"gguf", "onnx"}),
+        ("Qwen2", {**YARN, **BETAS}, {"gguf"}),
         ("Qwen3", {**YARN, **BETAS, "mscale": 1.0}, set()),
         ("Llama", {"rope_type": "dynamic", "factor": 4.0}, set()),
         ("Llama", {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}, set()),

@@ -84,10 +84,6 @@ _CARRIED_KEYS = {
     | {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": _EVERY_ROPE | {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"},
 }
-_DEFAULTS = {ONNX.name: {"yarn": {"beta_fast": 32, "beta_slow": 1}}}
-"""transformers' defaults of parameters that a converter takes from the configuration, or fails."""
-
-
 _COMPARED = 16 << 20
 _CONTRADICTION = "config.json contradicts itself"
 _ADVICE = "if it does not bear on the result, remove it; else this model is not supported yet"
@@ -211,12 +207,6 @@ def check_carried(config: Mapping[str, Any], target: Target, where: str) -> None
                 where, f"{kind} rope: {name}", f"a parameter that the converter to {target.name} carries",
                 _short(parameters[name]), _ADVICE,
             )  # fmt: skip
-        for name, value in _DEFAULTS.get(target.name, {}).get(kind, {}).items():
-            if name not in parameters:
-                problems.add(
-                    where, f"{kind} rope: {name}", f"a number for the converter to {target.name}", "none",
-                    f"write what transformers takes when there is none: {value}",
-                )  # fmt: skip
     problems.raise_if_any(BaseModelError)
 
 

@@ -114,7 +114,7 @@ class ModelClass:
         activations: of its feed-forward network, those that llama.cpp computes.
         rope: target -> kinds of rotary embedding that the converter to it carries over: llama.cpp's
             `conversion`, and the builders of onnxruntime-genai 0.18, where `LlamaModel.make_rope_init`
-            leaves out what it does not name.
+            leaves out what it does not name, and whose yarn is off.
     """
 
     name: str
@@ -273,7 +273,7 @@ TABLE: dict[str, Architecture] = {
                     window="",
                     rope={
                         "gguf": ("default", "linear", "llama3", "yarn"),
-                        "onnx": ("default", "linear", "yarn"),
+                        "onnx": ("default", "linear"),
                     },
                 ),
             ),
@@ -290,7 +290,7 @@ TABLE: dict[str, Architecture] = {
                     window="use_sliding_window",
                     rope={
                         "gguf": ("default", "linear", "yarn"),
-                        "onnx": ("default", "linear", "yarn"),
+                        "onnx": ("default", "linear"),
                     },
                 ),
             ),
@@ -308,7 +308,7 @@ TABLE: dict[str, Architecture] = {
                     window="use_sliding_window",
                     rope={
                         "gguf": ("default", "linear", "yarn"),
-                        "onnx": ("default", "linear", "yarn"),
+                        "onnx": ("default", "linear"),
                     },
                 ),
             ),
