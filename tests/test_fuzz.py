@@ -41,10 +41,13 @@ READERS = ("gguf", "lora", "safetensors", "onnx", "json", "peft")
 
 
 def fuzzed(reader: str, seconds: int, executions: int) -> dict[str, int]:
-    """The figures of a run with the engine that there is; which it was is printed."""
+    """The figures of a run with the engine that there is; which it was is printed.
+
+    The seed is fixed: CI says whether what was found stays mended, `make fuzz` looks for more.
+    """
     done = subprocess.run(
         [sys.executable, TOOLS / "fuzz.py", reader, "--seconds", str(seconds),
-         "--executions", str(executions)],
+         "--executions", str(executions), "--seed", "1"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     print(done.stdout)
@@ -69,7 +72,7 @@ def test_nothing_is_found_in_a_moment(reader: str) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("reader", READERS)
 def test_nothing_is_found_in_a_minute(reader: str) -> None:
-    assert fuzzed(reader, 60, 10**9)["executions"] > 1000
+    assert fuzzed(reader, 60, 20_000)["executions"] > 1000
 
 
 # --- the fuzzer itself, on readers with one fault each ----------------------------------------------

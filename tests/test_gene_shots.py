@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_gene_fit import SHOTS, TARGET, gene, logits_of  # noqa: F401
+from test_gene_fit import SHOTS, TARGET, gene, logits_of, source  # noqa: F401
 
 from safegene_converter.gene import calibrate as calibrating
 from safegene_converter.gene.calibrate import calibrate

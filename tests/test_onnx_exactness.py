@@ -15,7 +15,6 @@ from onnx_tools import FORMS, convert_onnx
 from test_exactness import PROMPTS, VARIANTS, with_coefficients
 
 from safegene import record
-from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.engines.ort import OrtEngine
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.verifying.forced import forced_passes
@@ -28,11 +27,8 @@ SAME_LOGITS = 2e-4
 def answers(reference: Reference, folder: Path) -> tuple[float, list[list[int]], np.ndarray]:
     """(mean KL, greedy replies, teacher-forced logits of the first prompt)."""
     adapter = folder / "adapter.onnx_adapter"
-    digests = None
-    if (folder / "manifest.json").exists():
-        digests = {entry.path: entry.sha256 for entry in read_manifest(folder).files}
     with OrtEngine(
-        folder / "model.onnx", adapter if adapter.exists() else None, threads=1, digests=digests
+        folder / "model.onnx", adapter if adapter.exists() else None, threads=1
     ) as engine:
         passes = forced_passes(engine, reference)
         replies = engine.generate(

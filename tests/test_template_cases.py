@@ -334,6 +334,8 @@ def test_weights_of_another_shape_than_the_configuration_says_are_named_at_once(
     shutil.copytree(tiny.hf_model("llama"), tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "head_dim": 24}))
-    with pytest.raises(BaseModelError, match=r"q_proj: expected .96, 64.*got .64, 64") as caught:
+    with pytest.raises(
+        BaseModelError, match=r"q_proj.weight: expected .96, 64.*got .64, 64"
+    ) as caught:
         load_model(open_base(tmp_path / "hf"))
     assert "report" not in str(caught.value)

@@ -91,12 +91,12 @@ def onnx_rebuild(
         SafeGeneError: the base cannot be used or does not fit the gene.
     """
     tell: Progress = progress or silent
-    wanted = None if form is None else form_named(ONNX, form)
-    if wanted is not None and wanted.has_slots:
-        known = " or ".join(one.name for one in forms_of(ONNX) if not one.has_slots)
+    known = sorted(one.name for one in forms_of(ONNX) if not one.has_slots)
+    if form is not None and form not in known:
         raise UnsupportedError(
-            Problem("onnx_rebuild", "form", known, wanted.name, "choose one of these")
+            Problem("onnx_rebuild", "form", " or ".join(known), form, "choose one of these")
         )
+    wanted = None if form is None else form_named(ONNX, form)
     adapter = read_adapter(gene)
     export = Export(precision)
     source = open_source(base, export)

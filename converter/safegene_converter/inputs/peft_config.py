@@ -166,7 +166,7 @@ class LoraSettings:
     def _layer_of(self, module: str) -> int | None:
         patterns = [_LAYERS_PATTERN.format(pattern) for pattern in self.layers_pattern]
         for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
-            if found := re.match(pattern, module):
+            if (found := re.match(pattern, module)) and found["idx"]:
                 return int(found["idx"])
         return None
 

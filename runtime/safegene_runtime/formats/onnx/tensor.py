@@ -133,7 +133,11 @@ def read_initializer(info: Initializer) -> npt.NDArray[Any]:
     dtype = _NUMPY.get(info.dtype)
     if dtype is None:
         return np.frombuffer(raw, np.uint8)
-    return np.frombuffer(raw, dtype).reshape(info.shape)
+    try:
+        return np.frombuffer(raw, dtype).reshape(info.shape)
+    except ValueError as error:  # an empty tensor of extents that no array may have
+        place = info.path or Path(info.name)
+        raise wrong(place, info.name, "a shape that an array may have", str(info.shape)) from error
 
 
 class TensorReader(WireReader):
