@@ -206,6 +206,7 @@ BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
         ("Llama", {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}, set()),
         ("Qwen3", {"rope_type": "ntk"}, set()),
         ("Llama", {**YARN, "attention_factor": 1.3}, set()),
+        ("Mistral", {**YARN, "beta_fast": 16.0, "beta_slow": 2.0}, set()),
     ],
 )
 def test_a_scaled_rope_goes_only_where_the_converter_carries_it(

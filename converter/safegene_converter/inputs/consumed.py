@@ -82,8 +82,10 @@ _CARRIED_KEYS = {
     "linear": _EVERY_ROPE | {"factor"},
     "llama3": _EVERY_ROPE
     | {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": _EVERY_ROPE | {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"},
+    "yarn": _EVERY_ROPE | {"factor", "original_max_position_embeddings"},
 }
+_DEFAULTS = {"beta_fast": 32, "beta_slow": 1}
+"""What both sides take where nothing is said; llama.cpp takes it whatever is said."""
 _COMPARED = 16 << 20
 _CONTRADICTION = "config.json contradicts itself"
 _ADVICE = "if it does not bear on the result, remove it; else this model is not supported yet"
@@ -202,7 +204,8 @@ def check_carried(config: Mapping[str, Any], target: Target, where: str) -> None
             kind, "the target would have another rotary embedding; try the other target",
         )  # fmt: skip
     else:
-        for name in sorted(parameters.keys() - _CARRIED_KEYS[kind] - {"partial_rotary_factor"}):
+        said = {name for name, value in parameters.items() if _DEFAULTS.get(name) != value}
+        for name in sorted(said - _CARRIED_KEYS[kind] - {"partial_rotary_factor"}):
             problems.add(
                 where, f"{kind} rope: {name}", f"a parameter that the converter to {target.name} carries",
                 _short(parameters[name]), _ADVICE,
