@@ -10,14 +10,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from safegene_runtime.artifact.integrity import check_integrity
 from safegene_runtime.artifact.manifest import Manifest, read_manifest
 from safegene_runtime.cpus import thread_count
 from safegene_runtime.engines.chat import render
-from safegene_runtime.engines.engine import Engine
+from safegene_runtime.engines.engine import Closing, Engine
 from safegene_runtime.engines.registry import engine_for, open_engine
 from safegene_runtime.errors import EngineError, Problem, UnverifiedError
 from safegene_runtime.formats.fields import integer, list_of
@@ -113,7 +111,7 @@ def _unverified(manifest: Manifest, folder: Path) -> Problem | None:
     )
 
 
-class Session:
+class Session(Closing):
     """A model that answers, greedily, as it was verified; made by `open`.
 
     Attributes:
@@ -205,17 +203,6 @@ class Session:
     def close(self) -> None:
         """Frees the model; harmless when called again."""
         self.engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _check(messages: Sequence[Message], max_new_tokens: int) -> None:

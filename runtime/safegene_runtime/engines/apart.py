@@ -16,8 +16,7 @@ import time
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import numpy as np
 
@@ -31,6 +30,7 @@ from safegene_runtime.child import (
     python_environment,
 )
 from safegene_runtime.engines.channel import TICK_SECONDS, Channel, SharedRows
+from safegene_runtime.engines.engine import Closing
 from safegene_runtime.errors import EngineError, Problem, SafeGeneError
 from safegene_runtime.formats.files import CHECKED
 from safegene_runtime.progress import Step
@@ -43,7 +43,7 @@ END_SECONDS = 5.0
 LOG_BYTES = 1 << 16
 
 
-class ChildEngine:
+class ChildEngine(Closing):
     """An `Engine` that runs in a child; see there for what the methods do.
 
     Args:
@@ -303,17 +303,6 @@ class ChildEngine:
         """Ends the child; harmless when called again."""
         self._channel = None
         self._end()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _end(

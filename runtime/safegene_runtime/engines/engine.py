@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -11,7 +10,21 @@ import numpy as np
 from safegene_runtime.errors import EngineError, Problem
 from safegene_runtime.progress import Step
 
-__all__ = ["Engine", "checked_ids", "checked_keep", "checked_limits", "shared_length"]
+__all__ = ["Closing", "Engine", "checked_ids", "checked_keep", "checked_limits", "shared_length"]
+
+
+class Closing:
+    """Closed at the end of its `with`."""
+
+    def close(self) -> None:
+        """Frees what is held; harmless when called again."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 @runtime_checkable
@@ -94,12 +107,7 @@ class Engine(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
 
 def checked_ids(

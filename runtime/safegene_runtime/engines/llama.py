@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 
 from safegene_runtime.cpus import thread_count
-from safegene_runtime.engines.engine import checked_keep, checked_limits, shared_length
+from safegene_runtime.engines.engine import Closing, checked_keep, checked_limits, shared_length
 from safegene_runtime.engines.llama_context import CELL_PAD, KV_TYPES, LlamaContext
 from safegene_runtime.engines.llama_model import LlamaModel
 from safegene_runtime.engines.llama_native import (
@@ -44,7 +43,7 @@ class _Slot:
     output: list[int] = field(default_factory=list)
 
 
-class LlamaEngine:
+class LlamaEngine(Closing):
     """A GGUF model, and the sidecar adapter where there is one, in llama.cpp on the CPU.
 
     Args:
@@ -347,17 +346,6 @@ class LlamaEngine:
         """Frees context, adapter and model, in this order; harmless when called again."""
         self._context.close()
         self._model.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _check_settings(kv_type: str, n_seq_max: int, n_batch: int, n_ctx: int | None) -> None:

@@ -12,13 +12,18 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from safegene_runtime.cpus import thread_count
-from safegene_runtime.engines.engine import checked_ids, checked_keep, checked_limits, shared_length
+from safegene_runtime.engines.engine import (
+    Closing,
+    checked_ids,
+    checked_keep,
+    checked_limits,
+    shared_length,
+)
 from safegene_runtime.engines.ort_decoder import OrtDecoder
 from safegene_runtime.engines.ort_packages import ort_packages
 from safegene_runtime.engines.ort_text import OrtText
@@ -40,7 +45,7 @@ class _Prefix:
     caches: tuple[np.ndarray, ...]
 
 
-class OrtEngine:
+class OrtEngine(Closing):
     """An ONNX decoder, and its `.onnx_adapter` where there is one, in ONNX Runtime on the CPU.
 
     Args:
@@ -319,17 +324,6 @@ class OrtEngine:
     def close(self) -> None:
         """Frees the session; harmless when called again."""
         self._decoder.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _padded(rows: list[np.ndarray]) -> np.ndarray:
