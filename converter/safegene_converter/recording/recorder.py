@@ -65,8 +65,8 @@ def record(request: RecordRequest, progress: Progress | None = None) -> Referenc
     Raises:
         SafeGeneError: nothing is left under the name `out`. RecordError: the adapter has no effect
             in PyTorch, or an attack adds control tokens; FormatError: an unknown attack, or one
-            that applies to no prompt, AdapterError: PEFT ignored
-            a part of it; EngineError: the chat template failed.
+            that applies to no prompt; AdapterError: PEFT ignored a part of it; EngineError: the chat
+            template failed.
     """
     tell = progress or silent
     max_new_tokens, top_k = request.max_new_tokens, request.top_k
