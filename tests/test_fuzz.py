@@ -92,7 +92,7 @@ def hanging(path: Path, data: bytes) -> None:
 
 
 def hoarding(path: Path, data: bytes) -> None:
-    hoard = bytearray(160 << 20)
+    hoard = bytearray(192 << 20)
     hoard[::4096] = b"x" * len(hoard[::4096])
     raise FormatError(Problem("x", "size", "little", "much"))
 

@@ -140,7 +140,10 @@ class Run:
         peak = _peak()
         if peak > self._peak:
             if peak - self._peak > MAX_GROWTH:
-                self._keep("memory growth", f"{(peak - self._peak) >> 20} MiB", data, "")
+                grown = (peak - self._peak) >> 20
+                # the same growth is never measured alike twice: its power of two names it
+                over = 1 << (grown.bit_length() - 1)
+                self._keep("memory growth", f"over {over} MiB", data, f"{grown} MiB")
                 peak = _lowered_peak()
             self._peak = peak
         if accepted:
