@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import re
 import shutil
@@ -16,14 +15,11 @@ import pytest
 import tiny
 import verdicts
 from onnx_tools import quick
-from test_provenance import base_of, carrier, written_adapter
+from test_provenance import base_of, written_adapter
 
 import safegene
 from safegene import convert
-from safegene_runtime.artifact.manifest import read_manifest
-from safegene_runtime.artifact.recomputed import RUNGS, check_verification
 from safegene_runtime.errors import ManifestError, SafeGeneError
-from safegene_runtime.gating.gate import PROFILES, Profile
 
 FORMS = ("gguf merged", "gguf sidecar", "onnx adapter")
 Edit = Callable[[dict[str, Any]], object]
@@ -188,6 +184,11 @@ def smaller_profile(raw: dict[str, Any]) -> None:
     to_pass(raw)
 
 
+def precisions(raw: dict[str, Any]) -> None:
+    put(raw, "artifact.precision", "low-bit")
+    put(raw, f"{REPORT}precision", "low-bit")
+
+
 # what was there -> what is edited, and the field that is named
 FORGED: dict[str, tuple[str, Edit, str]] = {
     "FAIL to PASS": ("FAIL", to_pass, "verdict: expected FAIL, got PASS"),
@@ -195,9 +196,9 @@ FORGED: dict[str, tuple[str, Edit, str]] = {
     "VACUOUS to PASS": ("VACUOUS", to_pass, "verdict: expected VACUOUS, got PASS"),
     "the gate's verdict": ("FAIL", gate_to_pass, r"gates\[0\].verdict: expected FAIL, got PASS"),
     "the rate's status": ("FAIL", rates_to_pass, r"loss.status: expected FAIL, got PASS"),
-    "the rate's bounds": ("FAIL", bounds_to_pass, r"loss.upper: expected 0.58\d*, got 0.01"),
+    "the rate's bounds": ("FAIL", bounds_to_pass, r"loss.upper: expected 0.57\d*, got 0.01"),
     "the rate's margin": ("FAIL", margin_to_pass, r"loss.margin: expected 0.05, got 0.9"),
-    "the counts alone": ("FAIL", counts_to_pass, r"loss.upper: expected 0.04\d*, got 0.58"),
+    "the counts alone": ("FAIL", counts_to_pass, r"loss.upper: expected 0.04\d*, got 0.57"),
     "no gate": ("FAIL", gates_removed, "report.gates: expected a gate"),
     "no counts": ("FAIL", report_of_an_older_version, "gates: expected to be present"),
     "a verdict of no form": (
@@ -251,7 +252,7 @@ FORGED: dict[str, tuple[str, Edit, str]] = {
     "parameters": ("PASS", set_to(adapter__n_parameters=1), "n_parameters: expected 1024"),
     "bytes": ("PASS", modules_too("bytes_after", 2), "bytes_after: expected"),
     "the precision of the artifact": (
-        "PASS", set_to(artifact__precision="low-bit"), "artifact.precision: expected f32",
+        "PASS", precisions, "artifact.precision: expected f32",
     ),
     "the expression": ("PASS", set_to(adapter__expression="strong"), "safegene.expression"),
     "the version": ("PASS", set_to(tool__version="9"), "safegene.version"),
@@ -290,14 +291,15 @@ NAMES = "a name, for people"
 SHOWN = "shown, and decides nothing: for a signature"
 MEANINGLESS = {
     r"artifact\.name": NAMES,
+    r"artifact\.architecture": NAMES + "; of a GGUF it is compared",
     r"tool\.name": NAMES,
     r"base\.(name|kind)": NAMES,
     r"base\.files\..*": LATER + "; a sidecar's base is compared",
-    r"base\.proof\..*": LATER,
     r"adapter\.name": NAMES,
     r"settings\..*": LATER,
     r"modules\.\d+\.module": NAMES + "; `verify` pairs it with the reference's",
     r"modules\.\d+\.(type_before|bytes_before)": LATER,
+    r"modules\.\d+\.bytes_after": SHOWN + "; of a GGUF it is compared",
     r"modules\.\d+\.sha256": "the bytes are covered by the file's own digest, which is compared",
     r"modules\.\d+\.survival(\..*)?": LATER,
     r"verification\.reference_sha256": LATER,
@@ -305,33 +307,35 @@ MEANINGLESS = {
     r"verification\.report\.mode": LATER + "; the other mode is as much what was asked for",
     r"verification\.report\.stop_ids\.\d+": LATER,
     r"verification\.report\.figures\..*": SHOWN + ", within the bounds",
-    r"verification\.report\.rungs\.static": "undecided, where it was ok",
     r"verification\.report\.profile\.(name|budget|strict)": SHOWN + " where nothing flipped",
     r"verification\.report\.gates\.0\.degenerate\.prompts": SHOWN,
+    r"verification\.report\.gates\.0\.(loss|over_refusal|degenerate)\.trials_best": (
+        "of the best case, which can only FAIL, and not without an event"
+    ),
     r"verification\.report\.gates\.0\.contrast\.loss\.prompts": SHOWN,
-    r"verification\.report\.gates\.0\.flips\.(undecided|unexplained)": SHOWN + " unless strict",
 }
 """What may be edited alone, and why nothing is lost by it, or what will cover it."""
 
 
-@pytest.mark.parametrize("form", FORMS)
 def test_any_single_edit_of_a_manifest_is_refused_or_known_to_mean_nothing(
-    form: str, made: dict[str, Path], tmp_path: Path
+    made: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(made[form], tmp_path / "out")
-    whole = read(folder)
-    opened(form, folder, whole)
-    accepted = []
-    paths = list(leaves(whole))
-    for path in paths:
-        raw = copy.deepcopy(whole)
-        at(raw, path[:-1])[path[-1]] = other(at(raw, path))
-        try:
-            opened(form, folder, raw)
-        except SafeGeneError:
-            continue
-        accepted.append(".".join(map(str, path)))
-    known = [one for one in accepted if any(re.fullmatch(rule, one) for rule in MEANINGLESS)]
-    assert accepted == known
-    assert len(paths) > 150
-    assert len(accepted) < len(paths) / 3
+    tried, accepted = 0, []
+    for form in FORMS:
+        folder = shutil.copytree(made[form], tmp_path / form)
+        whole = read(folder)
+        opened(form, folder, whole)
+        for path in leaves(whole):
+            tried += 1
+            raw = copy.deepcopy(whole)
+            at(raw, path[:-1])[path[-1]] = other(at(raw, path))
+            try:
+                opened(form, folder, raw)
+            except SafeGeneError:
+                continue
+            accepted.append(".".join(map(str, path)))
+    used = {one: [rule for rule in MEANINGLESS if re.fullmatch(rule, one)] for one in accepted}
+    assert [one for one, rules in used.items() if not rules] == []
+    assert MEANINGLESS.keys() - {rule for rules in used.values() for rule in rules} == set()
+    assert tried > 500
+    assert len(accepted) < tried / 3

@@ -194,9 +194,7 @@ def _check_touched(
             )  # fmt: skip
     found = header.get("general.architecture")
     if found != manifest.artifact["architecture"]:
-        problems.add(
-            where, "general.architecture", manifest.artifact["architecture"], found, APART
-        )
+        problems.add(where, "general.architecture", manifest.artifact["architecture"], found, APART)
 
 
 def _stored_type(manifest: Manifest, module: ModuleEntry, shape: tuple[int, int]) -> str:
