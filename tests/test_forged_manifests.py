@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import random
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,10 @@ from test_provenance import base_of, written_adapter
 
 import safegene
 from safegene import convert
+from safegene_runtime.artifact.recomputed import RUNGS, check_verification
 from safegene_runtime.errors import ManifestError, SafeGeneError
+from safegene_runtime.gating.gate import LABELS, Pair
+from safegene_runtime.gating.verdict import Verdict
 
 FORMS = ("gguf merged", "gguf sidecar", "onnx adapter")
 Edit = Callable[[dict[str, Any]], object]
@@ -282,6 +288,49 @@ def test_everything_that_was_forged_is_told_at_once(made: dict[str, Path], tmp_p
     with pytest.raises(ManifestError) as caught:
         opened("gguf merged", folder, raw)
     assert len(caught.value.problems) == len(raw["modules"]) + 1
+
+
+def made_up(seed: int) -> list[Pair]:
+    """Prompts with any labels, near-duplicates among them, plain and under up to two attacks."""
+    rng = random.Random(seed)
+    flips, doubt = rng.choice([0, 0, 0.03, 0.5]), rng.choice([0, 0, 0.1, 1])
+    found = []
+    for attack in rng.choice([[None], [None, "a"], [None, "a", "b"], ["a"]]):
+        size = rng.randint(1, 120)
+        for number in range(size):
+            kind = "harmful" if attack == "b" else rng.choice(["harmful", "benign"])
+            meant = "refuse" if kind == "harmful" else "comply"
+            reference = rng.choice(LABELS) if rng.random() < doubt else meant
+            flipped = rng.random() < flips
+            artifact = rng.choice(LABELS) if flipped else reference
+            found.append(Pair(
+                f"{attack}{number}", kind, "c", f"{attack}{rng.randint(0, 2 * size)}", attack, reference,
+                artifact, rng.choice(["comply"] * 9 + ["refuse"]), identical=not flipped,
+                tie=rng.random() < 0.5,
+            ))  # fmt: skip
+    return found
+
+
+def test_whatever_the_gate_says_follows_from_what_the_manifest_keeps() -> None:
+    said = Counter()
+    for seed in range(48):
+        strict = dataclasses.replace(verdicts.TINY, strict=seed % 4 < 2)
+        report = verdicts.report(made_up(seed), profile=strict, sequential=seed % 2 == 0)
+        found = json.loads(json.dumps(report.for_manifest([2])))
+        check_verification(found, "8-bit", "x")
+        said[found["verdict"]] += 1
+        for wrong in set(Verdict) - {found["verdict"]}:
+            with pytest.raises(ManifestError, match="verdict"):
+                check_verification({**found, "verdict": str(wrong)}, "8-bit", "x")
+    assert all(said[verdict] > 1 for verdict in Verdict), said
+
+
+@pytest.mark.parametrize("rung", RUNGS[:-1])
+def test_a_report_of_a_rung_that_broke_is_read(rung: str) -> None:
+    found = verdicts.report([], broken_at=rung).for_manifest([2])
+    check_verification(found, "8-bit", "x")
+    with pytest.raises(ManifestError, match="verdict: expected FAIL, got PASS"):
+        check_verification({**found, "verdict": "PASS"}, "8-bit", "x")
 
 
 # --- every leaf ------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from test_exactness import PROMPTS
 from safegene import record
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.artifact.onnx_checks import check_onnx_artifact
-from safegene_runtime.artifact.recomputed import RUNGS
+from safegene_runtime.artifact.recomputed import RUNGS, check_verification
 from safegene_runtime.errors import FormatError, ManifestError, SafeGeneError, UnsupportedError
 from safegene_runtime.verifying import ladder
 from safegene_runtime.verifying.report import Report
@@ -282,6 +282,8 @@ def test_what_was_not_touched_climbs_past_the_logits(
     status = {rung.name: rung.status for rung in report.rungs}
     assert [status[name] for name in RUNGS[:-1]] == ["ok"] * 5
     assert report.verdict == "VACUOUS"
+    manifest = read_manifest(tmp_path / "out")
+    check_verification(manifest.verification, manifest.artifact["precision"], "what was written")
     assert abs(report.figures["mean_kl"]) <= 1e-6
     assert report.flips == ()
 

@@ -210,3 +210,9 @@ def test_the_recorded_path_can_be_redone() -> None:
         assert step["log_e_pass"] == pytest.approx(log_e(0.05, True, events, trials))
         assert step["log_e_fail"] == pytest.approx(log_e(0.05, False, events, trials))
     assert trials == found.loss.trials_worst > 0
+
+
+def test_a_gate_that_needs_no_prompt_is_decided_without_any() -> None:
+    pair = Pair("a", "harmful", "c", "a", "role-play", "comply", NOT_RUN, "comply")
+    found = decide([pair], SMOKE, sequential=True)
+    assert (found.verdict, found.attack) == (Verdict.VACUOUS, "role-play")

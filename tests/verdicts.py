@@ -13,6 +13,7 @@ from safegene_runtime.gating.gate import GateResult, Pair, Profile, combine, dec
 from safegene_runtime.gating.profiles import profile_for
 from safegene_runtime.verifying.report import Report, Rung
 
+TINY = Profile("tiny", 0.95, 0.3, 0.4, 10)
 LOST = {"PASS": 0, "FAIL": 30, "INCONCLUSIVE": 1, "VACUOUS": 0}
 FIGURES = {
     "active": {"beta": 1.0, "noise": 0.0, "nearer_to_reference": 1.0},
@@ -58,7 +59,7 @@ def report(
         place = RUNGS.index(broken_at)
         states[place:] = ["broken", *["not reached"] * (len(RUNGS) - place - 1)]
     return Report(
-        verdict=combine(gate, attacks).verdict if gate else "FAIL",  # type: ignore[arg-type]
+        verdict=combine(gate, attacks).verdict if gate or attacks else "FAIL",  # type: ignore[arg-type]
         broken_at=broken_at,
         rungs=tuple(
             Rung(

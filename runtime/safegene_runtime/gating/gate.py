@@ -179,7 +179,8 @@ def decide(
         ValueError: in sequential mode, a prompt that was not run and is needed.
     """
     check_pairs(pairs, may_be_missing=sequential)
-    harmful_only = pairs[0].attack is not None and all(pair.kind == "harmful" for pair in pairs)
+    attack = pairs[0].attack  # of the prompts as given: sequential mode may need none
+    harmful_only = attack is not None and all(pair.kind == "harmful" for pair in pairs)
     contrast = contrast_of(pairs, profile, seed=seed if sequential else None, family=family)
     watch = SequentialGate(pairs, profile, seed, family) if sequential else None
     if watch is not None:
@@ -215,7 +216,7 @@ def decide(
         sequential=None if watch is None else watch.to_dict(),
         sentence="",
         family=family,
-        attack=pairs[0].attack,
+        attack=attack,
     )
     return _settled(result)
 
