@@ -177,9 +177,8 @@ def _check_touched(
             expected = f"{_stored_type(manifest, module, shape)} {shape}"
             if got != expected:
                 problems.add(where, name, expected, got, APART)
-        before = 0
-        if module.type_before in GGMLType.__members__:
-            before = nbytes(module.shape, GGMLType[module.type_before])
+        kind = GGMLType.__members__.get(module.type_before or "")
+        before = 0 if kind is None else nbytes(module.shape, kind)
         if (module.type_before is not None) is not manifest.form.merges or (
             before != module.bytes_before
         ):
