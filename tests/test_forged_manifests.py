@@ -22,6 +22,7 @@ from test_provenance import base_of, written_adapter
 
 import safegene
 from safegene import convert
+from safegene_converter.describing import inspect
 from safegene_runtime.artifact.recomputed import RUNGS, check_verification
 from safegene_runtime.errors import ManifestError, SafeGeneError
 from safegene_runtime.gating.gate import LABELS, Pair
@@ -245,6 +246,10 @@ FORGED: dict[str, tuple[str, Edit, str]] = {
         "PASS", set_to(verification__report__gates__0__loss__trials_best=1 << 40),
         "trials_best: expected 0 to",
     ),
+    "a margin beyond numbers": (
+        "PASS", set_to(verification__report__profile__loss_margin=5e-324),
+        "counts that prompts can have|loss.margin",
+    ),
     "a profile that cannot be": (
         "PASS", set_to(verification__report__profile__confidence=2.0), "profile: expected margins",
     ),
@@ -331,6 +336,16 @@ def test_a_report_of_a_rung_that_broke_is_read(rung: str) -> None:
     check_verification(found, "8-bit", "x")
     with pytest.raises(ManifestError, match="verdict: expected FAIL, got PASS"):
         check_verification({**found, "verdict": "PASS"}, "8-bit", "x")
+
+
+def test_a_forged_verdict_is_not_shown_either(made: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(made["gguf merged"], tmp_path / "out")
+    assert inspect(folder)["verification"]["verdict"] == "PASS"
+    raw = read(folder)
+    raw["verification"]["verdict"] = "FAIL"
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(ManifestError, match="verdict: expected PASS, got FAIL"):
+        inspect(folder)
 
 
 # --- every leaf ------------------------------------------------------------------------------------

@@ -267,6 +267,7 @@ HOSTILE: dict[str, tuple[str, Change]] = {
     "a shape with 0": ("shape: expected", _set("modules.0.shape", [0, 192])),
     "a shape with true": ("shape: expected", _set("modules.0.shape", [True, 192])),
     "a shape of floats": ("shape: expected", _set("modules.0.shape", [576.0, 192.0])),
+    "a shape of text": ("shape: expected", _set("modules.0.shape", ["576", "192"])),
     "a file twice": ("files.path: expected each file once", _again("files")),
     "a file twice, in capitals": ("expected each file once", _again("files", path="MODEL.gguf")),
     "a tensor twice": ("modules.tensor: expected each tensor once", _again("modules", module="v")),

@@ -11,6 +11,7 @@ from safegene_converter.inputs.adapter import Adapter, read_adapter
 from safegene_converter.inputs.adapter_files import CONFIG_NAME, would_do
 from safegene_converter.inputs.base import open_base
 from safegene_runtime.artifact.manifest import Manifest, check_files, read_manifest
+from safegene_runtime.artifact.recomputed import check_verification
 from safegene_runtime.errors import AdapterError, Problem, Problems
 from safegene_runtime.formats.files import MANIFEST_NAME
 
@@ -87,8 +88,10 @@ def _describe_adapter(adapter: Adapter, base: Path | None) -> dict[str, Any]:
 
 
 def inspect_artifact(path: Path) -> dict[str, Any]:
-    """Describes an artifact, after checking its files against its manifest."""
+    """Describes an artifact, after checking its files and its verdict against its manifest."""
     manifest = read_manifest(path)
+    where = f"{path / MANIFEST_NAME}: verification"
+    check_verification(manifest.verification, manifest.artifact["precision"], where)
     check_files(manifest, path)
     return describe_manifest(manifest, path)
 

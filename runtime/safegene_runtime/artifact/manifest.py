@@ -352,6 +352,8 @@ def _parse(raw: Any, where: str) -> Manifest:
     problems.raise_if_any(ManifestError)
     _check_meaning(raw, where, problems)
     problems.raise_if_any(ManifestError)
+    check_modules(raw, where, problems)
+    problems.raise_if_any(ManifestError)
     return Manifest(
         **{name: raw[name] for name in (*_SECTIONS, "settings", "verification")},
         files=tuple(FileEntry(**entry) for entry in raw["files"]),
@@ -403,7 +405,6 @@ def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
         if entry["tensor"] in tensors:
             problems.add(where, "modules.tensor", "each tensor once", entry["tensor"])
         tensors.add(entry["tensor"])
-    check_modules(raw, where, problems)
     _check_slots(raw, where, problems)
 
 

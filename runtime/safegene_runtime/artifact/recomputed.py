@@ -162,7 +162,7 @@ def check_verification(found: Mapping[str, Any] | None, precision: str, where: s
     _refuse(problems)
     try:
         again = recounted(gates)
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         problems.add(where, "report.gates", "counts that prompts can have", str(error))
     _refuse(problems)
     _compare(report["precision"], precision, "report.precision", where, problems)
