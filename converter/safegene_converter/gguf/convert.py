@@ -26,7 +26,7 @@ from safegene_converter.gguf.fold import GGUFFold, Made, starts_from_float
 from safegene_converter.gguf.sidecar import SIDECAR_TYPES, write_sidecar
 from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.inputs.base import Base, open_base
-from safegene_converter.inputs.consumed import check_carried, window_of
+from safegene_converter.inputs.consumed import check_carried, check_proved, limit_of
 from safegene_converter.inputs.row_proof import prove_transform
 from safegene_converter.requests import ConvertRequest
 from safegene_runtime import __version__
@@ -68,6 +68,7 @@ def convert(request: ConvertRequest, progress: Progress | None = None) -> Manife
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
     if base.config is not None:
         check_carried(base.config, GGUF, str(base.path))
+        check_proved(base.config, request.check)
     type_name, imatrix = request.type.lower(), request.imatrix
     _check_type(form, type_name, base)
     weights = read_imatrix(imatrix) if imatrix else {}
@@ -83,7 +84,7 @@ def convert(request: ConvertRequest, progress: Progress | None = None) -> Manife
             hf_base = base
             base = _from_hugging_face(base, work, request.llama_cpp, tell)
             settings["transform_error"] = _prove_transforms(adapter, hf_base, base)
-            if hf_base.config is not None and (window := window_of(hf_base.config)) is not None:
+            if hf_base.config is not None and (window := limit_of(hf_base.config)) is not None:
                 settings["sliding_window"] = window  # which is where its context ends
             if request.check:
                 proof = prove_gguf_of_folder(hf_base, base, tell).to_dict()

@@ -132,7 +132,9 @@ def _without_prefix(key: str) -> tuple[str | None, bool]:
 
 def _in_text_model(module: str) -> tuple[str, str] | None:
     """(stem, name in the text model) of a linear module of a block; None for any other."""
-    for stem in (STEM, *_TEXT_STEMS):
+    if parse_module(module):
+        return STEM, module
+    for stem in _TEXT_STEMS:
         name = STEM + module.removeprefix(stem) if module.startswith(f"{stem}.layers.") else ""
         if parse_module(name):
             return stem, name

@@ -226,7 +226,7 @@ def _run(
     for arm in ("ref", "base"):
         with _arm(model, arm):
             caches[arm] = prefill(model, ids[0][:shared])
-    for batch in batches(ids):
+    for batch in batches(model, ids):
         tails = [ids[index][shared:] for index in batch]
         with _arm(model, "ref"):
             begun = begin(model, caches["ref"], tails)

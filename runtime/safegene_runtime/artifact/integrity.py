@@ -8,6 +8,7 @@ from pathlib import Path
 from safegene_runtime.artifact.forms import ONNX
 from safegene_runtime.artifact.manifest import Manifest, check_files
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, check_provenance
+from safegene_runtime.architecture.table import arithmetic_of
 from safegene_runtime.errors import EngineError, ManifestError, Problem, Problems, RecordError
 from safegene_runtime.formats.gguf.header import read_gguf
 from safegene_runtime.formats.gguf.model import GGUFModel, open_model
@@ -170,4 +171,8 @@ def model_precision(header: GGUFModel) -> str:
     Raises:
         UnsupportedError: weights of a type that has no class, or none at all.
     """
-    return precision_of(elements_by_type(header.tensors.values()), str(header.shards[0].path))
+    return precision_of(
+        elements_by_type(header.tensors.values()),
+        str(header.shards[0].path),
+        arithmetic_of(header.get("general.architecture")),
+    )
