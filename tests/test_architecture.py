@@ -27,7 +27,6 @@ from safegene_runtime.architecture.table import (
     architecture_of_config,
     architecture_of_type,
     layer_of,
-    linear_modules,
     module_kinds,
     parse_module,
     parse_paths,

@@ -194,7 +194,11 @@ def test_gguf_tensors_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"architectures": ["T5ForConditionalGeneration"]}, UnsupportedError, "T5ForConditionalGeneration"),
+        (
+            {"architectures": ["T5ForConditionalGeneration"]},
+            UnsupportedError,
+            "T5ForConditionalGeneration",
+        ),
         ({"architectures": "absent"}, UnsupportedError, "architectures"),
         ({"auto_map": {"AutoModel": "x.Y"}}, UnsupportedError, "run their own code"),
         ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedError, "quantised"),

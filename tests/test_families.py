@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from test_exactness import PROMPTS, REPLY_TOKENS, compared
+from families import FORMS, every_module, folded
+from test_exactness import PROMPTS
 from tiny_architectures import SURVEYED
 
 from safegene import convert, record
@@ -40,29 +42,13 @@ def test_the_row_of_a_family_is_what_its_weights_say(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", SURVEYED)
-def test_llama_cpp_computes_what_peft_computes_in_every_family(
-    family: str, tmp_path: Path
-) -> None:
-    base, gguf = tiny.hf_model(family), tiny.gguf_model(family)
-    kinds = sorted({module.rsplit(".", 1)[-1] for module in open_base(base).shapes})
-    adapter = tiny.peft_adapter(
-        family, tmp_path / "adapter", scale=0.1, target_modules=kinds, use_rslora=True,
-        rank_pattern={kinds[0]: 2},
-    )  # fmt: skip
-    reference = record(
-        adapter, base, tmp_path / "reference", prompts=PROMPTS, max_new_tokens=REPLY_TOKENS
-    )
-    convert(adapter, gguf, tmp_path / "sidecar", form="sidecar", check=False)
-    convert(adapter, gguf, tmp_path / "merged", form="merged", check=False)
-    limit = bounds_for(TABLE[open_base(gguf).architecture].arithmetic).kl_ceiling
-    for files in (
-        (gguf, tmp_path / "sidecar" / "adapter.gguf"), (tmp_path / "merged" / "model.gguf", None)
-    ):  # fmt: skip
-        kl, same_replies = compared(reference, *files)
-        assert abs(kl) <= limit
-        assert same_replies
-    without, _ = compared(reference, gguf, None)
-    assert without > 100 * limit, "the adapter must matter, or nothing was compared"
+def test_llama_cpp_computes_what_peft_computes_in_every_family(family: str, tmp_path: Path) -> None:
+    found = folded(family, tmp_path)
+    limit = bounds_for(TABLE[open_base(tiny.gguf_model(family)).architecture].arithmetic).kl_ceiling
+    for form in FORMS:
+        assert abs(found.kl[form]) <= limit
+        assert found.same_replies[form]
+    assert found.without > 100 * limit, "the adapter must matter, or nothing was compared"
 
 
 # --- a family from its Hugging Face folder: whose weights are stored (in, out); with a window; with groups
@@ -71,8 +57,8 @@ def test_llama_cpp_computes_what_peft_computes_in_every_family(
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "falcon2", "lfm2"])
 def test_a_folder_is_converted_proved_and_folded(family: str, tmp_path: Path) -> None:
     base = tiny.whole_hf_model(family)
-    kinds = sorted({module.rsplit(".", 1)[-1] for module in open_base(base).shapes})
-    adapter = tiny.peft_adapter(family, tmp_path / "adapter", scale=0.1, target_modules=kinds)
+    targets = every_module(base)
+    adapter = tiny.peft_adapter(family, tmp_path / "adapter", scale=0.1, target_modules=targets)
     manifest = convert(adapter, base, tmp_path / "out", type="f32")
     assert manifest.settings["transform_error"] == 0
     proof = manifest.base["proof"]
@@ -95,20 +81,27 @@ def test_a_folder_whose_weights_are_of_another_model_is_refused(tmp_path: Path) 
     """Nothing of an unlisted configuration is read here, so running it has to tell."""
     base = tmp_path / "base"
     adapter = tiny.peft_adapter("granite", tmp_path / "adapter")
-    import shutil
-
     shutil.copytree(tiny.whole_hf_model("granite"), base)
     config = json.loads((base / "config.json").read_text())
     config["embedding_multiplier"], before = 3.0, config["embedding_multiplier"]
     (base / "config.json").write_text(json.dumps(config))
     assert before != 3.0
-    convert(adapter, base, tmp_path / "as-said")  # both sides read it: another model, and a right one
+    convert(
+        adapter, base, tmp_path / "as-said"
+    )  # both sides read it: another model, and a right one
     del config["rope_parameters"]
     config["rope_scaling"] = {"rope_type": "linear", "factor": 4.0}
     config["partial_rotary_factor"] = 0.5
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(BaseModelError):
         convert(adapter, base, tmp_path / "out")
+
+
+def test_a_gguf_of_a_family_is_recorded_with_its_folder(tmp_path: Path) -> None:
+    """What transformers' loader leaves out of a GGUF is listed for the listed architectures only."""
+    adapter = tiny.peft_adapter("gemma3", tmp_path / "adapter")
+    with pytest.raises(BaseModelError, match="pass the Hugging Face folder"):
+        record(adapter, tiny.gguf_model("gemma3"), tmp_path / "reference", prompts=PROMPTS)
 
 
 # --- the search itself

@@ -18,8 +18,8 @@ class Tiny:
     Attributes:
         kind: its classes in transformers are `<kind>Config` and `<kind>ForCausalLM`.
         settings: of its configuration, besides the sizes that all of them have.
-        tokenizer: `smollm2`; `qwen2` where transformers insists on Qwen2Tokenizer; `spm`, a SentencePiece model
-            made here, where llama.cpp's converter insists on a tokenizer.model; `glm`, with GLM's own tokens.
+        tokenizer: `smollm2`; `qwen2` where transformers insists on Qwen2Tokenizer; `spm`, a SentencePiece
+            model made here, where llama.cpp's converter insists on one; `glm`, with GLM's own tokens.
         model: its class, where that is not `<kind>ForCausalLM`.
         exporter: who makes the ONNX model: the onnxruntime-genai `builder`, or torch.onnx
             (`dynamo`, `torchscript`) where the builder cannot.
@@ -65,7 +65,9 @@ SURVEYED = {
     "gemma": Tiny("Gemma", _HEAD, "spm"),
     "gemma2": Tiny("Gemma2", {**_HEAD, **_WINDOW, "query_pre_attn_scalar": 16}, "spm"),
     "gemma3": Tiny(
-        "Gemma3Text", {**_HEAD, **_WINDOW, "query_pre_attn_scalar": 16}, "spm",
+        "Gemma3Text",
+        {**_HEAD, **_WINDOW, "query_pre_attn_scalar": 16},
+        "spm",
         model="Gemma3ForCausalLM",
     ),
     "phi2": Tiny("Phi", {**_UNTIED, "num_key_value_heads": 4, "intermediate_size": 256}),
@@ -103,13 +105,25 @@ SURVEYED = {
     "granitemoe": Tiny("GraniteMoe", {**_GRANITE, "num_local_experts": 4}),
     "mixtral": Tiny("Mixtral", {**_UNTIED, **_HEAD, "num_local_experts": 4}),
     "ernie4_5_moe": Tiny(
-        "Ernie4_5_Moe", {**_HEAD, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 64}, "spm"
+        "Ernie4_5_Moe",
+        {
+            **_HEAD,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_num_shared_experts": 1,
+            "moe_intermediate_size": 64,
+        },
+        "spm",
     ),
     "gpt_oss": Tiny(
         "GptOss",
         {
-            **_UNTIED, "head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2,
-            "max_position_embeddings": 131072,
+            **_UNTIED,
+            **_HEAD,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            # of YaRN llama.cpp rounds the range, which GPT-OSS does not
+            "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
         },
     ),
     "jais2": Tiny("Jais2", _UNTIED),
@@ -117,7 +131,11 @@ SURVEYED = {
     "falcon_h1": Tiny(
         "FalconH1",
         {
-            **_UNTIED, **_HEAD, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16,
+            **_UNTIED,
+            **_HEAD,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
             "mamba_d_state": 16,
         },
     ),

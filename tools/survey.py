@@ -3,10 +3,11 @@
     python tools/survey.py            # writes runtime/safegene_runtime/architecture/surveyed.json
     python tools/survey.py --check    # exit 1 if it is not what the models say
 
-Tiny models are those of tests/tiny_architectures.py (SURVEYED). Each linear module of a block is looked for in
-the GGUF, number by number (`safegene_converter.inputs.weight_map`); a module that is not one whole tensor, with
-its rows moved in a way that has a name, is left out of the row and named on stderr. Then PyTorch and llama.cpp
-answer with each plain model: where they are farther apart than float32 explains, the row says how far.
+Tiny models are those of tests/tiny_architectures.py (SURVEYED). Each linear module of a block is looked for
+in the GGUF, number by number (`safegene_converter.inputs.weight_map`); a module that is not one whole tensor,
+with its rows moved in a way that has a name, is left out of the row and named on stderr. Then PyTorch and
+llama.cpp answer with each plain model: where they are farther apart than float32 explains, the row says how
+far.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def measured(family: str) -> float:
 
 
 def add_arithmetic(rows: dict[str, dict[str, Any]]) -> None:
-    """Says of each row how finely llama.cpp computes what PyTorch does: its GELU is a table in half precision."""
+    """Says of each row how finely llama.cpp computes it: its GELU is a table in half precision."""
     for family in SURVEYED:
         name = str(open_model(tiny.gguf_model(family)).get("general.architecture"))
         kl = measured(family)

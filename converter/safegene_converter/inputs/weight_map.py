@@ -94,7 +94,5 @@ def placements(
             except ValueError:
                 continue
             if np.array_equal(values[rows], tensor):
-                fitting.setdefault(
-                    (transposed, rows.tobytes()), Placement(name, order, transposed)
-                )
+                fitting.setdefault((transposed, rows.tobytes()), Placement(name, order, transposed))
     return tuple(fitting.values())

@@ -156,8 +156,8 @@ class Architecture:
         orders: those whose rows are reordered, and how.
         blocks: the Hugging Face module that holds the blocks.
         transposed: whether Hugging Face stores weights as (in, out): Conv1D.
-        arithmetic: the class of precision (`gating.bounds`) in which llama.cpp computes it, measured: `f16` where
-            its GELU is a table of half-precision numbers, `bf16` where it rounds YaRN's range.
+        arithmetic: the class of precision (`gating.bounds`) in which llama.cpp computes it, measured: `f16`
+            where its GELU is a table of half-precision numbers.
         partial: whether some layers lack some modules, as in hybrids and mixtures of experts.
     """
 
@@ -229,7 +229,9 @@ class Architecture:
     def head_rows(self, n_head: int, n_head_kv: int, head_size: int) -> dict[str, int]:
         """How many rows the modules have that are made of heads."""
         counts = {"n_head": n_head, "n_head_kv": n_head_kv}
-        return {p: counts[heads] * head_size for p, heads in self.heads.items() if p in self.tensors}
+        return {
+            p: counts[heads] * head_size for p, heads in self.heads.items() if p in self.tensors
+        }
 
     def linear_shapes(self, hidden: int, inner: int, q: int, kv: int) -> dict[str, tuple[int, int]]:
         """(out, in) of the linear modules of a block.
@@ -265,12 +267,14 @@ class Architecture:
         return packed | {kind: (part,) for kind, part in parts.items()}
 
 
-
 def _surveyed() -> Iterator[Architecture]:
     """The rows of surveyed.json."""
     stored = files(__package__).joinpath("surveyed.json").read_text(encoding="utf-8")
     for name, row in json.loads(stored).items():
-        classes = tuple(ModelClass(*pair, listed=False) for pair in row.pop("classes").items())
+        classes = tuple(
+            ModelClass(model_class, model_type, listed=False)
+            for model_class, model_type in row.pop("classes").items()
+        )
         types = tuple(dict.fromkeys(one.model_type for one in classes))
         yield Architecture(name, classes, types, **row)
 

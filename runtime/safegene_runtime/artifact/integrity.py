@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from safegene_runtime.architecture.table import arithmetic_of
 from safegene_runtime.artifact.forms import ONNX
 from safegene_runtime.artifact.manifest import Manifest, check_files
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, check_provenance
-from safegene_runtime.architecture.table import arithmetic_of
 from safegene_runtime.errors import EngineError, ManifestError, Problem, Problems, RecordError
 from safegene_runtime.formats.gguf.header import read_gguf
 from safegene_runtime.formats.gguf.model import GGUFModel, open_model
