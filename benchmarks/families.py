@@ -31,7 +31,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="all of them, if none is named")
+    parser.add_argument(
+        "families", nargs="*", metavar="FAMILY", help="all of them, if none is named"
+    )
     options = parser.parse_args()
     print(f"{environment()}\n", file=sys.stderr)
     print("| model class | llama.cpp's name | plain base | sidecar | merged | adapter left out |")

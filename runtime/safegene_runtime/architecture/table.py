@@ -425,6 +425,9 @@ def architecture_of_type(model_type: object, where: str) -> Architecture:
         UnsupportedError: a type that no row has; the message names it.
     """
     rows = {kind: row for row in TABLE.values() for kind in row.model_types}
+    for row in TABLE.values():  # the builder shortens the class where it does not know the type
+        for kind in row.classes:
+            rows.setdefault(kind.name.removesuffix("ForCausalLM").lower(), row)
     if not isinstance(model_type, str) or model_type not in rows:
         raise _unknown(where, "architecture", rows, model_type)
     return rows[model_type]
