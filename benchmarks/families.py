@@ -3,8 +3,8 @@
     python benchmarks/families.py [FAMILY ...]       # the table of docs/architectures.md, in Markdown
 
 For each surveyed family of tests/tiny_architectures.py: the plain model, then an adapter on every linear
-module (two ranks, rsLoRA) as a sidecar and merged, in F32 with an F32 KV cache. The last column is what leaving
-the adapter out would cost.
+module (two ranks, rsLoRA) as a sidecar and merged, in F32 with an F32 KV cache. The last column is what
+leaving the adapter out would cost.
 """
 
 from __future__ import annotations
