@@ -260,6 +260,20 @@ BAD: dict[str, tuple[onnx.ModelProto | bytes, str]] = {
         changed(lambda m: m.graph.node.append(onnx.NodeProto(output=["q"]))), "op_type",
     ),
     "a sparse initializer": (changed(lambda m: m.graph.sparse_initializer.add()), "sparse"),
+    "a function of its own": (changed(lambda m: m.functions.add(name="f")), "inline functions"),
+    "several devices": (changed(lambda m: m.configuration.add(name="c")), "several devices"),
+    "a node on several devices": (
+        changed(lambda m: m.graph.node[0].device_configurations.add()), "several devices",
+    ),
+    "a sequence as input": (
+        changed(lambda m: m.graph.input[0].type.sequence_type.elem_type.tensor_type.SetInParent()),
+        "a sequence",
+    ),
+    "metadata of a graph that are no message": (in_graph(field(16, 2, b"\2\xff\xff")), "64 bits"),
+    "a value without name": (changed(lambda m: m.graph.value_info.add()), "a name"),
+    "an annotation that is no message": (
+        in_graph(field(14, 2, b"\2\xff\xff")), "64 bits",
+    ),
     "raw data too short": (with_tensor(raw_data=bytes(7)), "8 bytes"),
     "raw data too long": (with_tensor(raw_data=bytes(9)), "8 bytes"),
     "no data": (with_tensor(raw_data=None), "no data"),
@@ -298,6 +312,7 @@ BAD: dict[str, tuple[onnx.ModelProto | bytes, str]] = {
     "an offset in words": (make_model(external(offset="zero")), "offset"),
     "an offset of 2^64": (make_model(external(offset=2**64)), "offset"),
     "a wrong length": (make_model(external(length=8)), "16 bytes"),
+    "no length, and more behind it": (make_model(external(length="")), "readers differ"),
     "a huge length": (make_model(external(length=2**40)), "16 bytes"),
     "an unknown key": (make_model(external(__class__="x")), "location, offset, length"),
     "tensors that overlap": (

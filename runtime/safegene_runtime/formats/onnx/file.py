@@ -179,6 +179,13 @@ class _ModelReader(TensorReader):
                 metadata[key] = text
             elif number == 20:
                 raise self.fail("training_info", "a model for inference", "training graphs")
+            elif number == 25:
+                raise self.fail(
+                    "functions", "operators only", "a function of the model's own",
+                    "inline functions: onnx.inliner.inline_local_functions",
+                )  # fmt: skip
+            elif number == 26:
+                raise self.fail("configuration", "one device", "several devices")
         if not 1 <= version <= 1000:
             raise self.fail("ir_version", "3 to 13 or so", version, "is it an ONNX model?")
         if span is None:
@@ -243,8 +250,14 @@ class _ModelReader(TensorReader):
                 if port.name in ports[number]:
                     raise self.fail(f"input or output {port.name!r}", "each name once", "twice")
                 ports[number][port.name] = port
+            elif number == 13:
+                self._value_info(value)
+            elif number == 14:
+                self._quantization(value)
             elif number == 15:
                 raise self.fail("sparse_initializer", "dense tensors", "a sparse one")
+            elif number == 16:
+                self.pair(value, "metadata of the graph")
         visible = outer | initializers.keys()
         made = set(ports[11])
         nodes = []
@@ -277,6 +290,10 @@ class _ModelReader(TensorReader):
                 if name in attributes:
                     raise self.fail(f"attribute {name!r}", "each attribute once", "twice")
                 attributes[name] = found
+            elif number == 9:
+                self.pair(value, "metadata of a node")
+            elif number == 10:
+                raise self.fail("device_configurations", "one device", "several devices")
         if not texts[4]:
             raise self.fail(f"node {texts[3]!r}", "an op_type", "none")
         return Node(
@@ -343,6 +360,8 @@ class _ModelReader(TensorReader):
                 name = self.name(value, "value name")
             elif number == 2:
                 kind, shape = self._type(value)
+            elif number == 4:
+                self.pair(value, "metadata of a value")
         if not name:
             raise self.fail("value", "a name", "none")
         return ValueInfo(name, kind, shape)
@@ -351,8 +370,11 @@ class _ModelReader(TensorReader):
         kind, shape = None, None
         known = dict.fromkeys((1, 4, 5, 6, 7, 8, 9), BYTES)
         for number, value in self.fields(span, "type", known, frozenset()):
-            if number != 1:
+            if number == 6:
+                self.name(value, "denotation")
                 continue
+            if number != 1:
+                raise self.fail("type", "tensors", f"field {number}: a sequence, a map or the like")
             for inner, found in self.fields(
                 value, "tensor type", {1: VARINT, 2: BYTES}, frozenset()
             ):
@@ -364,6 +386,14 @@ class _ModelReader(TensorReader):
                         for _, dim in self.fields(found, "shape", {1: BYTES}, frozenset({1}))
                     )
         return kind, shape
+
+    def _quantization(self, span: Span) -> None:
+        """A TensorAnnotation: names only."""
+        for number, value in self.fields(span, "annotation", {1: BYTES, 2: BYTES}, frozenset({2})):
+            if number == 1:
+                self.name(value, "annotation")
+            else:
+                self.pair(value, "annotation")
 
     def _dimension(self, span: Span) -> int | str | None:
         found: int | str | None = None

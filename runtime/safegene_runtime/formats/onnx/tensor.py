@@ -184,6 +184,8 @@ class TensorReader(WireReader):
                         f"external data of {name!r}", "location, offset, length, each once", key
                     )
                 external[key] = text
+            elif number == 16:
+                self.pair(value, f"metadata of {what}")
             elif number == 14:
                 location = value
             elif number in (3, 6):
@@ -277,6 +279,11 @@ class TensorReader(WireReader):
         if numbers["length"] != nbytes:
             raise self.fail(where, f"{nbytes} bytes", f"length {numbers['length']}")
         end = numbers["offset"] + nbytes
+        if "length" not in external and end != size:
+            raise self.fail(
+                where, f"length: {nbytes}", "none, and readers differ in what that means",
+                "save the external data again",
+            )  # fmt: skip
         if end > size:
             raise self.fail(
                 where, f"bytes up to {end} in {location}", f"{size} bytes", "download it again"
