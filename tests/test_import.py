@@ -1,4 +1,4 @@
-"""`safegene import`: what is not read directly becomes a plain folder that PEFT loads, with the same effect."""
+"""`safegene import`: what is not read directly becomes a plain folder with the same effect in PEFT."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
     (path / WEIGHTS_NAME).unlink()
     for save in (torch.save, lambda value, at: at.write_bytes(pickle.dumps(value))):
         save({"x": Evil(tmp_path / "made")}, path / BIN)
-        with pytest.raises(FormatError, match="adapter_model.bin"):
+        with pytest.raises(FormatError, match=r"adapter_model\.bin"):
             import_adapter(path, tmp_path / "new")
         assert not (tmp_path / "made").exists()
     assert not (tmp_path / "new").exists()

@@ -21,6 +21,15 @@ def add(commands: Any) -> None:
         "safegene import OLD -o NEW",
     )
     parser.add_argument("adapter", type=Path, metavar="OLD")
+    parser.add_argument(
+        "--with",
+        dest="others",
+        action="append",
+        default=[],
+        metavar="ADAPTER[=WEIGHT]",
+        help="a task adapter that goes into the same one: base + task + OLD; may be given again",
+    )
+    parser.add_argument("--expression", help="with --with: the set of layer coefficients of OLD")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the folder to create")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     add_verbose(parser)
@@ -31,10 +40,24 @@ def _run(arguments: argparse.Namespace) -> int:
     from safegene_converter.cli.tables import show
     from safegene_converter.describing import inspect
     from safegene_converter.importing.plain import import_adapter
+    from safegene_converter.importing.stack import stack_adapters, weighted
+    from safegene_runtime.errors import Problem, UnsupportedError
     from safegene_runtime.extras import need
 
     need("safetensors")
-    import_adapter(arguments.adapter, arguments.output, arguments.force)
+    if arguments.others:
+        stack_adapters(
+            arguments.adapter,
+            [weighted(one) for one in arguments.others],
+            arguments.output,
+            expression=arguments.expression,
+            force=arguments.force,
+        )
+    elif arguments.expression is not None:
+        problem = Problem("--expression", "option", "--with beside it", "none", "leave it out")
+        raise UnsupportedError(problem)
+    else:
+        import_adapter(arguments.adapter, arguments.output, arguments.force)
     found = inspect(arguments.output)
     if not put_json(arguments.json, found):
         show(found, console(), arguments.verbose)

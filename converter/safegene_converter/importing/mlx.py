@@ -39,7 +39,7 @@ def plain_from_mlx(
                      "fuse it with mlx_lm.fuse, and use the result as the base")  # fmt: skip
     given = config["lora_parameters"]
     given = given if isinstance(given, dict) else {}
-    rank, scale = given.get("rank"), given.get("scale")
+    rank, scale = given.get("rank", 0), given.get("scale", 0)
     for name, value in (("rank", rank), ("scale", scale)):
         if type(value) not in (int, float) or not value > 0:
             problems.add(where, f"lora_parameters.{name}", "a number above 0", repr(value)[:100],
@@ -52,14 +52,14 @@ def plain_from_mlx(
         )  # fmt: skip
     found, modules = Tensors(), dict[str, None]()
     for key, values in tensors.items():
-        name = _KEY.fullmatch(key)
-        if name is None or values.ndim != 2:
+        named = _KEY.fullmatch(key)
+        if named is None or values.ndim != 2:
             problems.add(where, key, "lora_a (in, r) and lora_b (r, out) of linear modules",
                          f"another tensor, of shape {values.shape}",
                          "fuse it with mlx_lm.fuse, and use the result as the base")  # fmt: skip
             continue
-        modules[name[1]] = None
-        found[f"base_model.model.{name[1]}.lora_{name[2].upper()}.weight"] = values.T
+        modules[named[1]] = None
+        found[f"base_model.model.{named[1]}.lora_{named[2].upper()}.weight"] = values.T
     if problems:
         return {}, {}
     return {

@@ -1,4 +1,4 @@
-"""Reads the tensors of a pickled adapter in a process of its own (`python -m`), and writes them as safetensors.
+"""Reads the tensors of a pickled adapter in a process of its own, and writes them as safetensors.
 
 torch reads with `weights_only=True`: what is no tensor, number or text is refused, and nothing of the file
 is called. Should that fail one day, this process still can neither reach the network nor start another.

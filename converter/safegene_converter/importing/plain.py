@@ -39,7 +39,7 @@ from safegene_runtime.errors import AdapterError, FormatError, Problem, Problems
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import check_output_free, publish_folder, read_small_file
 
-__all__ = ["import_adapter"]
+__all__ = ["import_adapter", "save_tensors"]
 
 _NAMED = re.compile(r"(.+\.lora_[AB])\.([A-Za-z0-9_-]+)\.weight")
 """PEFT's own state dict has the adapter's name in it, which `save_pretrained` takes out."""
@@ -70,7 +70,7 @@ def import_adapter(old: Path, out: Path, force: bool = False) -> Adapter:
         tensors = _renamed(_read(old), str(old), problems)
     problems.raise_if_any(AdapterError)
     with publish_folder(out, force) as folder:
-        _save(tensors, folder / WEIGHTS_NAME)
+        save_tensors(tensors, folder / WEIGHTS_NAME)
         (folder / CONFIG_NAME).write_bytes(strictjson.dumps(config))
         if (old / SAFEGENE_NAME).exists():
             (folder / SAFEGENE_NAME).write_bytes(_small(old / SAFEGENE_NAME))
@@ -82,7 +82,8 @@ def _small(path: Path) -> bytes:
     return read_small_file(path, MAX_CONFIG_BYTES, follow_symlinks=True)
 
 
-def _save(tensors: Tensors, path: Path) -> None:
+def save_tensors(tensors: Tensors, path: Path) -> None:
+    """Writes tensors as PEFT writes them."""
     from safetensors.numpy import save_file
 
     plain = {name: np.ascontiguousarray(values) for name, values in tensors.items()}

@@ -99,7 +99,7 @@ def pair_factors(
                          )  # fmt: skip
         elif not found:
             problems.add(where, repr(key)[:200], f"{PREFIX}<module>.lora_A|B.weight",
-                         "another name", "save with PeftModel.save_pretrained, or try safegene import")  # fmt: skip
+                         "another name", "save with save_pretrained, or try safegene import")  # fmt: skip
         elif (place := _in_text_model(found["module"])) is None:
             refused.add(where, key, f"a linear module of a block ({', '.join(linear_modules())})",
                         found["module"], "train on these modules only")  # fmt: skip
