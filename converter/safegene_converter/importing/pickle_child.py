@@ -34,11 +34,19 @@ def forbid_way_out() -> None:
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
+    import torch  # noqa: F401
+    from safetensors.torch import save_file  # noqa: F401
+
+    forbid_way_out()
+    for source, target in zip(job["sources"], job["targets"], strict=True):
+        _rewrite(Path(source), target)
+    return {}
+
+
+def _rewrite(source: Path, target: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    forbid_way_out()
-    source = Path(job["source"])
     try:
         found = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises anything at all
@@ -54,8 +62,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
             Problem(str(source), "pickle", "dense tensors by name", "something else",
                     "pass the folder of the adapter, not a checkpoint of the training")
         )  # fmt: skip
-    save_file({name: value.contiguous().clone() for name, value in found.items()}, job["target"])
-    return {}
+    save_file({name: value.contiguous().clone() for name, value in found.items()}, target)
 
 
 if __name__ == "__main__":

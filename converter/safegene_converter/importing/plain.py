@@ -126,22 +126,22 @@ def _add(tensors: Tensors, more: Tensors, path: Path, problems: Problems) -> Non
 
 
 def _pickled(old: Path) -> Tensors:
-    """The tensors of every pickle, each read in a child."""
+    """The tensors of every pickle, read in a child."""
     pickles, tensors, problems = pickles_in(old), Tensors(), Problems()
     if not pickles:
         problems.add(str(old), "weights", f"{WEIGHTS_NAME}, its shards, a .bin, or {ADAPTERS_NAME}",
                      "none of them", "pass the folder that the trainer saved")  # fmt: skip
     problems.raise_if_any(AdapterError)
     with tempfile.TemporaryDirectory() as work:
-        target = Path(work) / WEIGHTS_NAME
-        for path in pickles:
-            run_job(
-                "safegene_converter.importing.pickle_child",
-                {"source": str(path), "target": str(target)},
-                what=f"reading {path.name}",
-                error=FormatError,
-                deadline_s=deadline_for(path),
-            )
+        targets = [Path(work) / str(number) for number in range(len(pickles))]
+        run_job(
+            "safegene_converter.importing.pickle_child",
+            {"sources": list(map(str, pickles)), "targets": list(map(str, targets))},
+            what=f"reading {', '.join(path.name for path in pickles)}",
+            error=FormatError,
+            deadline_s=deadline_for(*pickles),
+        )
+        for path, target in zip(pickles, targets, strict=True):
             _add(tensors, _safetensors(target), path, problems)
     problems.raise_if_any(AdapterError)
     return tensors
