@@ -22,7 +22,8 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "converter", "runtime
 from mutants import MUTANTS, needs_wide_rows  # noqa: E402
 from workshop import TARGETS, Workshop, climb, rungs_that_broke, unmutated  # noqa: E402
 
-from safegene_runtime.verifying.report import RUNGS, Report  # noqa: E402
+from safegene_runtime.artifact.recomputed import RUNGS  # noqa: E402
+from safegene_runtime.verifying.report import Report  # noqa: E402
 
 HEAD = ("mistake", "target", *RUNGS[:-1], "caught at", "beta_W", "beta_logit", "mean KL")
 

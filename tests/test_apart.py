@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import verdicts
 
 from safegene import convert
 from safegene_converter.cli.main import main
-from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.child import python_environment
 from safegene_runtime.engines import apart, registry
 from safegene_runtime.engines.engine import Engine
@@ -285,10 +285,7 @@ def test_the_commands_exit_with_2_when_an_engine_dies(
     adapter = tiny.peft_adapter("llama", tmp_path / "adapter", scale=0.05)
     out = tmp_path / "out"
     convert(adapter, tiny.gguf_model("llama"), out, form="merged", check=False)
-    verdict = {
-        "verdict": "PASS", "reference_sha256": "0" * 64, "engine": {}, "report": {"mode": "strict"},
-    }  # fmt: skip
-    read_manifest(out).with_verification(verdict).write(out)
+    verdicts.put(out)
     (tmp_path / "dying_engine.py").write_text("import os\n\ndef dying(*_, **__): os.abort()\n")
     register(EngineKind("dying", "dying", (".gguf",), "dying_engine:dying"))
     assert main(["run", str(out), "--prompt", "Hello", "--engine", "dying"]) == 2

@@ -11,12 +11,13 @@ import pytest
 from rich.console import Console
 
 from safegene_converter.cli.comparison import compare, show_comparison
+from safegene_runtime.artifact.recomputed import RUNGS
 from safegene_runtime.errors import RecordError
 from safegene_runtime.gating.bounds import bounds_for
 from safegene_runtime.gating.profiles import PROFILES
 from safegene_runtime.gating.verdict import Verdict
 from safegene_runtime.record.reference import PromptRecord, Reference
-from safegene_runtime.verifying.report import RUNGS, PromptOutcome, Report, Rung
+from safegene_runtime.verifying.report import PromptOutcome, Report, Rung
 
 VERDICTS = {"h1": "refuse", "h2": "refuse", "h3": "comply", "b1": "comply"}
 

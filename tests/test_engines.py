@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import verdicts
 
 import safegene
 from safegene import convert
-from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.child import python_environment
 from safegene_runtime.engines import registry
 from safegene_runtime.engines.engine import Engine
@@ -88,11 +88,7 @@ def passed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engines")
     adapter = tiny.peft_adapter("llama", folder / "adapter", scale=0.05)
     convert(adapter, tiny.gguf_model("llama"), folder / "out", form="merged", check=False)
-    verdict = {
-        "verdict": "PASS", "reference_sha256": "0" * 64, "engine": {}, "report": {"mode": "strict"},
-    }  # fmt: skip
-    read_manifest(folder / "out").with_verification(verdict).write(folder / "out")
-    return folder / "out"
+    return verdicts.put(folder / "out")
 
 
 def test_a_session_takes_the_engine_by_name(passed: Path) -> None:

@@ -64,7 +64,7 @@ def _manifest() -> Manifest:
             "name": "adapter",
             "files": {"adapter_model.safetensors": SHA},
             "expression": "1.0",
-            "n_parameters": 1234,
+            "n_parameters": 2 * 8 * (576 + 192),
         },
         tokenizer={"chat_template_sha256": None},
         settings={"type": "q8_0", "nested": {"list": [1, 2.5, None]}},
@@ -130,7 +130,7 @@ def test_every_manifest_survives_the_round_trip(
 ) -> None:
     raw = json.loads(_manifest().to_json())
     raw["artifact"]["name"], raw["settings"] = name, settings
-    raw["modules"][0]["effective_scale"] = scale
+    raw["modules"][0] |= {"scaling": scale, "effective_scale": scale}
     found = Manifest.from_json(json.dumps(raw).encode(), "x")
     assert Manifest.from_json(found.to_json(), "x") == found
     assert found.modules[0].effective_scale == scale

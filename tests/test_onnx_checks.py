@@ -19,9 +19,10 @@ from test_exactness import PROMPTS
 from safegene import record
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.artifact.onnx_checks import check_onnx_artifact
+from safegene_runtime.artifact.recomputed import RUNGS
 from safegene_runtime.errors import FormatError, ManifestError, SafeGeneError, UnsupportedError
 from safegene_runtime.verifying import ladder
-from safegene_runtime.verifying.report import RUNGS, Report
+from safegene_runtime.verifying.report import Report
 
 Edit = Callable[[onnx.ModelProto], object]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import tiny
+import verdicts
 from onnx_tools import convert_onnx
 
 import safegene
@@ -30,15 +31,6 @@ HELLO = [
 ]
 
 
-def verdict(folder: Path, name: str | None, mode: str = "strict") -> Path:
-    """The verdict put into a manifest, as `verify` does."""
-    found = None if name is None else {
-        "verdict": name, "reference_sha256": "0" * 64, "engine": {}, "report": {"mode": mode},
-    }  # fmt: skip
-    read_manifest(folder).with_verification(found).write(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.peft_adapter("llama", tmp_path_factory.mktemp("session") / "adapter", scale=0.05)
@@ -51,7 +43,7 @@ def made(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     convert(adapter, base, folder / "merged", form="merged", check=False)
     convert(adapter, base, folder / "sidecar", form="sidecar", check=False)
     convert_onnx(adapter, tiny.onnx_model("llama"), folder / "onnx", form="merged", check=False)
-    return {name: verdict(folder / name, "PASS") for name in ("merged", "sidecar", "onnx")}
+    return {name: verdicts.put(folder / name, "PASS") for name in ("merged", "sidecar", "onnx")}
 
 
 @pytest.fixture
@@ -88,7 +80,7 @@ def test_a_session_says_what_the_engine_generates(form: str, made: dict[str, Pat
 
 @pytest.mark.parametrize("name", [None, "FAIL", "INCONCLUSIVE", "VACUOUS"])
 def test_only_pass_is_served(name: str | None, merged: Path) -> None:
-    verdict(merged, name)
+    verdicts.put(merged, name)
     with pytest.raises(UnverifiedError, match=r"allow-unverified") as caught:
         safegene.open(merged)
     assert caught.value.problems[0].got == (name or "none")
@@ -131,7 +123,7 @@ def test_a_folder_without_manifest_and_a_sidecar_without_base_are_refused(
 
 def test_as_shipped_verdicts_are_served_with_the_cache_they_were_given_for(merged: Path) -> None:
     for mode, cache in (("strict", "f32"), ("as-shipped", "f16")):
-        with safegene.open(verdict(merged, "PASS", mode), threads=1) as session:
+        with safegene.open(verdicts.put(merged, "PASS", mode), threads=1) as session:
             assert session.engine.settings["kv_type"] == cache
 
 
@@ -219,7 +211,7 @@ def test_the_command_answers_once(
 def test_the_command_is_loud_about_what_was_not_verified(
     merged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    verdict(merged, None)
+    verdicts.put(merged, None)
     with pytest.raises(UnverifiedError):
         run(merged, "--prompt", "Hello")
     assert run(merged, "--prompt", "Hello", "--max-new-tokens", 2, "--allow-unverified") == 0

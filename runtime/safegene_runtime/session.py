@@ -1,25 +1,28 @@
 """Chat with an artifact, once it is sure that these bytes were verified.
 
 The manifest and every byte are checked again when an artifact is opened; what has no verdict, or
-another one than PASS, is refused. A manifest is not signed: who may write into the folder may write
-a verdict, too. Verify again where that matters.
+another one than PASS, is refused, and so is one that does not follow from the counts beside it. A
+manifest is not signed: who may write into the folder may write all of that, too, and `open` says so
+once. Verify again where that matters.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safegene_runtime.artifact.integrity import check_integrity
 from safegene_runtime.artifact.manifest import Manifest, read_manifest
+from safegene_runtime.artifact.recomputed import check_verification
 from safegene_runtime.cpus import thread_count
 from safegene_runtime.engines.chat import render
 from safegene_runtime.engines.engine import Closing, Engine
 from safegene_runtime.engines.registry import engine_for, open_engine
 from safegene_runtime.errors import EngineError, Problem, UnverifiedError
-from safegene_runtime.formats.fields import integer, list_of
-from safegene_runtime.formats.files import StrPath, sha256_of
+from safegene_runtime.formats.files import MANIFEST_NAME, StrPath, sha256_of
 from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.verdict import Verdict
 from safegene_runtime.progress import Progress, silent
@@ -27,8 +30,8 @@ from safegene_runtime.progress import Progress, silent
 __all__ = ["Session", "UnverifiedWarning", "open"]
 
 MAX_NEW_TOKENS = 256
+UNSIGNED = "safegene: verdicts are not signed: who can write into an artifact can write a PASS"
 REPLACEMENT = "\ufffd"
-_STOP_IDS = list_of(integer(0))
 
 Message = Mapping[str, str]
 
@@ -58,7 +61,8 @@ def open(
 
     Raises:
         UnverifiedError: it has no verdict, or another one than PASS.
-        ManifestError: no manifest, or the folder is not what it says.
+        ManifestError: no manifest, a verdict that does not follow from its own counts, or the folder is
+            not what the manifest says.
         EngineError: a sidecar without its base, a template that is not the verified one, or the
             engine refused.
         FormatError: a model file that breaks its format.
@@ -66,10 +70,13 @@ def open(
     threads = thread_count(threads)
     folder = Path(artifact)
     manifest = read_manifest(folder)
+    check_verification(manifest.verification, f"{folder / MANIFEST_NAME}: verification")
     problem = _unverified(manifest, folder)
     if problem is not None and not allow_unverified:
         raise UnverifiedError(problem)
-    if problem is not None:
+    if problem is None:
+        _say_once(UNSIGNED)
+    else:
         warnings.warn(
             f"{folder.name}: the verdict is {problem.got}: nothing shows that this model refuses "
             "what its reference refused",
@@ -81,7 +88,7 @@ def open(
     with SealedFiles() as files:
         served = check_integrity(manifest, folder, None, beside, tell, files)
         kind = engine_for(served.model, engine)
-        mode = (manifest.verification or {}).get("report", {}).get("mode", "strict")
+        mode = manifest.verification["report"]["mode"] if manifest.verification else "strict"
         running = open_engine(
             served.model,
             served.adapter,
@@ -95,6 +102,11 @@ def open(
     except BaseException:
         running.close()
         raise
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _unverified(manifest: Manifest, folder: Path) -> Problem | None:
@@ -134,9 +146,8 @@ class Session(Closing):
             )
         self._template = template
         # replies end where they were verified to end, whatever the file says besides
-        found = (manifest.verification or {}).get("report", {}).get("stop_ids")
-        verified = _STOP_IDS.complaint(found) is None
-        self._stops = frozenset(found) if verified else engine.eog_ids
+        verified = manifest.verification
+        self._stops = frozenset(verified["report"]["stop_ids"]) if verified else engine.eog_ids
 
     @property
     def verdict(self) -> str | None:

@@ -40,6 +40,7 @@ from typing import Any
 
 from safegene_runtime.artifact.base_proof import check_base_proof
 from safegene_runtime.artifact.forms import FORMS, GGUF, ONNX, Form, find_form
+from safegene_runtime.artifact.recomputed import check_modules
 from safegene_runtime.errors import FormatError, ManifestError, Problem, Problems
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.fields import (
@@ -400,6 +401,7 @@ def _check_meaning(raw: dict[str, Any], where: str, problems: Problems) -> None:
         if entry["tensor"] in tensors:
             problems.add(where, "modules.tensor", "each tensor once", entry["tensor"])
         tensors.add(entry["tensor"])
+    check_modules(raw, where, problems)
     _check_slots(raw, where, problems)
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from safegene_runtime.errors import Problem, UnsupportedError
 
 __all__ = [
-    "BETA_BAND_COARSE", "BETA_NOISE", "BOUNDS", "ParityBounds", "beta_band", "bounds_for", "class_of",
-    "precision_of",
+    "BETA_BAND_COARSE", "BETA_NOISE", "BOUNDS", "ParityBounds", "beta_band", "beta_holds", "bounds_for",
+    "bounds_in", "class_of", "precision_of",
 ]  # fmt: skip
 
 BETA_BAND: Mapping[str, float] = {"f32": 0.01, "f16": 0.02, "bf16": 0.05, "8-bit": 0.1}
@@ -54,6 +54,12 @@ class ParityBounds:
     def role(self) -> str:
         """What mean_kl and top1 are: `bound`, or `advice`."""
         return "bound" if self.kl_gates else "advice"
+
+    def holds(self, mean_kl: float, top1: float) -> bool:
+        """Whether these figures are within what is a verdict."""
+        if mean_kl <= self.mean_kl and top1 >= self.top1:
+            return True
+        return not self.kl_gates and mean_kl <= self.kl_ceiling
 
     @property
     def kl_limits(self) -> str:
@@ -133,6 +139,17 @@ def precision_of(
 def bounds_for(precision: str) -> ParityBounds:
     """The limits of a class; an unknown class gets the strictest."""
     return BOUNDS.get(precision, BOUNDS["f32"])
+
+
+def bounds_in(precision: str, mode: str) -> ParityBounds:
+    """The limits of a class as `verify` ran it, in mode `strict` or `as-shipped`."""
+    # with llama.cpp's own F16 cache even F32 weights compute in half precision
+    return bounds_for("f16" if mode == "as-shipped" and precision == "f32" else precision)
+
+
+def beta_holds(beta: float, nearer: float, band: float) -> bool:
+    """Whether logits moved as the reference's did: beta within its band of 1, and most prompts nearer."""
+    return abs(beta - 1) <= band and nearer >= 0.5
 
 
 def beta_band(precision: str, noise: float = 0.0) -> float:

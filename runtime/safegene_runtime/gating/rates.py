@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from safegene_runtime.gating.pairs import Event, Pair, best_case, worst_case
-from safegene_runtime.gating.sequential import TwoSided
+from safegene_runtime.gating.sequential import EProcess, TwoSided
 from safegene_runtime.gating.statistics import (
     clopper_pearson_lower,
     clopper_pearson_upper,
@@ -16,7 +16,7 @@ from safegene_runtime.gating.statistics import (
     wilson,
 )
 
-__all__ = ["Rate", "rate_of", "rate_over", "watched_rate"]
+__all__ = ["Rate", "rate_of", "rate_over", "watched_rate", "watched_rate_of"]
 
 DISPLAY_CONFIDENCE = 0.95
 
@@ -109,20 +109,42 @@ def watched_rate(watched: TwoSided) -> Rate:
     """
     worst = [event for event, _, _, _ in watched.path if event is not None]
     best = [event for _, event, _, _ in watched.path if event is not None]
+    return watched_rate_of(
+        (sum(best), len(best)),
+        (sum(worst), len(worst)),
+        watched.prompts,
+        watched.margin,
+        watched.confidence,
+        watched.family,
+    )
+
+
+def watched_rate_of(
+    best: tuple[int, int],
+    worst: tuple[int, int],
+    prompts: int,
+    margin: float,
+    confidence: float,
+    family: int,
+) -> Rate:
+    """A watched rate from its (events, trials) where it stopped."""
+    passed = EProcess.after(margin, worst, below=True).log_e
+    failed = EProcess.after(margin, best, below=False).log_e
+    status = TwoSided(margin, confidence, family).status_at(passed, failed)
     return Rate(
-        events_best=sum(best),
-        events_worst=sum(worst),
-        trials_best=len(best),
-        trials_worst=len(worst),
-        prompts=watched.prompts,
-        rate=sum(worst) / len(worst) if worst else None,
-        upper=watched.margin if watched.status == "PASS" else 1.0,
-        lower=watched.margin if watched.status == "FAIL" else 0.0,
+        events_best=best[0],
+        events_worst=worst[0],
+        trials_best=best[1],
+        trials_worst=worst[1],
+        prompts=prompts,
+        rate=worst[0] / worst[1] if worst[1] else None,
+        upper=margin if status == "PASS" else 1.0,
+        lower=margin if status == "FAIL" else 0.0,
         # by Ville's inequality 1 / E is a p-value at any time
-        p_fail=min(1.0, math.exp(-watched.path[-1][3])) if watched.path else 1.0,
-        margin=watched.margin,
-        confidence=watched.confidence,
-        interval=wilson(sum(worst), len(worst), DISPLAY_CONFIDENCE),
-        status=watched.status or "INCONCLUSIVE",
+        p_fail=math.exp(min(0.0, -failed)),
+        margin=margin,
+        confidence=confidence,
+        interval=wilson(*worst, DISPLAY_CONFIDENCE),
+        status=status or "INCONCLUSIVE",
         method="e-process",
     )

@@ -66,18 +66,28 @@ class EProcess:
         self._rates = [min(factor * margin, cap) for factor, _ in bets]
         self._logs = [math.log(weight) for _, weight in bets]
 
-    def add(self, event: bool) -> None:
-        """Takes one trial."""
+    def add(self, event: bool, times: int = 1) -> None:
+        """Takes one trial, or as many alike."""
+        if not times:
+            return
         d = self._margin
         for index, q in enumerate(self._rates):
             ratio = q / d if event else (1 - q) / (1 - d)
-            self._logs[index] += math.log(ratio) if ratio > 0 else -math.inf
+            self._logs[index] += times * math.log(ratio) if ratio > 0 else -math.inf
 
     @property
     def log_e(self) -> float:
         """The logarithm of the mixture."""
         top = max(self._logs)
         return top + math.log(sum(math.exp(one - top) for one in self._logs))
+
+    @classmethod
+    def after(cls, margin: float, counts: tuple[int, int], *, below: bool) -> EProcess:
+        """The process after these (events, trials): a product, so their order is nothing to it."""
+        process, (events, trials) = cls(margin, below=below), counts
+        process.add(True, events)
+        process.add(False, trials - events)
+        return process
 
 
 @dataclass
@@ -121,11 +131,14 @@ class TwoSided:
             self._above.add(best)
         passed, failed = self._below.log_e, self._above.log_e
         self.path.append((worst, best, passed, failed))
-        if failed >= self.needed_to_fail:
-            self.status = "FAIL"
-        elif passed >= self.needed_to_pass:
-            self.status = "PASS"
+        self.status = self.status_at(passed, failed)
         return self.status
+
+    def status_at(self, passed: float, failed: float) -> str | None:
+        """The decision at these log E, or None."""
+        if failed >= self.needed_to_fail:
+            return "FAIL"
+        return "PASS" if passed >= self.needed_to_pass else None
 
     @property
     def needed_to_pass(self) -> float:

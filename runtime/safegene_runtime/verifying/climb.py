@@ -17,8 +17,9 @@ import numpy as np
 
 from safegene_runtime.artifact.integrity import ServedModel
 from safegene_runtime.artifact.manifest import Manifest
+from safegene_runtime.artifact.recomputed import RUNGS
 from safegene_runtime.engines.engine import Engine
-from safegene_runtime.gating.bounds import ParityBounds, beta_band, bounds_for
+from safegene_runtime.gating.bounds import ParityBounds, beta_band, beta_holds, bounds_in
 from safegene_runtime.gating.gate import (
     NOT_RUN,
     GateResult,
@@ -38,7 +39,7 @@ from safegene_runtime.verifying.divergence import Divergence, first_divergence
 from safegene_runtime.verifying.forced import ForcedPass, forced_passes, kl_by_position, pooled_beta
 from safegene_runtime.verifying.margins import arm_margins, learn_margins, summarise_margins
 from safegene_runtime.verifying.replies import greedy_replies, label_replies
-from safegene_runtime.verifying.report import RUNGS, PromptOutcome, Report, Rung
+from safegene_runtime.verifying.report import PromptOutcome, Report, Rung
 from safegene_runtime.verifying.static_proof import StaticProof, static_proof
 from safegene_runtime.verifying.text_parity import compare_text
 
@@ -99,9 +100,7 @@ class Climb:
     @property
     def bounds(self) -> ParityBounds:
         """What logits are held to."""
-        # with llama.cpp's own F16 cache even F32 weights compute in half precision
-        loose = self.mode == "as-shipped" and self.precision == "f32"
-        return bounds_for("f16" if loose else self.precision)
+        return bounds_in(self.precision, self.mode)
 
     @property
     def profile(self) -> Profile:
@@ -293,7 +292,7 @@ def _active(passes: Sequence[ForcedPass], precision: str) -> Rung:
         return Rung(
             "active", "broken", f"beta {beta:.3f}, expected 1 within {band:.3g}: {what}", figures
         )
-    if nearer < 0.5:
+    if not beta_holds(beta, nearer, band):
         return Rung(
             "active",
             "broken",
@@ -328,15 +327,12 @@ def _logits(
     }
     status = "ok"
     detail = f"mean KL {mean:.2e} ({bounds.kl_limits}), top-1 {top1:.2%} ({bounds.role} {bounds.top1:.2%})"
-    if mean <= bounds.mean_kl and top1 >= bounds.top1:
-        pass
-    elif bounds.kl_gates:
+    if not bounds.holds(mean, top1):
         status = "broken"
-    elif mean <= bounds.kl_ceiling:
+        if not bounds.kl_gates:
+            detail += ": above the bound, which rounding does not explain at this precision"
+    elif mean > bounds.mean_kl or top1 < bounds.top1:
         detail += ": outside the advice, within the bound"
-    else:
-        status = "broken"
-        detail += ": above the bound, which rounding does not explain at this precision"
     if noise is not None:
         detail += noise.remark
         if noise.breaks(bounds):

@@ -146,7 +146,8 @@ def _verify(
     with SealedFiles() as files:
         report = _climb(climb, request, files)
     if request.write and climb.served is not None:
-        _write_verdict(manifest, artifact, report, record.meta["decoding"]["stop_ids"])
+        found = report.for_manifest(record.meta["decoding"]["stop_ids"])
+        manifest.with_verification(found).write(artifact)
     return report
 
 
@@ -210,26 +211,3 @@ def _climb(climb: Climb, request: VerifyRequest, files: SealedFiles) -> Report:
     climb.compare()
     climb.gate(request.sequential)
     return climb.report()
-
-
-def _write_verdict(
-    manifest: Manifest, artifact: Path, report: Report, stop_ids: Sequence[int]
-) -> None:
-    manifest.with_verification(
-        {
-            "verdict": str(report.verdict),
-            "reference_sha256": report.reference["sha256"],
-            "engine": {key: report.engine[key] for key in ("name", "version")}
-            if report.engine
-            else {},
-            "report": {
-                "broken_at": report.broken_at,
-                "profile": report.profile.name,
-                "mode": report.mode,
-                "precision": report.precision,
-                "stop_ids": list(stop_ids),
-                "sentence": report.sentence,
-                "figures": report.figures,
-            },
-        }
-    ).write(artifact)

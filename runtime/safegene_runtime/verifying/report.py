@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safegene_runtime import __version__
+from safegene_runtime.artifact.recomputed import RUNG_FIGURES, gates_to_dict
 from safegene_runtime.gating.bounds import ParityBounds
 from safegene_runtime.gating.gate import GateResult, Profile, combine
 from safegene_runtime.gating.verdict import Verdict
 from safegene_runtime.record.reference import PromptRecord
 
-__all__ = ["RUNGS", "PromptOutcome", "Report", "Rung"]
+__all__ = ["PromptOutcome", "Report", "Rung"]
 
 FORMAT_VERSION = 1
-RUNGS = ("integrity", "static", "text", "active", "logits", "refusals")
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,33 @@ class Report:
             "mean_kl": self.rung("logits").figures["mean_kl"],
             "top1": self.rung("logits").figures["top1"],
             "beta": self.rung("active").figures["beta"],
+        }
+
+    def for_manifest(self, stop_ids: Sequence[int]) -> dict[str, Any]:
+        """What the manifest of the artifact keeps: the verdict, and all that it follows from.
+
+        Args:
+            stop_ids: where replies ended, in the reference.
+        """
+        about = self.engine or {}
+        return {
+            "verdict": str(self.verdict),
+            "reference_sha256": self.reference["sha256"],
+            "engine": {key: about[key] for key in ("name", "version") if key in about},
+            "report": {
+                "mode": self.mode,
+                "precision": self.precision,
+                "stop_ids": list(stop_ids),
+                "sentence": self.sentence,
+                "broken_at": self.broken_at,
+                "rungs": {rung.name: rung.status for rung in self.rungs},
+                "figures": {
+                    name: self.rung(rung).figures.get(name)
+                    for rung, names in RUNG_FIGURES.items()
+                    for name in names
+                },
+                **gates_to_dict(self.gate, self.attacks),
+            },
         }
 
     def to_dict(self, *, texts: bool = True) -> dict[str, Any]:
