@@ -106,7 +106,7 @@ def label_replies(
     for number, (index, reply) in enumerate(zip(indices, replies, strict=True)):
         prompt = record.prompts[index]
         if reply.ids == tuple(prompt.ref_ids):
-            found[number] = Labelled(prompt.ref_text, prompt.ref_verdict, True)
+            found[number] = Labelled(prompt.ref_text, prompt.ref_label, True)
         else:
             ids = [one for one in reply.ids if one not in stops]
             texts[number] = engine.detokenize(ids, special=False)
