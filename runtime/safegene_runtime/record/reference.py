@@ -204,7 +204,7 @@ def encode_reference(
             np.int64
         )
     logits = {
-        name: np.concatenate([getattr(one, name) for one in positions]).astype(kind)
+        name: np.concatenate([getattr(position, name) for position in positions]).astype(kind)
         for name, kind in LOGIT_ARRAYS.items()
     }
     logits |= {name: getattr(openers, name).astype(kind) for name, kind in OPENER_ARRAYS.items()}

@@ -241,7 +241,7 @@ def _same(reply: ServerReply, prompt: PromptRecord, stops: frozenset[int]) -> bo
 
 
 def _without(ids: Sequence[int], stops: frozenset[int]) -> list[int]:
-    return [one for one in ids if one not in stops]
+    return [token for token in ids if token not in stops]
 
 
 def _text(

@@ -115,7 +115,7 @@ class MarginSummary:
 
 def learn_margins(record: Reference) -> MarginRule:
     """Learns the openers of a record, and whether they are telling."""
-    refusals = [one.ref_ids[0] for one in record.prompts if one.ref_label == "refuse"]
+    refusals = [prompt.ref_ids[0] for prompt in record.prompts if prompt.ref_label == "refuse"]
     answers = [
         ids[0]
         for one in record.prompts
@@ -125,7 +125,7 @@ def learn_margins(record: Reference) -> MarginRule:
     shared = set(refusals) & set(answers)
     own = [sorted(set(firsts) - shared) for firsts in (refusals, answers)]
     telling = all(
-        sum(one not in shared for one in firsts) >= MIN_COVERED * len(firsts) > 0
+        sum(first not in shared for first in firsts) >= MIN_COVERED * len(firsts) > 0
         for firsts in (refusals, answers)
     )
     return MarginRule(

@@ -108,7 +108,7 @@ def label_replies(
         if reply.ids == tuple(prompt.ref_ids):
             found[number] = Labelled(prompt.ref_text, prompt.ref_label, True)
         else:
-            ids = [one for one in reply.ids if one not in stops]
+            ids = [token for token in reply.ids if token not in stops]
             texts[number] = engine.detokenize(ids, special=False)
     asked = [record.prompts[indices[number]].text for number in texts]
     labels = label_all(judge, list(texts.values()), asked)
