@@ -120,10 +120,10 @@ def record(request: RecordRequest, progress: Progress | None = None) -> Referenc
             prompt_ids=ids[index],
             ref_ids=tuple(arms[index][0]),
             ref_text=texts["ref"][index],
-            ref_verdict=str(labels["ref"][index]),
+            ref_label=str(labels["ref"][index]),
             base_ids=tuple(arms[index][1]),
             base_text=texts["base"][index],
-            base_verdict=str(labels["base"][index]),
+            base_label=str(labels["base"][index]),
         )
         for index, prompt in enumerate(chosen)
     ]

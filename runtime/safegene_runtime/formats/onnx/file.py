@@ -181,11 +181,11 @@ class _ModelReader(TensorReader):
                 raise self.fail("training_info", "a model for inference", "training graphs")
             elif number == 25:
                 raise self.fail(
-                    "functions", "operators only", "a function of the model's own",
-                    "inline functions: onnx.inliner.inline_local_functions",
+                    "functions", "operations of the standard", self._function(value),
+                    "a function of the model's own may change what a node computes: inline it",
                 )  # fmt: skip
             elif number == 26:
-                raise self.fail("configuration", "one device", "several devices")
+                raise self.fail("configuration", "a model for one device", "one for several")
         if not 1 <= version <= 1000:
             raise self.fail("ir_version", "3 to 13 or so", version, "is it an ONNX model?")
         if span is None:
@@ -205,6 +205,15 @@ class _ModelReader(TensorReader):
             overridable=tuple(sorted(inputs & graph.initializers.keys())),
             files=tuple(sorted([self.path, *self.data_files])),
         )
+
+    def _function(self, span: Span) -> str:
+        """What a FunctionProto is called."""
+        known = dict.fromkeys((1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14), BYTES)
+        texts = {1: "", 10: "", 13: ""}
+        for number, value in self.fields(span, "function", known, frozenset(known) - {1, 8, 10}):
+            if number in texts:
+                texts[number] = self.name(value, "function")
+        return f"function {texts[10]}.{texts[1]}"
 
     def _opset(self, span: Span) -> tuple[str, int]:
         domain, version = "", 0
@@ -253,11 +262,11 @@ class _ModelReader(TensorReader):
             elif number == 13:
                 self._value_info(value)
             elif number == 14:
-                self._quantization(value)
+                self._annotation(value)
             elif number == 15:
                 raise self.fail("sparse_initializer", "dense tensors", "a sparse one")
             elif number == 16:
-                self.pair(value, "metadata of the graph")
+                self.pair(value, "metadata_props")
         visible = outer | initializers.keys()
         made = set(ports[11])
         nodes = []
@@ -291,9 +300,9 @@ class _ModelReader(TensorReader):
                     raise self.fail(f"attribute {name!r}", "each attribute once", "twice")
                 attributes[name] = found
             elif number == 9:
-                self.pair(value, "metadata of a node")
+                self.pair(value, "metadata_props")
             elif number == 10:
-                raise self.fail("device_configurations", "one device", "several devices")
+                raise self.fail("device_configurations", "a model for one device", "several")
         if not texts[4]:
             raise self.fail(f"node {texts[3]!r}", "an op_type", "none")
         return Node(
@@ -359,22 +368,36 @@ class _ModelReader(TensorReader):
             if number == 1:
                 name = self.name(value, "value name")
             elif number == 2:
-                kind, shape = self._type(value)
+                kind, shape = self._type(value, 0)
             elif number == 4:
-                self.pair(value, "metadata of a value")
+                self.pair(value, "metadata_props")
         if not name:
             raise self.fail("value", "a name", "none")
         return ValueInfo(name, kind, shape)
 
-    def _type(self, span: Span) -> tuple[int | None, tuple[int | str | None, ...] | None]:
+    def _annotation(self, span: Span) -> None:
+        """A TensorAnnotation is read for its form: its numbers are in the graph, too."""
+        known = {1: BYTES, 2: BYTES}
+        for number, value in self.fields(span, "quantization_annotation", known, frozenset({2})):
+            if number == 2:
+                self.pair(value, "quant_parameter_tensor_names")
+
+    def _type(
+        self, span: Span, depth: int
+    ) -> tuple[int | None, tuple[int | str | None, ...] | None]:
+        """Element type and shape of a TypeProto; of a list of tensors or an optional one, neither."""
+        if depth > MAX_DEPTH:
+            raise self.fail("type", f"at most {MAX_DEPTH} types in each other", "more")
         kind, shape = None, None
         known = dict.fromkeys((1, 4, 5, 6, 7, 8, 9), BYTES)
         for number, value in self.fields(span, "type", known, frozenset()):
-            if number == 6:
-                self.name(value, "denotation")
-                continue
+            if number in (4, 9):  # sequence_type, optional_type
+                for _, element in self.fields(value, "type", {1: BYTES}, frozenset()):
+                    self._type(element, depth + 1)
+            if number in (5, 7, 8):
+                raise self.fail("type", "tensors, or lists of them", f"field {number}")
             if number != 1:
-                raise self.fail("type", "tensors", f"field {number}: a sequence, a map or the like")
+                continue
             for inner, found in self.fields(
                 value, "tensor type", {1: VARINT, 2: BYTES}, frozenset()
             ):
@@ -386,14 +409,6 @@ class _ModelReader(TensorReader):
                         for _, dim in self.fields(found, "shape", {1: BYTES}, frozenset({1}))
                     )
         return kind, shape
-
-    def _quantization(self, span: Span) -> None:
-        """A TensorAnnotation: names only."""
-        for number, value in self.fields(span, "annotation", {1: BYTES, 2: BYTES}, frozenset({2})):
-            if number == 1:
-                self.name(value, "annotation")
-            else:
-                self.pair(value, "annotation")
 
     def _dimension(self, span: Span) -> int | str | None:
         found: int | str | None = None

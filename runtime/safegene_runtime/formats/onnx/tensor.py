@@ -185,7 +185,7 @@ class TensorReader(WireReader):
                     )
                 external[key] = text
             elif number == 16:
-                self.pair(value, f"metadata of {what}")
+                self.pair(value, "metadata_props")
             elif number == 14:
                 location = value
             elif number in (3, 6):
@@ -279,15 +279,15 @@ class TensorReader(WireReader):
         if numbers["length"] != nbytes:
             raise self.fail(where, f"{nbytes} bytes", f"length {numbers['length']}")
         end = numbers["offset"] + nbytes
-        if "length" not in external and end != size:
-            raise self.fail(
-                where, f"length: {nbytes}", "none, and readers differ in what that means",
-                "save the external data again",
-            )  # fmt: skip
         if end > size:
             raise self.fail(
                 where, f"bytes up to {end} in {location}", f"{size} bytes", "download it again"
             )
+        if "length" not in external and end != size:
+            raise self.fail(
+                where, "the length of its data", f"none, and {size - end} more bytes in {location}",
+                "readers differ in where it ends: export the model again",
+            )  # fmt: skip
         self._ranges.setdefault(location, []).append((numbers["offset"], end, name))
         return self.path.parent / location, numbers["offset"]
 
