@@ -12,6 +12,7 @@ mutations of the seeds, and the line says so.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import importlib
 import json
@@ -361,6 +362,18 @@ def main() -> int:
         if subprocess.run(command, env=paths()).returncode:
             print(f"{options.reader}: no seeds could be made", file=sys.stderr)
             return 2
+    # two runs in one folder would read each other's inputs, and find disagreements that there are not
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{options.reader}: waits for another run in {folder}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return fuzzed(options, folder, version)
+
+
+def fuzzed(options: argparse.Namespace, folder: Path, version: str | None) -> int:
+    """One run in a folder that is ours; prints its line, and returns the exit code."""
     figures = folder / "figures.json"
     figures.unlink(missing_ok=True)
     command = [sys.executable, __file__, options.reader, "--as-child"]
