@@ -352,16 +352,7 @@ def main() -> int:
     options.corpus = (options.corpus or ROOT / ".cache" / "fuzz" / options.reader).resolve()
     options.seed = options.seed or random.randrange(1, 1 << 31)
     folder = options.corpus
-    if not (folder / "seeds").is_dir():
-        command = [
-            sys.executable,
-            str(TOOLS / "fuzz_seeds.py"),
-            options.reader,
-            str(folder / "seeds"),
-        ]
-        if subprocess.run(command, env=paths()).returncode:
-            print(f"{options.reader}: no seeds could be made", file=sys.stderr)
-            return 2
+    folder.mkdir(parents=True, exist_ok=True)
     # two runs in one folder would read each other's inputs, and find disagreements that there are not
     with (folder / "lock").open("w") as lock:
         try:
@@ -374,6 +365,16 @@ def main() -> int:
 
 def fuzzed(options: argparse.Namespace, folder: Path, version: str | None) -> int:
     """One run in a folder that is ours; prints its line, and returns the exit code."""
+    if not (folder / "seeds").is_dir():
+        command = [
+            sys.executable,
+            str(TOOLS / "fuzz_seeds.py"),
+            options.reader,
+            str(folder / "seeds"),
+        ]
+        if subprocess.run(command, env=paths()).returncode:
+            print(f"{options.reader}: no seeds could be made", file=sys.stderr)
+            return 2
     figures = folder / "figures.json"
     figures.unlink(missing_ok=True)
     command = [sys.executable, __file__, options.reader, "--as-child"]
