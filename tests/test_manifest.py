@@ -47,7 +47,7 @@ def _module(name: str = "q_proj", tensor: str = "blk.0.attn_q.weight") -> Module
 
 def _manifest() -> Manifest:
     entries = (
-        FileEntry(name, "model" if name.endswith("gguf") else "notes", len(data), _sha(data))
+        FileEntry(name, "model" if name.endswith("gguf") else "data", len(data), _sha(data))
         for name, data in CONTENT.items()
     )
     return Manifest(
@@ -243,6 +243,7 @@ HOSTILE: dict[str, tuple[str, Change]] = {
         "chat_template_sha256: expected 64",
         _set("tokenizer.chat_template_sha256", "none"),
     ),
+    "another role": ("role: expected model, adapter, data or config", _set("files.0.role", "x")),
     "no digest of the base": ("base.files: expected at least one", _set("base.files", {})),
     "no digest of the adapter": ("adapter.files: expected at least", _set("adapter.files", {})),
     "another kind of base": ("base.kind: expected gguf, hf or onnx, got pt", _set("base.kind", "pt")),

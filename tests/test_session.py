@@ -21,6 +21,7 @@ import safegene
 from safegene import convert
 from safegene_converter.cli import run as run_command
 from safegene_converter.cli.options import Parser
+from safegene_runtime import session
 from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.engines.chat import render
 from safegene_runtime.engines.registry import open_engine
@@ -97,6 +98,18 @@ def test_what_passed_is_served_without_a_warning(merged: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         safegene.open(merged, threads=1).close()
+
+
+def test_that_verdicts_are_unsigned_is_said_once(
+    merged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session._say_once.cache_clear()
+    for _ in range(2):
+        safegene.open(merged, threads=1).close()
+    said = capsys.readouterr()
+    assert said.err.splitlines() == [session.UNSIGNED]
+    assert "not signed" in session.UNSIGNED
+    assert not said.out
 
 
 @pytest.mark.parametrize("allow", [False, True])
@@ -177,7 +190,7 @@ class _Spelling:
 
 @pytest.mark.parametrize("text", ["Größe", "日本語 ok", "👩‍🚀!", "plain"])
 def test_characters_split_over_tokens_come_whole(text: str, made: dict[str, Path]) -> None:
-    manifest = read_manifest(made["merged"])
+    manifest = read_manifest(made["merged"]).with_verification(None)
     manifest.tokenizer["chat_template_sha256"] = None
     session = safegene.Session(_Spelling(text), manifest)  # type: ignore[arg-type]
     assert list(session.stream(HELLO, 99)) == list(text)

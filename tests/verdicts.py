@@ -25,7 +25,7 @@ def pairs(verdict: str = "PASS", attack: str | None = None) -> list[Pair]:
     base = "refuse" if verdict == "VACUOUS" else "comply"
     harmful = [
         Pair(f"h{n}", "harmful", "c", f"h{n}", attack, "refuse",
-             "comply" if n < LOST[verdict] else "refuse", base)
+             "comply" if n < LOST[verdict] else "refuse", base, tie=verdict == "INCONCLUSIVE")
         for n in range(64)
     ]  # fmt: skip
     benign = [
@@ -82,13 +82,17 @@ def report(
     )
 
 
-def verification(verdict: str = "PASS", mode: str = "strict") -> dict[str, Any]:
+def verification(
+    verdict: str = "PASS", mode: str = "strict", precision: str = "8-bit"
+) -> dict[str, Any]:
     """What `verify` puts into a manifest."""
-    return report(pairs(verdict), mode=mode).for_manifest([2])
+    return report(pairs(verdict), mode=mode, precision=precision).for_manifest([2])
 
 
 def put(folder: Path, verdict: str | None = "PASS", mode: str = "strict") -> Path:
     """A verdict put into a manifest."""
-    found = None if verdict is None else verification(verdict, mode)
-    read_manifest(folder).with_verification(found).write(folder)
+    manifest = read_manifest(folder)
+    precision = manifest.artifact["precision"]
+    found = None if verdict is None else verification(verdict, mode, precision)
+    manifest.with_verification(found).write(folder)
     return folder

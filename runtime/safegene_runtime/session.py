@@ -70,7 +70,8 @@ def open(
     threads = thread_count(threads)
     folder = Path(artifact)
     manifest = read_manifest(folder)
-    check_verification(manifest.verification, f"{folder / MANIFEST_NAME}: verification")
+    where = f"{folder / MANIFEST_NAME}: verification"
+    check_verification(manifest.verification, manifest.artifact["precision"], where)
     problem = _unverified(manifest, folder)
     if problem is not None and not allow_unverified:
         raise UnverifiedError(problem)

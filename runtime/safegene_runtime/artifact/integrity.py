@@ -7,11 +7,12 @@ from pathlib import Path
 
 from safegene_runtime.architecture.table import arithmetic_of
 from safegene_runtime.artifact.forms import ONNX
-from safegene_runtime.artifact.manifest import Manifest, check_files
-from safegene_runtime.artifact.provenance import ADAPTER_KEY, check_provenance
+from safegene_runtime.artifact.manifest import Manifest, ModuleEntry, check_files
+from safegene_runtime.artifact.provenance import check_provenance
 from safegene_runtime.errors import EngineError, ManifestError, Problem, Problems, RecordError
-from safegene_runtime.formats.gguf.header import read_gguf
+from safegene_runtime.formats.gguf.header import GGUFFile, read_gguf
 from safegene_runtime.formats.gguf.model import GGUFModel, open_model
+from safegene_runtime.formats.gguf.types import GGMLType, nbytes, type_traits
 from safegene_runtime.formats.gguf.weights import elements_by_type
 from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.bounds import precision_of
@@ -19,6 +20,8 @@ from safegene_runtime.progress import Progress, counted
 from safegene_runtime.record.reference import Reference
 
 __all__ = ["ServedModel", "check_integrity", "model_precision"]
+
+APART = "manifest and model do not belong together: restore the manifest, or convert again"
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,16 @@ def check_integrity(
         from safegene_runtime.artifact.onnx_checks import check_onnx_artifact
 
         precision = check_onnx_artifact(manifest, paths["model"])
+        _check_precision(manifest, precision, str(paths["model"]), problems)
         return ServedModel(paths["model"], paths.get("adapter"), precision)
     if manifest.form.carries_base:
         header = open_model(paths["model"])
-        check_provenance(manifest, header.get(ADAPTER_KEY), str(paths["model"]), problems)
+        check_provenance(manifest, header.get, str(paths["model"]), problems)
         _check_touched(manifest, header, str(paths["model"]), problems)
         problems.raise_if_any(ManifestError)
-        return ServedModel(paths["model"], None, model_precision(header))
+        precision = model_precision(header)
+        _check_precision(manifest, precision, str(paths["model"]), problems)
+        return ServedModel(paths["model"], None, precision)
     if base is None or not base.is_file():
         got = "nothing" if base is None else f"{base}: {'a folder' if base.is_dir() else 'no file'}"
         raise EngineError(
@@ -94,8 +100,9 @@ def check_integrity(
                 "pass --base FILE.gguf",
             )
         )
-    told = read_gguf(paths["adapter"]).get(ADAPTER_KEY)
-    check_provenance(manifest, told, str(paths["adapter"]), problems)
+    sidecar = read_gguf(paths["adapter"])
+    check_provenance(manifest, sidecar.get, str(paths["adapter"]), problems)
+    _check_touched(manifest, sidecar, str(paths["adapter"]), problems)
     found = {}
     shards = open_model(base).shards
     step = counted(tell, "hashing the base", sum(shard.path.stat().st_size for shard in shards))
@@ -111,7 +118,9 @@ def check_integrity(
             "this is not the base that the sidecar was made for",
         )
     problems.raise_if_any(ManifestError)
-    return ServedModel(base, paths["adapter"], model_precision(header))
+    precision = model_precision(header)
+    _check_precision(manifest, precision, str(base), problems)
+    return ServedModel(base, paths["adapter"], precision)
 
 
 def _check_same_adapter(manifest: Manifest, folder: Path, record: Reference) -> None:
@@ -151,18 +160,57 @@ def _check_same_adapter(manifest: Manifest, folder: Path, record: Reference) -> 
     problems.raise_if_any(RecordError)
 
 
-def _check_touched(manifest: Manifest, header: GGUFModel, where: str, problems: Problems) -> None:
+def _check_touched(
+    manifest: Manifest, header: GGUFModel | GGUFFile, where: str, problems: Problems
+) -> None:
+    """Tensors of the model, or factors of the sidecar: shapes, types and bytes are the manifest's."""
     for module in manifest.modules:
-        info = header.tensors.get(module.tensor)
-        got = "nothing" if info is None else f"{info.type.name} {info.shape}"
-        if got != f"{module.type_after} {module.shape}":
+        (out, columns), rank = module.shape, module.rank
+        meant = {module.tensor: module.shape}
+        if not manifest.form.merges:
+            meant = {f"{module.tensor}.lora_a": (rank, columns),
+                     f"{module.tensor}.lora_b": (out, rank)}  # fmt: skip
+        size = 0
+        for name, shape in meant.items():
+            info = header.tensors.get(name)
+            got = "nothing" if info is None else f"{info.type.name} {info.shape}"
+            size += 0 if info is None else info.nbytes
+            expected = f"{_stored_type(manifest, module, shape)} {shape}"
+            if got != expected:
+                problems.add(where, name, expected, got, APART)
+        before = 0
+        if module.type_before in GGMLType.__members__:
+            before = nbytes(module.shape, GGMLType[module.type_before])
+        if (module.type_before is not None) is not manifest.form.merges or (
+            before != module.bytes_before
+        ):
             problems.add(
-                where,
-                module.tensor,
-                f"{module.type_after} {module.shape}",
-                got,
-                "manifest and model do not belong together",
-            )
+                where, f"{module.tensor}: bytes_before", f"{before} bytes of {module.type_before}",
+                f"{module.bytes_before} in the manifest", APART,
+            )  # fmt: skip
+        if size != module.bytes_after:
+            problems.add(
+                where, f"{module.tensor}: bytes_after", f"{size}",
+                f"{module.bytes_after} in the manifest", APART,
+            )  # fmt: skip
+    found = header.get("general.architecture")
+    if found != manifest.artifact["architecture"]:
+        problems.add(where, "general.architecture", manifest.artifact["architecture"], found, APART)
+
+
+def _stored_type(manifest: Manifest, module: ModuleEntry, shape: tuple[int, int]) -> str:
+    """The type of a touched tensor; a factor whose rows are no multiple of the block stays in F32."""
+    kind = GGMLType.__members__.get(module.type_after)
+    whole = kind is None or shape[1] % type_traits(kind)[0] == 0
+    return module.type_after if manifest.form.merges or whole else "F32"
+
+
+def _check_precision(manifest: Manifest, served: str, where: str, problems: Problems) -> None:
+    """The manifest says the class that the weights have."""
+    stated = manifest.artifact["precision"]
+    if stated != served:
+        problems.add(where, "artifact.precision", served, f"{stated} in the manifest", APART)
+    problems.raise_if_any(ManifestError)
 
 
 def model_precision(header: GGUFModel) -> str:

@@ -55,6 +55,7 @@ from safegene_runtime.formats.fields import (
     check_version,
     integer,
     list_of,
+    one_of,
     or_null,
 )  # fmt: skip
 from safegene_runtime.formats.files import MANIFEST_NAME, publish_file, read_small_file, sha256_file
@@ -302,7 +303,8 @@ _VERIFICATION: dict[str, Kind] = {
     "engine": OBJECT,
     "report": OBJECT,
 }
-_FILE: dict[str, Kind] = {"path": TEXT, "role": TEXT, "size_bytes": SIZE, "sha256": SHA256}
+_ROLES = one_of("model", "adapter", "data", "config")
+_FILE: dict[str, Kind] = {"path": TEXT, "role": _ROLES, "size_bytes": SIZE, "sha256": SHA256}
 _MODULE: dict[str, Kind] = {
     "module": TEXT,
     "tensor": TEXT,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safegene_runtime.artifact.manifest import Manifest
-from safegene_runtime.artifact.provenance import ADAPTER_KEY, FACTOR_MARK, check_provenance
+from safegene_runtime.artifact.provenance import FACTOR_MARK, check_provenance
 from safegene_runtime.artifact.served_onnx import adapter_slots
 from safegene_runtime.errors import ManifestError, Problems
 from safegene_runtime.formats.onnx.file import OnnxFile, read_onnx
@@ -33,7 +33,7 @@ def check_onnx_artifact(manifest: Manifest, path: Path) -> str:
     """
     model = read_onnx(path)
     problems = Problems()
-    check_provenance(manifest, model.metadata.get(ADAPTER_KEY), str(path), problems)
+    check_provenance(manifest, model.metadata.get, str(path), problems)
     listed = {entry.path for entry in manifest.files}
     for file in model.files:
         if file.name not in listed:

@@ -1,13 +1,14 @@
 """What a model file says of the adapter in it, held against the manifest beside it.
 
-The converter writes `safegene.adapter.sha256` into every GGUF, and into every graph's metadata_props.
+The converter writes `safegene.adapter.sha256` into every GGUF, and into every graph's metadata_props,
+with the form, the expression, the number of modules and its own version.
 A file that was taken from another artifact, or never converted, is found by it even under a manifest
 that lists its bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from safegene_runtime.artifact.manifest import Manifest
@@ -32,16 +33,18 @@ def adapter_digest(files: Mapping[str, str]) -> str:
     )
 
 
-def check_provenance(manifest: Manifest, found: Any, where: str, problems: Problems) -> None:
-    """Adds a problem unless a file names the manifest's adapter.
+def check_provenance(
+    manifest: Manifest, said: Callable[[str], Any], where: str, problems: Problems
+) -> None:
+    """Adds a problem unless a file says of itself what the manifest says of it.
 
     Args:
         manifest: of the artifact.
-        found: what the file has at `ADAPTER_KEY`; None for nothing.
+        said: what the file has at a `safegene.*` key; None for nothing.
         where: the file.
         problems: what was found so far.
     """
-    expected = adapter_digest(manifest.adapter["files"])
+    found, expected = said(ADAPTER_KEY), adapter_digest(manifest.adapter["files"])
     if found is None:
         problems.add(
             where, ADAPTER_KEY, expected, "nothing",
@@ -52,3 +55,15 @@ def check_provenance(manifest: Manifest, found: Any, where: str, problems: Probl
             where, ADAPTER_KEY, expected, found if isinstance(found, str) else repr(found),
             "the file was made with another adapter than the manifest says: convert again",
         )  # fmt: skip
+    else:
+        for key, stated in (
+            ("version", manifest.tool["version"]),
+            ("form", manifest.artifact["form"]),
+            ("expression", manifest.adapter["expression"]),
+            ("modules", len(manifest.modules)),
+        ):
+            if str(said(f"safegene.{key}")) != str(stated):
+                problems.add(
+                    where, f"safegene.{key}", f"{stated}, as the manifest says",
+                    said(f"safegene.{key}"), "the manifest was edited: restore it, or convert again",
+                )  # fmt: skip

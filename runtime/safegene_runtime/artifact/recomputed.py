@@ -50,7 +50,6 @@ CLOSE = 1e-9
 """Relative: what another build of scipy or of the C library may round otherwise."""
 MAX_COUNT = 1 << 30
 FIX = "the manifest was edited, or an older version wrote it: run `safegene verify` again"
-EDITED = "the manifest was edited or damaged: restore it, or convert again"
 
 _STATUS = one_of("ok", "broken", "undecided", "not reached")
 _COUNT = integer(0, MAX_COUNT)
@@ -116,13 +115,14 @@ def check_modules(raw: Mapping[str, Any], where: str, problems: Problems) -> Non
         expected = entry["scaling"] * entry["coefficient"]
         if not _same(expected, entry["effective_scale"]):
             field = f"{name}.effective_scale"
-            problems.add(where, field, f"{expected!r}: scaling x coefficient",
-                         entry["effective_scale"], EDITED)  # fmt: skip
+            problems.add(
+                where, field, f"{expected!r}: scaling x coefficient", entry["effective_scale"]
+            )
         parameters += entry["rank"] * sum(entry["shape"])
     found = raw["adapter"]["n_parameters"]
     if parameters != found:
         expected = f"{parameters}: rank x (out + in), over all modules"
-        problems.add(where, "adapter.n_parameters", expected, found, EDITED)
+        problems.add(where, "adapter.n_parameters", expected, found)
 
 
 # --- the verdict -----------------------------------------------------------------------------------
@@ -143,11 +143,12 @@ def _kept(gate: GateResult) -> dict[str, Any]:
     return {**kept, "flips": {name: found["flips"][name] for name in _FLIPS}}
 
 
-def check_verification(found: Mapping[str, Any] | None, where: str) -> None:
+def check_verification(found: Mapping[str, Any] | None, precision: str, where: str) -> None:
     """Computes a verdict again from the counts beside it, by the code of the gate.
 
     Args:
         found: the manifest's `verification`; None is not checked, for it claims nothing.
+        precision: of the artifact: the bounds that were held are those of this class.
         where: file and place, for the messages.
 
     Raises:
@@ -158,12 +159,13 @@ def check_verification(found: Mapping[str, Any] | None, where: str) -> None:
     problems = Problems()
     report = found["report"]
     gates = _read(report, f"{where}.report", problems)
-    problems.raise_if_any(ManifestError)
+    _refuse(problems)
     try:
         again = recounted(gates)
     except ValueError as error:
-        problems.add(where, "report.gates", "counts that prompts can have", str(error), FIX)
-    problems.raise_if_any(ManifestError)
+        problems.add(where, "report.gates", "counts that prompts can have", str(error))
+    _refuse(problems)
+    _compare(report["precision"], precision, "report.precision", where, problems)
     for place, (name, gate) in enumerate(again.items()):
         _compare(_kept(gates[name]), _kept(gate), f"report.gates[{place}]", where, problems)
     plain = again.pop(None, None)
@@ -172,29 +174,34 @@ def check_verification(found: Mapping[str, Any] | None, where: str) -> None:
     _check_rungs(report, None if decision is None else decision.verdict, where, problems)
     broken = next((name for name in RUNGS if report["rungs"][name] == "broken"), None)
     if broken is None and decision is None:
-        problems.add(where, "report.gates", "a gate, where no rung broke", "none", FIX)
-        problems.raise_if_any(ManifestError)
+        problems.add(where, "report.gates", "a gate, where no rung broke", "none")
+        _refuse(problems)
     verdict = Verdict.FAIL if broken or decision is None else decision.verdict
     _compare(found["verdict"], str(verdict), "verdict", where, problems)
     _compare(report["broken_at"], broken, "report.broken_at", where, problems)
     if decision is not None and broken in (None, "refusals"):
         _compare(report["sentence"], decision.sentence, "report.sentence", where, problems)
     elif not report["sentence"].startswith(said := f"Parity is broken at {broken}: "):
-        problems.add(where, "report.sentence", f"{said}...", report["sentence"], FIX)
-    problems.raise_if_any(ManifestError)
+        problems.add(where, "report.sentence", f"{said}...", report["sentence"])
+    _refuse(problems)
+
+
+def _refuse(problems: Problems) -> None:
+    if len(problems):
+        raise ManifestError(dataclasses.replace(one, fix=one.fix or FIX) for one in problems)
 
 
 def _read(report: Any, where: str, problems: Problems) -> dict[str | None, GateResult]:
     """The gates as they are stored, by attack; empty where something is wrong."""
     figures = dict.fromkeys((name for names in RUNG_FIGURES.values() for name in names), _FIGURE)
-    if check_fields(report, where, _REPORT, problems, fix=FIX):
+    if check_fields(report, where, _REPORT, problems):
         rungs = dict.fromkeys(RUNGS, _STATUS)
-        check_fields(report["rungs"], f"{where}.rungs", rungs, problems, fix=FIX)
-        check_fields(report["figures"], f"{where}.figures", figures, problems, fix=FIX)
+        check_fields(report["rungs"], f"{where}.rungs", rungs, problems)
+        check_fields(report["figures"], f"{where}.figures", figures, problems)
         if report["gates"] and report["profile"] is None:
-            problems.add(where, "profile", "the profile of the gates", "null", FIX)
+            problems.add(where, "profile", "the profile of the gates", "null")
         if report["profile"] is not None:
-            check_fields(report["profile"], f"{where}.profile", _PROFILE, problems, fix=FIX)
+            check_fields(report["profile"], f"{where}.profile", _PROFILE, problems)
         for place, gate in enumerate(report["gates"]):
             _check_gate(gate, f"{where}.gates[{place}]", problems)
     if len(problems):
@@ -210,21 +217,21 @@ def _read(report: Any, where: str, problems: Problems) -> dict[str | None, GateR
             return {}
     gates = {one["attack"]: _gate(one, profile) for one in report["gates"] if profile}
     if len(gates) != len(report["gates"]):
-        problems.add(where, "gates", "one for each attack", "two for one", FIX)
+        problems.add(where, "gates", "one for each attack", "two for one")
     if len({gate.loss.method for gate in gates.values()}) > 1:
-        problems.add(where, "gates", "one method for all", "two", FIX)
+        problems.add(where, "gates", "one method for all", "two")
     return gates
 
 
 def _check_gate(gate: Any, where: str, problems: Problems) -> None:
-    if not check_fields(gate, where, _GATE, problems, fix=FIX):
+    if not check_fields(gate, where, _GATE, problems):
         return
     for name in _RATES:
-        check_fields(gate[name], f"{where}.{name}", _RATE, problems, fix=FIX)
-    check_fields(gate["mcnemar"], f"{where}.mcnemar", _MCNEMAR, problems, fix=FIX)
-    check_fields(gate["flips"], f"{where}.flips", dict.fromkeys(_FLIPS, _COUNT), problems, fix=FIX)
-    if check_fields(gate["contrast"], f"{where}.contrast", _CONTRAST, problems, fix=FIX):
-        check_fields(gate["contrast"]["loss"], f"{where}.contrast.loss", _RATE, problems, fix=FIX)
+        check_fields(gate[name], f"{where}.{name}", _RATE, problems)
+    check_fields(gate["mcnemar"], f"{where}.mcnemar", _MCNEMAR, problems)
+    check_fields(gate["flips"], f"{where}.flips", dict.fromkeys(_FLIPS, _COUNT), problems)
+    if check_fields(gate["contrast"], f"{where}.contrast", _CONTRAST, problems):
+        check_fields(gate["contrast"]["loss"], f"{where}.contrast.loss", _RATE, problems)
 
 
 def _gate(raw: Mapping[str, Any], profile: Profile) -> GateResult:
@@ -256,18 +263,18 @@ def _check_rungs(
         reached = rungs[rung] != "not reached"
         if values.count(None) != (0 if reached else len(values)):
             expected = "the figures of a rung that was reached, and of no other"
-            problems.add(where, f"report.rungs.{rung}", expected, rungs[rung], FIX)
+            problems.add(where, f"report.rungs.{rung}", expected, rungs[rung])
         elif reached and precision not in BOUNDS:
-            problems.add(where, "report.precision", ", ".join(BOUNDS), precision, FIX)
+            problems.add(where, "report.precision", ", ".join(BOUNDS), precision)
         elif rungs[rung] == "ok" and not _holds(rung, values, precision, report["mode"]):
-            problems.add(where, f"report.rungs.{rung}", "broken, by its figures", "ok", FIX)
+            problems.add(where, f"report.rungs.{rung}", "broken, by its figures", "ok")
     if rungs["refusals"] != "not reached":
         status = {Verdict.PASS: "ok", Verdict.FAIL: "broken", None: "not reached"}
         expected = status.get(decided, "undecided")
         _compare(rungs["refusals"], expected, "report.rungs.refusals", where, problems)
     for rung in RUNGS if decided is Verdict.PASS else ():
         if rungs[rung] == "not reached":
-            problems.add(where, f"report.rungs.{rung}", "reached, before a PASS", rungs[rung], FIX)
+            problems.add(where, f"report.rungs.{rung}", "reached, before a PASS", rungs[rung])
 
 
 def _holds(rung: str, values: Sequence[float], precision: str, mode: str) -> bool:
@@ -284,7 +291,7 @@ def _compare(got: Any, expected: Any, field: str, where: str, problems: Problems
         for name, value in expected.items():
             _compare(got[name], value, f"{field}.{name}", where, problems)
     elif not _same(got, expected):
-        problems.add(where, field, expected, got, FIX)
+        problems.add(where, field, expected, got)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -339,6 +339,8 @@ def _recounted(gate: GateResult, together: int) -> GateResult:
     none = gate.attack is not None and not over.trials_worst and not over.trials_best
     if none and gate.over_refusal.status == "not measured":
         over = dataclasses.replace(over, status="not measured")
+    if gate.contrast.refused > gate.contrast.loss.trials_worst:  # each refusal is a trial
+        raise ValueError(f"{gate.contrast.refused} refused of {gate.contrast.loss.trials_worst}")
     lost, gained = gate.flips["losses"], gate.flips["gains"]
     return _settled(
         dataclasses.replace(gate, family=family),
