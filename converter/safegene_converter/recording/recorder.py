@@ -34,7 +34,8 @@ from safegene_converter.requests import RecordRequest
 from safegene_runtime import __version__
 from safegene_runtime.engines.chat import READS_CLOCK
 from safegene_runtime.errors import FormatError, Problem, Problems, RecordError
-from safegene_runtime.formats.files import check_output_free, publish_folder, sha256_of
+from safegene_runtime.formats.files import sha256_of
+from safegene_runtime.formats.publish import check_output_free, publish_folder
 from safegene_runtime.judging.judge import Judge, about, label_all
 from safegene_runtime.progress import Progress, silent
 from safegene_runtime.record.attacks import wrap
