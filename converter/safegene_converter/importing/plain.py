@@ -37,7 +37,8 @@ from safegene_converter.inputs.safetensors_reader import read_safetensors
 from safegene_runtime.child import deadline_for, run_job
 from safegene_runtime.errors import AdapterError, FormatError, Problem, Problems
 from safegene_runtime.formats import strictjson
-from safegene_runtime.formats.files import check_output_free, publish_folder, read_small_file
+from safegene_runtime.formats.files import read_small_file
+from safegene_runtime.formats.publish import check_output_free, publish_folder
 
 __all__ = ["import_adapter", "save_tensors"]
 

@@ -23,7 +23,7 @@ from safegene_converter.inputs.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from safegene_converter.inputs.adapter_keys import PREFIX
 from safegene_runtime.errors import AdapterError, Problem, Problems
 from safegene_runtime.formats import strictjson
-from safegene_runtime.formats.files import check_output_free, publish_folder
+from safegene_runtime.formats.publish import check_output_free, publish_folder
 
 __all__ = ["stack_adapters", "weighted"]
 

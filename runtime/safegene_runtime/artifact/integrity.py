@@ -179,7 +179,7 @@ def _check_touched(
             if got != expected:
                 problems.add(where, name, expected, got, APART)
         before = 0
-        if module.type_before in GGMLType.__members__:
+        if module.type_before is not None and module.type_before in GGMLType.__members__:
             before = nbytes(module.shape, GGMLType[module.type_before])
         if (module.type_before is not None) is not manifest.form.merges or (
             before != module.bytes_before
