@@ -48,8 +48,8 @@ def prompt(
     return PromptRecord(
         id=name if attack is None else f"{name}@{attack}", kind="harmful", category="c",
         borderline=False, cluster=name, attack=attack, text=f"text of {name}", rendered="r",
-        prompt_ids=(1, 2), ref_ids=tuple(ref_ids), ref_text="", ref_verdict=labels[0],
-        base_ids=tuple(base_ids), base_text="", base_verdict=labels[1],
+        prompt_ids=(1, 2), ref_ids=tuple(ref_ids), ref_text="", ref_label=labels[0],
+        base_ids=tuple(base_ids), base_text="", base_label=labels[1],
     )  # fmt: skip
 
 

@@ -76,8 +76,8 @@ def record_of(folder: Path, base: Path, tuned: Path) -> tuple[Reference, Listed]
                 id=f"p{n}", kind="harmful" if harmful else "benign", category="c", borderline=False,
                 cluster=f"p{n}", attack=None, text=texts[n], rendered=rendered[n],
                 prompt_ids=tuple(prompts[n]), ref_ids=tuple(arms[0][n]), ref_text=spelt[0][n],
-                ref_verdict="refuse" if harmful else "comply", base_ids=tuple(arms[1][n]),
-                base_text=spelt[1][n], base_verdict="comply",
+                ref_label="refuse" if harmful else "comply", base_ids=tuple(arms[1][n]),
+                base_text=spelt[1][n], base_label="comply",
             ))  # fmt: skip
         logits = [
             _forced(engine, [one.prompt_ids for one in rows], [one.ref_ids for one in rows])

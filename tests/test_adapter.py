@@ -217,7 +217,7 @@ HOSTILE: dict[str, tuple[Change, type[SafeGeneError], str]] = {
                 UnsupportedError, "experts"),
     "saved module": (
         extra(f"{PREFIX}model.norm.modules_to_save.weight"), UnsupportedError, "norm"),
-    "another block": (extra(f"{PREFIX}transformer.h.0.attn.c_attn.lora_A.weight"),
+    "another block": (extra(f"{PREFIX}backbone.blocks.0.attn.wqkv.lora_A.weight"),
                       UnsupportedError, "linear module"),
     "DistributedDataParallel": (
         renamed(lambda key: key.replace(PREFIX, f"{PREFIX}module.")), AdapterError, "`module.`"),

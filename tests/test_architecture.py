@@ -27,7 +27,6 @@ from safegene_runtime.architecture.table import (
     architecture_of_config,
     architecture_of_type,
     layer_of,
-    linear_modules,
     module_kinds,
     parse_module,
     parse_paths,
@@ -50,7 +49,7 @@ def _gguf_weights(architecture: str) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_every_architecture_has_a_tiny_model(architecture: str) -> None:
     config = json.loads((tiny.hf_model(architecture) / "config.json").read_text())
     row = TABLE[architecture]
@@ -59,7 +58,7 @@ def test_every_architecture_has_a_tiny_model(architecture: str) -> None:
     assert architecture_named(architecture, "model.gguf") is row
 
 
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_every_module_is_upstreams_tensor_in_upstreams_row_order(architecture: str) -> None:
     theirs, ours = _gguf_weights(architecture), _hf_weights(architecture)
     row = TABLE[architecture]
@@ -76,7 +75,7 @@ def test_every_module_is_upstreams_tensor_in_upstreams_row_order(architecture: s
         assert row.module_of(tensor) == module
 
 
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_every_linear_weight_of_a_block_is_a_module(architecture: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -94,7 +93,7 @@ def test_every_linear_weight_of_a_block_is_a_module(architecture: str) -> None:
 
 def test_llama_has_the_row_orders_of_upstreams_permute() -> None:
     orders = {part: TABLE["llama"].transform(f"model.layers.0.{part}", 4, 2).n_heads
-              for part in linear_modules()}  # fmt: skip
+              for part in TABLE["llama"].tensors}  # fmt: skip
     changed = {part: heads for part, heads in orders.items() if heads}
     assert changed == {"self_attn.q_proj": 4, "self_attn.k_proj": 2}
 
@@ -106,7 +105,7 @@ def test_the_kinds_of_modules_have_one_order() -> None:
     assert len(set(module_kinds())) == len(module_kinds())
 
 
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_tensors_have_the_names_that_gguf_py_gives_them(architecture: str) -> None:
     row = TABLE[architecture]
     kind = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
@@ -117,7 +116,7 @@ def test_tensors_have_the_names_that_gguf_py_gives_them(architecture: str) -> No
         assert row.tensor_of(module) == tensor
 
 
-@pytest.mark.parametrize("architecture", TABLE)
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_no_other_tensor_is_taken_for_a_module(architecture: str) -> None:
     found = {TABLE[architecture].module_of(name) for name in _gguf_weights(architecture)}
     assert found - {None} == set(tiny.modules(architecture))
@@ -141,6 +140,7 @@ def test_only_the_table_knows_an_architecture() -> None:
     }
     known |= {one for row in TABLE.values() for one in (*row.tensors, *row.tensors.values())}
     known |= {*module_kinds(), *table.PACKED}
+    known.remove("dense")  # of Phi and Falcon; a word of its own elsewhere
     for package in (safegene_runtime, safegene_converter):
         for path in sorted(Path(package.__file__).parent.rglob("*.py")):
             strings = {
@@ -196,24 +196,32 @@ def test_paths_in_a_graph_are_found_however_the_exporter_writes_them() -> None:
 def test_a_delta_may_be_permuted_through_its_b_factor() -> None:
     random = np.random.default_rng(0)
     a, b = random.standard_normal((3, 10)), random.standard_normal((24, 3))
-    transform = Transform(3)
+    transform = Transform("permute", 3)
     np.testing.assert_array_equal(transform.apply_rows(b) @ a, transform.apply_rows(b @ a))
 
 
-@pytest.mark.parametrize("n_heads", [0, 1, 3, 6])
+@pytest.mark.parametrize(
+    "order",
+    [
+        Transform(), *(Transform("permute", heads) for heads in (1, 3, 6)),
+        Transform("regroup", 4, 4), Transform("regroup", 4, 2), Transform("regroup", 4, 1),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("shape", [(24, 5), (24,), (24, 2, 3)])
 def test_a_transform_is_a_permutation_and_has_an_inverse(
-    n_heads: int, shape: tuple[int, ...]
+    order: Transform, shape: tuple[int, ...]
 ) -> None:
     array = np.arange(np.prod(shape)).reshape(shape)
-    moved = Transform(n_heads).apply_rows(array)
+    moved = order.apply_rows(array)
     assert sorted(moved.reshape(-1)) == sorted(array.reshape(-1))
-    np.testing.assert_array_equal(Transform(n_heads).invert_rows(moved), array)
+    np.testing.assert_array_equal(order.invert_rows(moved), array)
 
 
 def test_rows_that_are_not_whole_heads_are_refused() -> None:
-    with pytest.raises(BaseModelError, match="multiple of 2 x 3"):
-        Transform(3).apply_rows(np.zeros((20, 4)))
+    with pytest.raises(BaseModelError, match="multiple of 6, of 3 heads"):
+        Transform("permute", 3).apply_rows(np.zeros((20, 4)))
+    with pytest.raises(BaseModelError, match="multiple of 8, of 4 heads"):
+        Transform("regroup", 4, 2).apply_rows(np.zeros((20, 4)))
 
 
 def test_a_transform_of_another_shape_is_not_proved() -> None:
@@ -244,7 +252,7 @@ def test_modules_that_are_no_linear_of_a_block_are_refused(module: str) -> None:
         layer_of(module)
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "phi3", "qwen3moe", None, 7])
+@pytest.mark.parametrize("architecture", ["rwkv7", "mamba", "deepseek2", None, 7])
 def test_other_architectures_are_refused_by_name(architecture: object) -> None:
     with pytest.raises(UnsupportedError, match=str(architecture)):
         architecture_named(architecture, "base.gguf")
@@ -269,8 +277,8 @@ def test_configs_are_mapped_as_upstream_maps_them(model_class: str, expected: st
 @pytest.mark.parametrize(
     "classes",
     [
-        ["MixtralForCausalLM"],
-        ["GemmaForCausalLM"],
+        ["DeepseekV3ForCausalLM"],
+        ["GPTNeoXForCausalLM"],
         [],
         None,
         "LlamaForCausalLM",

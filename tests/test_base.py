@@ -153,8 +153,8 @@ def test_head_counts_per_layer_may_be_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("architecture", "gemma3", "gemma3"),
-        ("llama.expert_count", 8, "MoE"),
+        ("architecture", "rwkv7", "rwkv7"),
+        ("llama.expert_count", 8, "tensors of experts"),
         ("general.type", "adapter", "general.type"),
         ("safegene.version", "0.1.0", "one that holds a SafeGene adapter"),
         ("llama.block_count", 0, "block_count"),
@@ -194,7 +194,11 @@ def test_gguf_tensors_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"architectures": ["GemmaForCausalLM"]}, UnsupportedError, "GemmaForCausalLM"),
+        (
+            {"architectures": ["T5ForConditionalGeneration"]},
+            UnsupportedError,
+            "T5ForConditionalGeneration",
+        ),
         ({"architectures": "absent"}, UnsupportedError, "architectures"),
         ({"auto_map": {"AutoModel": "x.Y"}}, UnsupportedError, "run their own code"),
         ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedError, "quantised"),

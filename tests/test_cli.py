@@ -19,7 +19,8 @@ from safegene_runtime.record.reference import read_reference
 
 EXAMPLE = tiny.REPOSITORY / "examples" / "smollm2-135m-safegene"
 COMMANDS = (
-    "inspect", "convert", "record", "verify", "demo", "extract", "select", "calibrate", "evaluate", "run",
+    "inspect", "import", "convert", "record", "verify", "demo", "extract", "select", "calibrate", "evaluate",
+    "run",
 )  # fmt: skip
 
 

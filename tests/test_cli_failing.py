@@ -77,6 +77,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 COMMANDS = {
     "inspect ADAPTER --base GGUF": (),
+    "import ADAPTER -o OUT": ("reference",),
     "convert ADAPTER --base GGUF -o OUT": ("gguf",),
     "convert ADAPTER --base GGUF --as merged --type q8_0 -o OUT": ("gguf",),
     "convert ADAPTER --base HF -o OUT": ("gguf", "reference"),

@@ -28,7 +28,7 @@ def reference() -> Reference:
             id=name, kind="harmful" if name[0] == "h" else "benign", category="none",
             borderline=False, cluster=name, attack=None, text="", rendered="", prompt_ids=(1,),
             ref_ids=(2,), ref_text="",
-            ref_verdict=verdict, base_ids=(3,), base_text="", base_verdict="comply",
+            ref_label=verdict, base_ids=(3,), base_text="", base_label="comply",
         )
         for name, verdict in VERDICTS.items()
     )  # fmt: skip

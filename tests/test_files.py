@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safegene_runtime.errors import FormatError, OutputError
-from safegene_runtime.formats import files
+from safegene_runtime.formats import files, publish
 from safegene_runtime.formats.files import (
     open_regular,
     read_small_file,
@@ -70,7 +70,7 @@ def _in_child(work: Callable[[], object]) -> int:
 
 def _without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a system whose C library has no renameat2."""
-    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
+    monkeypatch.setattr(publish.ctypes, "CDLL", lambda *_, **__: object())
 
 
 # --- publish_folder --------------------------------------------------------------------------------

@@ -242,8 +242,7 @@ def test_held_out_figures_are_those_of_whole_replies(
             at_ids = np.take_along_axis(logits, here.top_ids.astype(np.int64), axis=1)
             kls.append(kl_topk(here.ref_logits, here.ref_lse, at_ids, logsumexp(logits)).mean())
     rows = [
-        (one.kind, one.ref_verdict, label)
-        for one, label in zip(others.prompts, labels, strict=True)
+        (one.kind, one.ref_label, label) for one, label in zip(others.prompts, labels, strict=True)
     ]
     assert found.divergence == pytest.approx(np.mean(kls), rel=1e-3)
     assert found.harmful == 4

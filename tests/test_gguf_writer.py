@@ -17,10 +17,10 @@ import tiny
 
 from safegene_converter.gguf.writer import OutTensor, encode_header, write_gguf
 from safegene_runtime.errors import FormatError, OutputError
-from safegene_runtime.formats.files import publish_folder
 from safegene_runtime.formats.gguf.header import GGUFFile, read_gguf
 from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
 from safegene_runtime.formats.gguf.types import GGMLType, Value, ValueType
+from safegene_runtime.formats.publish import publish_folder
 
 METADATA = {
     "general.architecture": Value(ValueType.STRING, "llama"),

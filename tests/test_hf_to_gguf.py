@@ -119,12 +119,10 @@ def test_presets_are_llama_cpps() -> None:
 @pytest.mark.parametrize("name", ["q4_k_m", "iq4_xs", "q3_k_l"])
 @pytest.mark.parametrize("hidden", [64, 256])
 def test_a_preset_is_the_sum_of_its_tensors(tmp_path: Path, name: str, hidden: int) -> None:
-    """What libllama writes is, tensor by tensor, what we encode with the types it announces."""
+    """What libllama writes is, tensor by tensor, what we encode with the types it chose."""
     source, out = tiny.gguf_model("llama", hidden), tmp_path / "out.gguf"
-    announced = presets.preset_types(source, name)
     seen: list[int] = []
     written = presets.quantize_gguf(source, out, name, progress=seen.append)
-    assert written == announced
     assert sum(seen) == out.stat().st_size
     before, after = open_model(source), open_model(out)
     assert after.metadata["general.file_type"].value == presets.preset(name).ftype
@@ -145,10 +143,8 @@ def test_single_tensors_can_be_promoted(tmp_path: Path) -> None:
         "blk.1.ffn_up.weight": GGMLType.Q8_0,
         "blk.1.ffn_down.weight": GGMLType.F32,
     }
-    plain = presets.preset_types(source, "q4_0")
-    announced = presets.preset_types(source, "q4_0", overrides=overrides)
+    plain = presets.quantize_gguf(source, tmp_path / "plain.gguf", "q4_0")
     written = presets.quantize_gguf(source, out, "q4_0", overrides=overrides)
-    assert written == announced
     assert {name for name in plain if plain[name] is not written[name]} == set(overrides)
     assert {name: written[name] for name in overrides} == overrides
 
@@ -174,7 +170,6 @@ def test_float_presets_change_the_float_type(tmp_path: Path, name: str) -> None:
     source, out = tiny.gguf_model("qwen3"), tmp_path / "out.gguf"
     written = presets.quantize_gguf(source, out, name)
     assert written["blk.0.attn_q.weight"].name == name.upper()
-    assert written == presets.preset_types(source, name)
 
 
 def test_a_preset_that_needs_an_imatrix_takes_it_or_says_so(tmp_path: Path) -> None:

@@ -160,15 +160,19 @@ def test_no_file_has_five_hundred_lines() -> None:
     assert not long
 
 
-def test_only_the_recorder_and_the_gene_package_import_torch() -> None:
+def test_only_the_recorder_the_gene_package_and_a_child_for_pickles_import_torch() -> None:
     guilty = [
-        room_of(name)
+        room_of(name) if room_of(name) != "safegene_converter.importing" else name
         for name, path in MODULES.items()
         for line in path.read_text(encoding="utf-8").splitlines()
         if line.strip().startswith(("import torch", "from torch", "import transformers",
                                     "from transformers", "import peft", "from peft"))
     ]  # fmt: skip
-    assert set(guilty) == {"safegene_converter.recording", "safegene_converter.gene"}
+    # a pickle is read by torch or by nobody, in a process of its own
+    assert set(guilty) == {
+        "safegene_converter.recording", "safegene_converter.gene",
+        "safegene_converter.importing.pickle_child",
+    }  # fmt: skip
 
 
 def test_nothing_in_the_repository_names_this_machine() -> None:

@@ -30,7 +30,7 @@ from safegene_runtime.judging.judge import (
 )
 from safegene_runtime.judging.ngram import features, ngram_probability, read_weights
 from safegene_runtime.judging.rules import rules_label
-from safegene_runtime.record.reference_checks import VERDICTS
+from safegene_runtime.record.reference_checks import LABELS
 
 tool = train_judge()
 SHARED_PYRIT = tool.PYRIT
@@ -57,7 +57,7 @@ def test_both_halves_agree_on_what_is_clear(text: str) -> None:
 
 
 def test_every_label_can_stand_in_a_reference() -> None:
-    assert set(VERDICTS) == {str(label) for label in Label}
+    assert set(LABELS) == {str(label) for label in Label}
 
 
 @given(

@@ -118,6 +118,7 @@ def data_in_an_attribute(model: onnx.ModelProto) -> None:
     """Our accounting sees it, a session built from verified bytes would not."""
     value = TensorProto(name="inner", data_type=1, dims=[4], data_location=TensorProto.EXTERNAL)
     value.external_data.add(key="location", value="model.onnx.data")
+    value.external_data.add(key="length", value="16")
     model.graph.node.append(helper.make_node("Constant", [], ["inner"], value=value))
 
 

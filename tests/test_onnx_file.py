@@ -96,6 +96,23 @@ def test_every_initializer_is_what_onnx_reads(tmp_path: Path) -> None:
         assert info.nbytes == theirs.nbytes
 
 
+def test_what_computes_nothing_may_stand_in_a_model(tmp_path: Path) -> None:
+    model = make_model(external(offset=48, length=""))
+    lists = helper.make_sequence_type_proto(helper.make_tensor_type_proto(1, [2]))
+    model.graph.value_info.append(
+        helper.make_value_info("q", helper.make_optional_type_proto(lists))
+    )
+    for place in (model.graph, model.graph.node[0], model.graph.initializer[0]):
+        place.metadata_props.add(key="made by", value="nobody")
+    note = model.graph.quantization_annotation.add(tensor_name="W")
+    note.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="s")
+    path = save(tmp_path, model, bytes(range(64)))
+    theirs = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    found = read_onnx(path).initializers
+    assert found.keys() == theirs.keys()
+    assert all(np.array_equal(read_initializer(found[name]), theirs[name]) for name in found)
+
+
 def test_the_rest_of_a_model_is_what_onnx_reads(tmp_path: Path) -> None:
     found = read_onnx(save(tmp_path, make_model(*GOOD, external())))
     assert (found.ir_version, dict(found.opsets)) == (10, {"": 20})
@@ -218,6 +235,12 @@ def in_graph(extra: bytes) -> bytes:
     return model.SerializeToString() + field(7, 2, prefix + graph)
 
 
+def in_node(more: bytes) -> bytes:
+    """A model whose graph has a second node, with a field more."""
+    node = onnx.NodeProto(op_type="Abs", input=["x"], output=["q"]).SerializeToString() + more
+    return in_graph(field(1, 2, bytes([len(node)]) + node))
+
+
 PLAIN = make_model().SerializeToString()
 OVERLONG = b"\xff" * 11
 
@@ -319,6 +342,32 @@ BAD: dict[str, tuple[onnx.ModelProto | bytes, str]] = {
     ),
     "an unknown field in the graph": (in_graph(field(30, 0, b"\1")), "fields of onnx.proto"),
     "a graph cut off": (PLAIN[:-20], ""),
+    "a function of its own": (
+        changed(lambda m: m.functions.add(name="MatMul", domain="mine")), "function mine.MatMul",
+    ),
+    "an empty function": (PLAIN + field(25, 2, b"\0"), "inline it"),
+    "devices of a model": (PLAIN + field(26, 2, b"\0"), "one device"),
+    "devices of a node": (in_node(field(10, 2, b"\0")), "one device"),
+    "metadata of a node that are none": (in_node(field(9, 2, b"\2\x1a\0")), "metadata_props"),
+    "metadata of a graph that are none": (in_graph(field(16, 2, b"\2\x1a\0")), "metadata_props"),
+    "metadata of a tensor that are none": (
+        in_graph(field(5, 2, b"\5\x82\1\2\x1a\0")), "metadata_props",
+    ),
+    "metadata of a value that are none": (
+        in_graph(field(13, 2, b"\7\x0a\1q\x22\2\x1a\0")), "metadata_props",
+    ),
+    "a value inside that is none": (in_graph(field(13, 2, b"\3\x0a\5q")), "at most"),
+    "an annotation that is none": (in_graph(field(14, 2, b"\2\x1a\0")), "quantization"),
+    "a pair of an annotation that is none": (
+        in_graph(field(14, 2, b"\4\x12\2\x1a\0")), "quant_parameter",
+    ),
+    "a map": (in_graph(field(13, 2, b"\7\x0a\1q\x12\2\x2a\0")), "tensors, or lists"),
+    "a list of what is no type": (
+        in_graph(field(13, 2, b"\x0b\x0a\1q\x12\6\x22\4\x0a\2\x9a\1")), "of onnx.proto",
+    ),
+    "no length, and more data than the tensor": (
+        make_model(external(length="")), "the length of its data",
+    ),
 }  # fmt: skip
 
 

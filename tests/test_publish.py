@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
+import shutil
 import signal
 import stat
 import threading
@@ -15,13 +17,10 @@ from typing import Any
 import pytest
 from test_files import CONTENT, _fill, _fill_and, _in_child, _raise, _tree, _without_exchange
 
+from safegene_converter.cli.stopping import Stopped, stoppable
 from safegene_runtime.errors import EngineError, OutputError
-from safegene_runtime.formats import files
-from safegene_runtime.formats.files import (
-    check_output_free,
-    publish_file,
-    publish_folder,
-)
+from safegene_runtime.formats import publish
+from safegene_runtime.formats.publish import check_output_free, publish_file, publish_folder
 
 
 def test_a_folder_appears_under_its_name_with_all_that_was_written(tmp_path: Path) -> None:
@@ -168,8 +167,22 @@ def _kill_everywhere(work: Callable[[], object], check: Callable[[int], object])
 
 def _partial(folder: Path) -> list[str]:
     names = [path.name for path in folder.iterdir() if path.name != "out"]
-    assert all(name.startswith(".out.") and name.endswith((".partial", ".old")) for name in names)
+    assert all(
+        name.startswith(".out.") and name.endswith((".partial", ".old", ".lock")) for name in names
+    )
     return names
+
+
+def _next_run_collects(folder: Path, there: dict[str, bytes] | None = None) -> None:
+    """What a dead run left goes with the next one; an old output is never lost, even if that fails."""
+    with pytest.raises(EngineError), publish_folder(folder / "out", force=True):
+        raise EngineError([])
+    if there is not None:
+        assert os.listdir(folder) == ["out"]
+        assert _tree(folder / "out") == there
+    with publish_folder(folder / "out", force=True) as partial:
+        _fill(partial)
+    assert os.listdir(folder) == ["out"]
 
 
 @pytest.mark.timeout(60)
@@ -185,10 +198,9 @@ def test_killed_at_any_step_the_output_is_absent_or_complete(tmp_path: Path) -> 
         assert not exists or _tree(tmp_path / "out") == CONTENT
         assert exists or status
         states.add(exists)
-        left = _partial(tmp_path)
-        assert status or not left
-        for name in left + ["out"] * exists:
-            files.shutil.rmtree(tmp_path / name)
+        assert status or not _partial(tmp_path)
+        _next_run_collects(tmp_path)
+        shutil.rmtree(tmp_path / "out")
 
     assert _kill_everywhere(work, check) > 10
     assert states == {False, True}
@@ -216,8 +228,8 @@ def test_killed_at_any_step_of_replacing_the_old_or_the_new_is_whole(
         states.add("new" if found == CONTENT else "old" if found == old else "aside")
         assert found in (CONTENT, old) or (found is None and aside == [old])
         assert status or (found == CONTENT and not _partial(tmp_path))
-        for path in tmp_path.iterdir():
-            files.shutil.rmtree(path)
+        _next_run_collects(tmp_path, found if found is not None else old)
+        shutil.rmtree(out)
         out.mkdir()
         (out / "old").write_text("old")
 
@@ -250,14 +262,14 @@ def test_a_name_that_is_replaced_is_never_missing(tmp_path: Path) -> None:
 def test_a_parent_that_cannot_be_synced_is_said_and_the_output_is_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = files._fsync
+    real = publish._fsync
 
     def fsync(path: Path) -> None:
         if path == tmp_path:
             raise OSError(errno.EIO, "Input/output error")
         real(path)
 
-    monkeypatch.setattr(files, "_fsync", fsync)
+    monkeypatch.setattr(publish, "_fsync", fsync)
     with (
         pytest.raises(OutputError, match=r"in place, but .*power cut.*Input/output"),
         publish_folder(tmp_path / "out") as folder,
@@ -436,4 +448,32 @@ def test_rights_are_those_the_user_asked_for(tmp_path: Path, umask: int) -> None
     assert os.umask(umask) == umask, "the process keeps its own"
 
 
-# --- publish_file ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_signal_between_two_renames_leaves_the_old_or_the_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, after: int
+) -> None:
+    _without_exchange(monkeypatch)
+    out, real, calls = tmp_path / "out", os.rename, 0
+    _old_folder(out)
+    old = _tree(out)
+
+    def rename(source: Any, target: Any) -> None:
+        nonlocal calls
+        real(source, target)
+        calls += 1
+        if calls == after:
+            os.kill(os.getpid(), number)
+
+    def work() -> None:
+        with (
+            contextlib.suppress(KeyboardInterrupt, Stopped),
+            stoppable(),
+            publish_folder(out, force=True) as folder,
+        ):
+            _fill(folder)
+
+    monkeypatch.setattr(os, "rename", rename)
+    assert _in_child(work) == 0
+    assert _tree(out) == (old if after == 1 else CONTENT)
+    assert os.listdir(tmp_path) == ["out"]

@@ -11,11 +11,14 @@ with all tokens (`whole_hf_model`); of what it makes, the rows of the others are
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
@@ -24,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
-from tiny_architectures import MODELS, tiny_of
+from tiny_architectures import MODELS, SURVEYED, tiny_of
 
 from safegene_converter.bases import onnx_build
 from safegene_converter.bases.hf_to_gguf import convert_hf, find_llama_cpp
@@ -33,7 +36,7 @@ from safegene_runtime.architecture.table import TABLE, kind_of
 from safegene_runtime.formats.gguf.header import read_gguf
 from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
 
-ARCHITECTURES = tuple(TABLE)
+ARCHITECTURES = tuple(MODELS)
 OTHERS = tuple(one for one in ARCHITECTURES if one != "llama")
 BUILT = tuple(one for one in MODELS if MODELS[one].exporter == "builder")
 """Those that the onnxruntime-genai builder makes an ONNX model of."""
@@ -92,10 +95,45 @@ def whole_gguf_model(architecture: str, hidden: int = 64, outtype: str = "f32") 
     source = whole_hf_model(architecture, hidden)
 
     def make(out: Path) -> None:
+        if architecture in SURVEYED and (hidden, outtype) == (64, "f32"):
+            shutil.copytree(_surveyed_ggufs() / architecture, out, copy_function=os.link)
+            return
         out.mkdir()
         convert_hf(source, out / "model.gguf", outtype)
 
     return _cached(f"whole-{_named(architecture)}-{hidden}-{outtype}", make) / "model.gguf"
+
+
+_CONVERT_MANY = """
+import runpy, sys
+script = sys.argv[1]
+for job in sys.stdin.read().splitlines():
+    source, target = job.split("\\t")
+    sys.argv = [script, source, "--outfile", target, "--outtype", "f32"]
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
+def _surveyed_ggufs() -> Path:
+    """All surveyed models, by one process: the script takes three seconds to import what it needs."""
+    digest = hashlib.sha256("".join(map(_named, SURVEYED)).encode()).hexdigest()[:8]
+
+    def make(out: Path) -> None:
+        jobs = []
+        for family in SURVEYED:
+            (out / family).mkdir(parents=True)
+            jobs.append(f"{whole_hf_model(family)}\t{out / family / 'model.gguf'}")
+        tree = find_llama_cpp()
+        done = subprocess.run(
+            [sys.executable, "-c", _CONVERT_MANY, str(tree / "convert_hf_to_gguf.py")],
+            input="\n".join(jobs), text=True, capture_output=True, check=False,
+            env={**os.environ, "PYTHONPATH": f"{tree}:{tree / 'gguf-py'}"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    with (_cache() / "surveyed.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _cached(f"surveyed-{digest}", make)
 
 
 def onnx_model(architecture: str, precision: str = "fp32", *options: str) -> Path:
@@ -175,10 +213,9 @@ def _make_hf(architecture: str, hidden: int, out: Path) -> None:
 
     tiny = tiny_of(architecture)
     tokenizer = _tokenizer(tiny.tokenizer)
-    vocabulary = json.loads((tokenizer / "tokenizer.json").read_text())
-    ids = {token["content"]: token["id"] for token in vocabulary["added_tokens"]}
+    ids = _ids(tokenizer)
     sizes = {
-        "vocab_size": max(*vocabulary["model"]["vocab"].values(), *ids.values()) + 1,
+        "vocab_size": max(ids.values()) + 1,
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
         "num_hidden_layers": N_LAYERS,
@@ -192,24 +229,39 @@ def _make_hf(architecture: str, hidden: int, out: Path) -> None:
     }
     torch.manual_seed(0)
     config = getattr(transformers, f"{tiny.kind}Config")(**{**sizes, **tiny.settings})
-    model = getattr(transformers, f"{tiny.kind}ForCausalLM")(config)
+    model = getattr(transformers, tiny.model_class)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or ".ln_" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif name.endswith(".bias"):
                 parameter.normal_(std=0.1)
-            elif "layers" in name:
+            elif "layers" in name or ".h." in name:
                 parameter.normal_(std=1.5 * hidden**-0.5)  # so that layers change what tokens mean
             else:
-                parameter.normal_(std=1.0)
+                # Gemma makes it eight times as large, and then layers say nothing beside it
+                parameter.normal_(std=0.1 if tiny.kind.startswith("Gemma") else 1.0)
     model.save_pretrained(out)
     for file in tokenizer.iterdir():
         shutil.copy(file, out)
 
 
+def _ids(tokenizer: Path) -> dict[str, int]:
+    """Every token of a tokenizer folder."""
+    if (model := tokenizer / "tokenizer.model").exists():
+        import sentencepiece
+
+        pieces = sentencepiece.SentencePieceProcessor(str(model))
+        return {pieces.IdToPiece(number): number for number in range(len(pieces))}
+    stored = json.loads((tokenizer / "tokenizer.json").read_text())
+    added = {token["content"]: token["id"] for token in stored["added_tokens"]}
+    return {**stored["model"]["vocab"], **added}
+
+
 def _kept(whole: Path) -> list[int]:
     """The ids that a model keeps: control tokens, and the first others, which need no later ones."""
+    if (whole / "tokenizer.model").exists():
+        return list(range(len(_ids(whole))))
     tokenizer = json.loads((whole / "tokenizer.json").read_text())
     control = {
         token["id"]
@@ -223,10 +275,14 @@ def _kept(whole: Path) -> list[int]:
 def _cut_hf(whole: Path, out: Path) -> None:
     """A Hugging Face folder with the kept tokens, numbered anew."""
     shutil.copytree(whole, out)
+    if (whole / "tokenizer.model").exists():
+        return
+    size = len(_ids(whole))
     numbers = {old: new for new, old in enumerate(_kept(whole))}
-    weights = load_file(out / "model.safetensors")
-    name = "model.embed_tokens.weight"
-    weights[name] = weights[name][list(numbers)]
+    weights = {
+        name: weight[list(numbers)] if weight.shape[:1] == (size,) else weight
+        for name, weight in load_file(out / "model.safetensors").items()
+    }
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer = json.loads((out / "tokenizer.json").read_text())
     model = tokenizer["model"]
@@ -250,6 +306,10 @@ def _cut_gguf(whole: Path, kept: list[int], out: Path) -> None:
     """A GGUF with the kept tokens, numbered anew."""
     source = read_gguf(whole)
     metadata = dict(source.metadata)
+    size = len(metadata["tokenizer.ggml.tokens"].value)
+    if len(kept) == size:
+        shutil.copy(whole, out)
+        return
 
     def change(key: str, value: Any) -> None:
         metadata[key] = dataclasses.replace(metadata[key], value=value)
@@ -266,12 +326,12 @@ def _cut_gguf(whole: Path, kept: list[int], out: Path) -> None:
             change(key, VOCABULARY)
     tensors = []
     for name, info in source.tensors.items():
-        if name != "token_embd.weight":
+        if info.shape[0] != size:  # neither the embedding nor the head
             tensors.append(OutTensor(name, info.shape, info.type, info))
             continue
         rows = np.frombuffer(read_tensor_bytes(info), np.uint8).reshape(info.shape[0], -1)
         tensors.append(
-            OutTensor(name, (VOCABULARY, info.shape[1]), info.type, rows[kept].tobytes())
+            OutTensor(name, (VOCABULARY, *info.shape[1:]), info.type, rows[kept].tobytes())
         )
     write_gguf(out, metadata, tensors)
 
@@ -331,20 +391,45 @@ def _export(source: Path, target: Path, dynamo: bool) -> None:
 
 def _tokenizer(name: str) -> Path:
     """A tokenizer folder, out of a GGUF by transformers, with SmolLM2's chat template."""
+    if name == "spm":
+        return _cached("tokenizer-spm", _make_sentencepiece)
     smollm2 = smollm2_gguf()
     vocabularies = find_llama_cpp() / "models"
-    gguf = smollm2 if name == "smollm2" else vocabularies / f"ggml-vocab-{name}.gguf"
+    gguf = vocabularies / "ggml-vocab-qwen2.gguf" if name == "qwen2" else smollm2
 
     def make(out: Path) -> None:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        if name == "glm":  # llama.cpp's converter looks for it by name
+            tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
         tokenizer.bos_token, tokenizer.eos_token = "<|im_start|>", "<|im_end|>"
         tokenizer.pad_token = "<|im_end|>"
         tokenizer.chat_template = read_gguf(smollm2).get("tokenizer.chat_template")
         tokenizer.save_pretrained(out)
 
     return _cached(f"tokenizer-{name}", make)
+
+
+def _make_sentencepiece(out: Path) -> None:
+    """A SentencePiece model with byte fallback, of the repository's licence."""
+    import sentencepiece
+
+    out.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(REPOSITORY / "LICENSE"), model_prefix=str(out / "tokenizer"), vocab_size=800,
+        model_type="bpe", byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
+        # llama.cpp looks for the last one, by name, in Phi-3
+        control_symbols=["<|im_start|>", "<|im_end|>", "<|endoftext|>"], minloglevel=2,
+    )  # fmt: skip
+    (out / "tokenizer.vocab").unlink()
+    template = read_gguf(smollm2_gguf()).get("tokenizer.chat_template")
+    settings = {
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<|im_end|>",
+        "unk_token": "<unk>", "pad_token": "<pad>", "add_bos_token": True,
+        "chat_template": template,
+    }  # fmt: skip
+    (out / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 @functools.cache

@@ -12,6 +12,7 @@ mutations of the seeds, and the line says so.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import importlib
 import json
@@ -351,6 +352,19 @@ def main() -> int:
     options.corpus = (options.corpus or ROOT / ".cache" / "fuzz" / options.reader).resolve()
     options.seed = options.seed or random.randrange(1, 1 << 31)
     folder = options.corpus
+    folder.mkdir(parents=True, exist_ok=True)
+    # two runs in one folder would read each other's inputs, and find disagreements that there are not
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{options.reader}: waits for another run in {folder}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return fuzzed(options, folder, version)
+
+
+def fuzzed(options: argparse.Namespace, folder: Path, version: str | None) -> int:
+    """One run in a folder that is ours; prints its line, and returns the exit code."""
     if not (folder / "seeds").is_dir():
         command = [
             sys.executable,

@@ -7,6 +7,7 @@
     formula     dW = c * s * B A, its only home
     requests    what a command or a function is asked for, checked as a whole
     describing  adapters, artifacts and references as plain data
+    importing   adapters that are not read directly, made plain
     inputs      adapters and bases as they come, read once and checked as a whole
     bases       a base in another format: Hugging Face to GGUF or ONNX, GGUF to Hugging Face
     encoding    weights into the bytes of a quantised type
@@ -17,5 +18,6 @@
     gene        making an adapter: extract, select, calibrate, evaluate
     cli         the `safegene` command
 
-Imports the runtime, never the other way round. Only `recording` and `gene` import torch.
+Imports the runtime, never the other way round. Only `recording` and `gene` import torch, and the child
+of `importing` that reads a pickle.
 """

@@ -151,7 +151,7 @@ def summarise_reference(reference: Reference) -> dict[str, Any]:
         prompts = [prompt for prompt in reference.prompts if prompt.kind == kind]
         rates[kind] = {
             "prompts": len(prompts),
-            "base_refused": sum(prompt.base_verdict == "refuse" for prompt in prompts),
-            "reference_refused": sum(prompt.ref_verdict == "refuse" for prompt in prompts),
+            "base_refused": sum(prompt.base_label == "refuse" for prompt in prompts),
+            "reference_refused": sum(prompt.ref_label == "refuse" for prompt in prompts),
         }
     return {"what": "reference", "path": str(reference.path), "sha256": reference.digest, **rates}

@@ -32,7 +32,7 @@ from safegene_converter.inputs.base import open_base
 from safegene_converter.recording.greedy import greedy_replies
 from safegene_converter.recording.loading import load_model, stop_ids_of
 from safegene_runtime.formats import strictjson
-from safegene_runtime.formats.files import publish_file, publish_folder
+from safegene_runtime.formats.publish import publish_file, publish_folder
 from safegene_runtime.record.prompts import Prompt
 
 BUDGET = 0.01

@@ -11,7 +11,7 @@ from typing import Any
 
 from safegene_runtime.errors import GeneError, Problems
 from safegene_runtime.formats import strictjson
-from safegene_runtime.formats.files import publish_file
+from safegene_runtime.formats.publish import publish_file
 
 FIGURES = "figures"
 """Where published figures lie, a file per seed: a later run adds its rows to them."""

@@ -27,7 +27,7 @@ import shipping
 from train import BATCH, CHECK_EVERY, train_lora
 
 from safegene_converter.gene.evaluate import evaluate_model
-from safegene_runtime.formats.files import publish_folder
+from safegene_runtime.formats.publish import publish_folder
 
 REFUSAL_TOKENS = 12
 """Enough to tell a refusal while a fine-tune is watched."""

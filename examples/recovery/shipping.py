@@ -33,7 +33,7 @@ from safegene_converter.gene.select import select
 from safegene_converter.inputs.base import open_base
 from safegene_runtime.errors import RecordError
 from safegene_runtime.formats import strictjson
-from safegene_runtime.formats.files import publish_folder
+from safegene_runtime.formats.publish import publish_folder
 from safegene_runtime.record.prompts import Prompt
 from safegene_runtime.record.reference import read_reference
 from safegene_runtime.verifying.ladder import verify

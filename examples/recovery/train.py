@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 
 from safegene_converter.gene.model import Example, batches_of, label_logits
 from safegene_runtime.errors import GeneError, Problem
-from safegene_runtime.formats.files import publish_folder
+from safegene_runtime.formats.publish import publish_folder
 
 BATCH = 8
 SAVE_EVERY = 10

@@ -266,7 +266,7 @@ def refusal_gate(
 def _shared(config: pytest.Config, profile: str, temporary: Path) -> RefusalGate | str:
     """The gate, or why there is none; of all workers of a run, one computes it."""
     from safegene_runtime.errors import SafeGeneError
-    from safegene_runtime.formats.files import publish_file
+    from safegene_runtime.formats.publish import publish_file
 
     worker: Mapping[str, Any] = getattr(config, "workerinput", {})
     folder = temporary.parent if worker else temporary  # pytest-xdist: the parent is the run's own

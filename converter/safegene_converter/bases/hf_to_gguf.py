@@ -2,7 +2,7 @@
 
 The script belongs to a llama.cpp source tree (it comes with llama-cpp-python's source distribution)
 and runs as a child process. It imports tokenizers with `trust_remote_code=True`, so a folder that
-names code of its own is refused before the script sees it (`open_base`).
+names code of its own is refused before the script sees it (`check_folder`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 
 from safegene_converter.bases.proof import gguf_side, prove_base, reach_of, torch_side
-from safegene_converter.inputs.base import Base, open_base
-from safegene_converter.inputs.consumed import window_of
+from safegene_converter.inputs.base import Base, check_folder, open_base
+from safegene_converter.inputs.consumed import limit_of
 from safegene_runtime.artifact.base_proof import BaseProof
 from safegene_runtime.child import deadline_for, python_command, python_environment, run_child
 from safegene_runtime.errors import BaseModelError, Problem
@@ -78,7 +78,7 @@ def convert_hf(
     """Converts a Hugging Face folder to one GGUF file.
 
     Args:
-        hf_dir: the folder; checked with `open_base` first.
+        hf_dir: the folder; one with code of its own is refused.
         out_gguf: the file to write.
         outtype: one of `OUT_TYPES`.
         llama_cpp: a llama.cpp source tree; see `find_llama_cpp`.
@@ -95,7 +95,7 @@ def convert_hf(
     need("sentencepiece", "google.protobuf")
     need("torch", "transformers")
     tree = find_llama_cpp(llama_cpp)
-    open_base(hf_dir)
+    check_folder(hf_dir)
     environment = python_environment()
     environment.pop("NO_LOCAL_GGUF", None)  # the script needs the gguf-py of its own tree
     environment["PYTHONPATH"] = os.pathsep.join([str(tree.resolve()), environment["PYTHONPATH"]])
@@ -131,7 +131,7 @@ def limited_to_window(folder: Base, made: Base) -> Base:
     Raises:
         BaseModelError: the header has no context length to change.
     """
-    window = None if folder.config is None else window_of(folder.config)
+    window = None if folder.config is None else limit_of(folder.config)
     if window is None:
         return made
     import gguf

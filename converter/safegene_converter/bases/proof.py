@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from safegene_converter.inputs.base import Base
 from safegene_converter.inputs.consumed import rope_of, window_of
+from safegene_runtime.architecture.table import arithmetic_of
 from safegene_runtime.artifact.base_proof import BaseProof
 from safegene_runtime.artifact.integrity import model_precision
 from safegene_runtime.child import answer_job, deadline_for, run_job
@@ -270,7 +271,9 @@ def gguf_side(model: GGUFModel) -> tuple[Asked, str]:
     kinds = {info.type for info in model.tensors.values()}
     elements = sum(math.prod(info.shape) for info in model.tensors.values())
     copied = kinds != {GGMLType.F32} and 4 * elements <= F32_BYTES
-    precision = "f32" if copied else model_precision(model)
+    precision = model_precision(model)
+    if copied:
+        precision = arithmetic_of(model.get("general.architecture"))
     side = _child(
         "safegene_converter.bases.proof", model.shards[0].path, "llama.cpp", copied=copied
     )

@@ -78,7 +78,7 @@ def _recorded(reference: Reference) -> dict[str, Any]:
     }
     for kind in ("harmful", "benign"):
         chosen = [prompt for prompt in reference.prompts if prompt.kind == kind]
-        refused = sum(prompt.ref_verdict == "refuse" for prompt in chosen)
+        refused = sum(prompt.ref_label == "refuse" for prompt in chosen)
         column[f"{kind}_refused"] = refused / len(chosen) if chosen else None
     return column
 
@@ -105,22 +105,21 @@ def _column(label: str, report: Report) -> dict[str, Any]:
 def _disagreements(
     reference: Reference, reports: Sequence[tuple[str, Report]]
 ) -> list[dict[str, Any]]:
-    """Prompts that two artifacts judge differently, with every artifact's verdict."""
-    # an artifact whose ladder ended before the refusals has no verdicts to compare
+    """Prompts that two artifacts judge differently, with every artifact's label."""
+    # an artifact whose ladder ended before the refusals has no labels to compare
     reached = [(label, report) for label, report in reports if "losses" in report.figures]
     flipped = [{flip.id: flip.artifact for flip in report.flips} for _, report in reached]
     found = []
     for prompt in reference.prompts:
-        verdicts = [flips.get(prompt.id, prompt.ref_verdict) for flips in flipped]
-        if len(set(verdicts)) > 1:
+        labels = [flips.get(prompt.id, prompt.ref_label) for flips in flipped]
+        if len(set(labels)) > 1:
             found.append(
                 {
                     "id": prompt.id,
                     "kind": prompt.kind,
-                    "reference": prompt.ref_verdict,
+                    "reference": prompt.ref_label,
                     "artifacts": {
-                        label: verdict
-                        for (label, _), verdict in zip(reached, verdicts, strict=True)
+                        name: label for (name, _), label in zip(reached, labels, strict=True)
                     },
                 }
             )

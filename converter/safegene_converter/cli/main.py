@@ -49,6 +49,7 @@ def parser() -> Parser:
         demo,
         evaluate,
         extract,
+        import_,
         inspect,
         record,
         run,
@@ -68,7 +69,7 @@ def parser() -> Parser:
     whole.add_argument("--version", action="version", version=f"safegene {__version__}")
     commands = whole.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for command in (
-        inspect, convert, record, verify, demo, extract, select, calibrate, evaluate, run,
+        inspect, import_, convert, record, verify, demo, extract, select, calibrate, evaluate, run,
     ):  # fmt: skip
         command.add(commands)
     return whole

@@ -190,7 +190,7 @@ def check_json(arguments: argparse.Namespace) -> None:
 def put_json(where: str | None, value: Any) -> bool:
     """Writes JSON where it was asked for; False when nothing is to be left unprinted."""
     from safegene_runtime.formats import strictjson
-    from safegene_runtime.formats.files import publish_file
+    from safegene_runtime.formats.publish import publish_file
 
     if where is None:
         return False

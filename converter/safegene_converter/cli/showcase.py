@@ -35,7 +35,7 @@ from safegene_runtime.artifact.forms import (
 )
 from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.errors import BaseModelError, Problem
-from safegene_runtime.formats.files import publish_folder
+from safegene_runtime.formats.publish import publish_folder
 from safegene_runtime.record.reference import Reference
 from safegene_runtime.reporting import write_reports
 from safegene_runtime.verifying.report import Report

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from safegene_runtime.errors import FormatError
 from safegene_runtime.formats import strictjson
-from safegene_runtime.formats.files import publish_file, sha256_of
+from safegene_runtime.formats.files import sha256_of
+from safegene_runtime.formats.publish import publish_file
 
 __all__ = ["Checkpoint", "identity"]
 

@@ -23,7 +23,7 @@ from safegene_converter.gene.low_rank import (
 )
 from safegene_converter.gene.sources import Source, open_sources
 from safegene_runtime.errors import GeneError, Problem, Problems
-from safegene_runtime.formats.files import check_output_free, publish_folder
+from safegene_runtime.formats.publish import check_output_free, publish_folder
 from safegene_runtime.progress import Progress, silent
 
 __all__ = ["Extracted", "ModuleReport", "discrepancies", "extract"]

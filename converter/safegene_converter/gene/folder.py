@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from safegene_converter.gene.low_rank import Factors
 from safegene_converter.inputs.adapter import Adapter, read_adapter
@@ -29,7 +29,7 @@ from safegene_converter.inputs.safegene_json import (
 from safegene_runtime.architecture.table import kind_of, layer_of
 from safegene_runtime.errors import AdapterError, GeneError, Problem
 from safegene_runtime.formats import strictjson
-from safegene_runtime.formats.files import check_output_free, publish_file, publish_folder
+from safegene_runtime.formats.publish import check_output_free, publish_file, publish_folder
 
 __all__ = [
     "Expression",
@@ -92,7 +92,8 @@ def write_gene(
     for name in names:
         tensors[f"base_model.model.{name}.lora_A.weight"] = _float32(modules[name].a)
         tensors[f"base_model.model.{name}.lora_B.weight"] = _float32(modules[name].b)
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    # not save_file: its error on a full disk is no OSError
+    (folder / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
     config = _config({name: modules[name].a.shape[0] for name in names}, layers, base_model)
     (folder / CONFIG_NAME).write_bytes(strictjson.dumps(config))
     ones = {default: Expression(dict.fromkeys(layers, 1.0)).to_json()}

@@ -54,7 +54,7 @@ class HeldOut:
 
 def mean_divergence(passes: Sequence[ForcedPass]) -> float:
     """Mean over prompts of the mean KL(PyTorch || engine) per position, nats."""
-    return float(np.mean([one.kl.mean() for one in passes]))
+    return float(np.mean([forced.kl.mean() for forced in passes]))
 
 
 def check_held_out(shots: Reference, held_out: Reference, judge: Judge) -> None:

@@ -184,7 +184,7 @@ class GeneModel:
 
     def decode(self, ids: Sequence[int]) -> str:
         """A reply's text."""
-        kept = [one for one in ids if one not in self.stop_ids]
+        kept = [token for token in ids if token not in self.stop_ids]
         return str(self.tokenizer.decode(kept, skip_special_tokens=True))
 
     def replies(self, texts: Sequence[str], limit: int, tell: Any = None) -> list[list[int]]:

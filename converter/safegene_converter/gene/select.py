@@ -28,7 +28,7 @@ from safegene_converter.gene.model import load_gene
 from safegene_converter.gene.objective import Losses, Objective, Valued, common_factor
 from safegene_converter.gene.shots import shots_of
 from safegene_runtime.errors import GeneError, Problem
-from safegene_runtime.formats.files import check_output_free
+from safegene_runtime.formats.publish import check_output_free
 from safegene_runtime.progress import Progress, silent
 from safegene_runtime.record.prompts import Prompt, builtin_suite
 

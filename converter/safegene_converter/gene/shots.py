@@ -9,6 +9,7 @@ from typing import Any
 
 from safegene_runtime.errors import FormatError, GeneError, Problem, Problems
 from safegene_runtime.formats import strictjson
+from safegene_runtime.formats.fields import Kind, check_fields
 from safegene_runtime.formats.files import read_small_file
 from safegene_runtime.record.prompts import Prompt
 from safegene_runtime.record.reference import PromptRecord, Reference
@@ -21,6 +22,8 @@ MIN_SHOTS = 4
 OTHER_PROMPTS = "figures would be worthless: use other prompts, or --evaluation"
 
 MAX_TASK_BYTES = 64 << 20
+
+_WORDS = Kind((str,), "text", "text that is not blank", lambda text: bool(text.strip()))
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,8 @@ def read_task(path: Path) -> tuple[tuple[str, str], ...]:
         except FormatError as error:
             problems.extend(error.problems)
             continue
-        if strictjson.check_keys(row, where, problems, required=("prompt", "reply")):
-            pair = (row["prompt"], row["reply"])
-            if not all(isinstance(text, str) and text.strip() for text in pair):
-                problems.add(where, "prompt and reply", "two texts", repr(pair)[:100])
-            else:
-                found.append(pair)
+        if check_fields(row, where, {"prompt": _WORDS, "reply": _WORDS}, problems):
+            found.append((row["prompt"], row["reply"]))
     problems.raise_if_any(FormatError)
     if not found:
         raise FormatError(Problem(str(path), "content", "prompts and replies", "none"))

@@ -26,7 +26,7 @@ from safegene_converter.gguf.fold import GGUFFold, Made, starts_from_float
 from safegene_converter.gguf.sidecar import SIDECAR_TYPES, write_sidecar
 from safegene_converter.inputs.adapter import Adapter, check_base_fits, read_adapter
 from safegene_converter.inputs.base import Base, open_base
-from safegene_converter.inputs.consumed import check_carried, window_of
+from safegene_converter.inputs.consumed import check_carried, check_proved, limit_of
 from safegene_converter.inputs.row_proof import prove_transform
 from safegene_converter.requests import ConvertRequest
 from safegene_runtime import __version__
@@ -34,14 +34,9 @@ from safegene_runtime.artifact.base_proof import UNCHANGED
 from safegene_runtime.artifact.forms import GGUF, GGUF_MERGED, GGUF_SIDECAR, Form, form_named
 from safegene_runtime.artifact.manifest import Manifest
 from safegene_runtime.errors import BaseModelError, Problems, UnsupportedError
-from safegene_runtime.formats.files import (
-    MANIFEST_NAME,
-    check_output_free,
-    publish_folder,
-    sha256_file,
-    sha256_of,
-)
+from safegene_runtime.formats.files import MANIFEST_NAME, sha256_file, sha256_of
 from safegene_runtime.formats.gguf.header import read_gguf
+from safegene_runtime.formats.publish import check_output_free, publish_folder
 from safegene_runtime.progress import Progress, counted, silent
 
 __all__ = ["convert"]
@@ -68,11 +63,13 @@ def convert(request: ConvertRequest, progress: Progress | None = None) -> Manife
     check_base_fits(adapter, base.module_shapes(), base.architecture, base.n_layers)
     if base.config is not None:
         check_carried(base.config, GGUF, str(base.path))
+        check_proved(base.config, request.check)
     type_name, imatrix = request.type.lower(), request.imatrix
     _check_type(form, type_name, base)
     weights = read_imatrix(imatrix) if imatrix else {}
     proof: dict[str, Any] | None = UNCHANGED if base.is_gguf else None
-    with publish_folder(request.out, request.force) as folder, digesting(base) as digests:
+    needs = _needs(form, type_name, adapter, base)
+    with publish_folder(request.out, request.force, needs) as folder, digesting(base) as digests:
         work = folder / ".work"
         work.mkdir()
         settings: dict[str, Any] = {
@@ -83,7 +80,7 @@ def convert(request: ConvertRequest, progress: Progress | None = None) -> Manife
             hf_base = base
             base = _from_hugging_face(base, work, request.llama_cpp, tell)
             settings["transform_error"] = _prove_transforms(adapter, hf_base, base)
-            if hf_base.config is not None and (window := window_of(hf_base.config)) is not None:
+            if hf_base.config is not None and (window := limit_of(hf_base.config)) is not None:
                 settings["sliding_window"] = window  # which is where its context ends
             if request.check:
                 proof = prove_gguf_of_folder(hf_base, base, tell).to_dict()
@@ -148,6 +145,13 @@ def convert(request: ConvertRequest, progress: Progress | None = None) -> Manife
         shutil.rmtree(work)
         (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
     return manifest
+
+
+def _needs(form: Form, type_name: str, adapter: Adapter, base: Base) -> int:
+    """Bytes that will be written at least: a base that keeps its types, else only its factors."""
+    if form.merges and base.is_gguf and type_name in ("auto", "keep"):
+        return sum(file.stat().st_size for file in base.files)
+    return adapter.n_parameters  # no type of a sidecar takes less than a byte each
 
 
 def _write(fold: GGUFFold, folder: Path, work: Path, tell: Progress) -> Made:

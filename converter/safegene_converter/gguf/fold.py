@@ -114,7 +114,8 @@ class GGUFFold:
             replace(info, type=after.get(name, info.type))
             for name, info in self.model.tensors.items()
         ]
-        return precision_of(elements_by_type(tensors), str(self.base.path))
+        arithmetic = self.base.row.arithmetic
+        return precision_of(elements_by_type(tensors), str(self.base.path), arithmetic)
 
 
 def starts_from_float(base: Base, type_name: str) -> bool:

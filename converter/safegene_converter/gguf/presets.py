@@ -1,18 +1,15 @@
 """Presets such as Q4_K_M: libllama's own mix of types, per tensor.
 
 Which tensor of a preset gets which type depends on its role, its layer, the architecture and the
-row length. libllama decides; we ask it, either to do the whole work (`quantize_gguf`) or only to
-say what it would do (`preset_types`, a dry run that reads no weights).
+row length. libllama decides, and does the whole work.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safegene_runtime.child import deadline_for, python_command, python_environment, run_child
 from safegene_runtime.cpus import usable_cpus
@@ -28,7 +25,7 @@ from safegene_runtime.formats.gguf.model import open_model
 from safegene_runtime.formats.gguf.types import GGMLType
 from safegene_runtime.progress import Step
 
-__all__ = ["PRESETS", "Preset", "preset", "preset_types", "quantize_gguf"]
+__all__ = ["PRESETS", "Preset", "preset", "quantize_gguf"]
 
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
 
@@ -78,11 +75,6 @@ PRESETS: dict[str, Preset] = {
 }
 """Every preset by its name, without aliases."""
 
-_DRY_RUN_LINE = re.compile(
-    r"\[\s*\d+/\s*\d+\]\s+(\S+)\s+- \[[^\]]*\], type =\s*(\w+), size =\s*[0-9.]+ MiB"
-    r"(?: ->\s*[0-9.]+ MiB \((\w+)\))?"
-)
-
 
 def preset(name: str) -> Preset:
     """A preset by name, in any case, aliases included (`q4_k` is `q4_k_m`).
@@ -97,35 +89,6 @@ def preset(name: str) -> Preset:
             Problem("--type", "type", f"auto, keep, {', '.join(PRESETS)}", name, "choose one")
         )
     return found
-
-
-def preset_types(
-    src: Path,
-    ftype: str,
-    *,
-    imatrix: Path | None = None,
-    overrides: Mapping[str, GGMLType] | None = None,
-) -> dict[str, GGMLType]:
-    """The type that libllama would give every tensor of `src`; nothing is written.
-
-    Arguments and errors as `quantize_gguf`, for the source type included.
-    """
-    tensors = _float_tensors(src)
-    log = _run(src, None, preset(ftype), imatrix, overrides, None)
-    found = {
-        match[1]: GGMLType[(match[3] or match[2]).upper()] for match in _DRY_RUN_LINE.finditer(log)
-    }
-    if found.keys() != tensors.keys():
-        raise EngineError(
-            Problem(
-                str(src),
-                "dry run",
-                f"a type for each of {len(tensors)} tensors",
-                f"{len(found)} types",
-                "is this the llama-cpp-python we were tested with?",
-            )
-        )
-    return {name: found[name] for name in tensors}
 
 
 def quantize_gguf(
@@ -157,58 +120,31 @@ def quantize_gguf(
         PostconditionError: an override was not honoured.
     """
     wanted = preset(ftype)
-    _float_tensors(src)
-    _run(src, dst, wanted, imatrix, overrides, progress)
-    written = {name: info.type for name, info in open_model(dst).tensors.items()}
-    problems = Problems()
-    for name, type in (overrides or {}).items():
-        if written.get(name) is not type:
-            problems.add(str(dst), name, type.name, getattr(written.get(name), "name", "no tensor"))
-    problems.raise_if_any(PostconditionError)
-    return written
-
-
-def _float_tensors(src: Path) -> Mapping[str, Any]:
-    """The tensors of a source, all of them float."""
-    tensors = open_model(src).tensors
-    problems = Problems()
-    for name, info in tensors.items():
+    for name, info in open_model(src).tensors.items():
         if info.type.name not in FLOAT_TYPES:
-            problems.add(
-                str(src),
-                name,
-                "F32, F16 or BF16",
-                info.type.name,
-                "presets start from a float base; or use --type keep or auto",
+            raise UnsupportedError(
+                Problem(
+                    str(src),
+                    name,
+                    "F32, F16 or BF16",
+                    info.type.name,
+                    "presets start from a float base; or use --type keep or auto",
+                )
             )
-            break
-    problems.raise_if_any(UnsupportedError)
-    return tensors
-
-
-def _run(
-    src: Path,
-    dst: Path | None,
-    wanted: Preset,
-    imatrix: Path | None,
-    overrides: Mapping[str, GGMLType] | None,
-    progress: Step | None,
-) -> str:
-    """Runs `quantize_child`; without `dst` as a dry run. Returns its log."""
     if overrides and wanted.is_float:
         raise UnsupportedError(
             Problem("--type", "overrides", "a preset that quantises", wanted.name, "drop one")
         )
     job = {
         "src": str(src.resolve()),
-        "dst": str(dst.resolve()) if dst else None,
+        "dst": str(dst.resolve()),
         "ftype": wanted.ftype,
         "imatrix": str(imatrix.resolve()) if imatrix else None,
         "overrides": {name: int(type) for name, type in (overrides or {}).items()},
         "threads": usable_cpus(),
     }
     need("llama_cpp")
-    return run_child(
+    run_child(
         python_command("-m", "safegene_converter.gguf.quantize_child"),
         what=f"llama_model_quantize {src} as {wanted.name}",
         error=EngineError,
@@ -218,3 +154,10 @@ def _run(
         grows=dst,
         progress=progress,
     )
+    written = {name: info.type for name, info in open_model(dst).tensors.items()}
+    problems = Problems()
+    for name, type in (overrides or {}).items():
+        if written.get(name) is not type:
+            problems.add(str(dst), name, type.name, getattr(written.get(name), "name", "no tensor"))
+    problems.raise_if_any(PostconditionError)
+    return written

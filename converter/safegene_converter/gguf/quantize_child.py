@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 
 def main() -> int:
-    """Quantises, or with `dst` null only says which type every tensor would get."""
+    """Quantises one file."""
     import llama_cpp  # starts the llama.cpp backend, in this process only
 
     job: dict[str, Any] = json.load(sys.stdin)
@@ -29,14 +28,13 @@ def main() -> int:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = job["ftype"]
     params.nthread = job["threads"]
-    params.dry_run = job["dst"] is None
     alive: list[Any] = []  # what params points to must outlive the call
     if job["overrides"]:
         params.tt_overrides = _overrides(llama_cpp, job["overrides"], alive)
     if job["imatrix"]:
         params.imatrix = _imatrix(llama_cpp, Path(job["imatrix"]), alive)
     failed: int = llama_cpp.llama_model_quantize(
-        job["src"].encode(), (job["dst"] or os.devnull).encode(), ctypes.byref(params)
+        job["src"].encode(), job["dst"].encode(), ctypes.byref(params)
     )
     sys.stdout.flush()
     return 1 if failed else 0

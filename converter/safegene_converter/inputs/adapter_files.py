@@ -31,8 +31,8 @@ from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import MANIFEST_NAME, read_small_file, sha256_of
 
 __all__ = [
-    "CONFIG_NAME", "INDEX_NAME", "MAX_CONFIG_BYTES", "WEIGHTS_NAME", "AdapterFiles", "Weights",
-    "read_adapter_files", "would_do",
+    "CONFIG_NAME", "INDEX_NAME", "MAX_CONFIG_BYTES", "MAX_WEIGHTS_BYTES", "WEIGHTS_NAME", "AdapterFiles",
+    "Weights", "check_is_adapter", "pickles_in", "read_adapter_files", "would_do",
 ]  # fmt: skip
 
 CONFIG_NAME = "adapter_config.json"
@@ -101,7 +101,8 @@ def read_adapter_files(path: Path) -> AdapterFiles:
         AdapterError: no folder, missing files, or shards that are not those of the index.
         FormatError: bytes that are not JSON or safetensors, or mean two things.
     """
-    _check_folder(path)
+    check_is_adapter(path)
+    _check_weights(path)
     config = _read(path / CONFIG_NAME, MAX_CONFIG_BYTES)
     digests = {CONFIG_NAME: sha256_of(config)}
     safegene = None
@@ -156,8 +157,17 @@ def _step(folder: Path) -> tuple[int, int, str]:
     return (0, int(found[1]), "") if found else (1, -len(folder.parts), str(folder))
 
 
-def _check_folder(path: Path) -> None:
-    """Refuses what is no adapter folder, naming what it is and what would do."""
+def pickles_in(path: Path) -> list[Path]:
+    """The pickled weights in a folder."""
+    return [found for pattern in _PICKLES for found in sorted(path.glob(pattern))]
+
+
+def check_is_adapter(path: Path) -> None:
+    """Refuses what is no adapter folder, naming what it is and what would do.
+
+    Raises:
+        AdapterError: no folder, or one without adapter_config.json.
+    """
     problems = Problems()
     if not path.is_dir():
         got = "a file" if path.exists() else "nothing there"
@@ -172,8 +182,12 @@ def _check_folder(path: Path) -> None:
         other = would_do(path)
         problems.add(str(path), CONFIG_NAME, "a file", "no such file",
                      other or "pass the folder that PEFT saved")  # fmt: skip
-        if other:
-            problems.raise_if_any(AdapterError)
+    problems.raise_if_any(AdapterError)
+
+
+def _check_weights(path: Path) -> None:
+    """Refuses a folder whose weights are not there, there twice, or not read directly."""
+    problems = Problems()
     one, index = ((path / name).exists() for name in (WEIGHTS_NAME, INDEX_NAME))
     if one and index:
         problems.add(str(path), "weights", f"{WEIGHTS_NAME} or shards", "both",
@@ -181,12 +195,15 @@ def _check_folder(path: Path) -> None:
                      )  # fmt: skip
     if not one and not index:
         got, fix = "no such file", "pass the folder that PEFT saved"
-        if pickles := [found for pattern in _PICKLES for found in sorted(path.glob(pattern))]:
+        if pickles := pickles_in(path):
             got = f"{pickles[0].name} (pickle: it can run code, and is never opened)"
-            fix = "save again with safe_serialization=True"
+            fix = f"make it plain: safegene import {path} -o NEW"
+        elif (path / "adapters.safetensors").exists():
+            got = "adapters.safetensors, of MLX-LM"
+            fix = f"make it plain: safegene import {path} -o NEW"
         elif shards := sorted(path.glob("adapter_model-*-of-*.safetensors")):
             got = f"{shards[0].name}, a shard, and no {INDEX_NAME}"
-            fix = "restore the index"
+            fix = f"restore the index, or make it plain: safegene import {path} -o NEW"
         problems.add(str(path), WEIGHTS_NAME, "a file", got, fix)
     problems.raise_if_any(AdapterError)
 

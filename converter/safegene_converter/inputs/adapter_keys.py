@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from safegene_runtime.architecture.table import linear_modules, parse_module
 from safegene_runtime.errors import Problems
 
-__all__ = ["STEM", "Pairs", "pair_factors"]
+__all__ = ["PREFIX", "STEM", "WRAPPERS", "Pairs", "pair_factors"]
 
 STEM = "model"
 """Where a text model keeps its list of layers."""
@@ -25,12 +25,12 @@ STEM = "model"
 _TEXT_STEMS = ("model.language_model", "language_model.model", "model.text_model")
 """The same in models of text and images: transformers 5, transformers 4, Idefics3."""
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _COMPILED = "_orig_mod."
 """torch.compile puts it before all names; PEFT strips it there, and only there."""
 
 _KEY = re.compile(r"(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<factor>[AB])\.weight")
-_WRAPPERS = {
+WRAPPERS = {
     "module": "DistributedDataParallel or DeepSpeed",
     "_orig_mod": "torch.compile, on a part of the model",
     "_fsdp_wrapped_module": "FSDP",
@@ -88,18 +88,18 @@ def pair_factors(
         compiled += is_compiled
         found = _KEY.fullmatch(name or "")
         known = [entry for entry in _UNSUPPORTED if entry[0] in f"{found[1] if found else key}."]
-        wrapper = next((part for part in (name or key).split(".") if part in _WRAPPERS), None)
+        wrapper = next((part for part in (name or key).split(".") if part in WRAPPERS), None)
         if known or "modules_to_save" in key:
             what, fix = known[0][1:] if known else ("a whole saved module", "train without it")
             refused.add(where, key, "factors of linear modules in the blocks", what, fix)
         elif wrapper is not None:
             problems.add(where, repr(key)[:200], "names without those of a wrapper",
-                         f"`{wrapper}.`, of {_WRAPPERS[wrapper]}",
-                         "save the model without the wrapper, or take it out of the names"
+                         f"`{wrapper}.`, of {WRAPPERS[wrapper]}",
+                         "take it out of the names: safegene import ADAPTER -o NEW"
                          )  # fmt: skip
         elif not found:
-            problems.add(where, repr(key)[:200], f"{_PREFIX}<module>.lora_A|B.weight",
-                         "another name", "save with PeftModel.save_pretrained")  # fmt: skip
+            problems.add(where, repr(key)[:200], f"{PREFIX}<module>.lora_A|B.weight",
+                         "another name", "save with save_pretrained, or try safegene import")  # fmt: skip
         elif (place := _in_text_model(found["module"])) is None:
             refused.add(where, key, f"a linear module of a block ({', '.join(linear_modules())})",
                         found["module"], "train on these modules only")  # fmt: skip
@@ -124,15 +124,17 @@ def pair_factors(
 def _without_prefix(key: str) -> tuple[str | None, bool]:
     """What follows PEFT's prefix, if it is there, and whether the model was compiled."""
     name = key.removeprefix(_COMPILED)
-    if not name.startswith(_PREFIX):
+    if not name.startswith(PREFIX):
         return None, False
-    module = name.removeprefix(_PREFIX).removeprefix(_COMPILED)
-    return module, len(module) < len(key) - len(_PREFIX)
+    module = name.removeprefix(PREFIX).removeprefix(_COMPILED)
+    return module, len(module) < len(key) - len(PREFIX)
 
 
 def _in_text_model(module: str) -> tuple[str, str] | None:
     """(stem, name in the text model) of a linear module of a block; None for any other."""
-    for stem in (STEM, *_TEXT_STEMS):
+    if parse_module(module):
+        return STEM, module
+    for stem in _TEXT_STEMS:
         name = STEM + module.removeprefix(stem) if module.startswith(f"{stem}.layers.") else ""
         if parse_module(name):
             return stem, name

@@ -8,7 +8,7 @@ which shape, and which files it consists of.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from safegene_converter.inputs.base_checks import (
     check_config_features,
+    check_dense,
     check_folder_files,
     check_head,
     check_layers,
@@ -32,6 +33,7 @@ from safegene_runtime.architecture.table import (
     Architecture,
     architecture_named,
     architecture_of_config,
+    model_class_of_config,
 )
 from safegene_runtime.engines.llama_hyperparameters import check_hyperparameters
 from safegene_runtime.errors import BaseModelError, FormatError, Problem, Problems, UnsupportedError
@@ -42,9 +44,14 @@ from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
 from safegene_runtime.formats.gguf.weights import head_counts
 from safegene_runtime.progress import Step
 
-__all__ = ["Base", "open_base"]
+__all__ = ["Base", "check_folder", "open_base"]
 
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
+
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_HEADS_KV = ("num_key_value_heads", "num_kv_heads")
+"""Keys of a config.json: transformers takes each of them for the first."""
 
 _EXPECTED = "a GGUF file or a Hugging Face model folder"
 
@@ -152,8 +159,14 @@ class Base:
             return ggml.dequantize(read_tensor_bytes(info), info.type, info.shape)
         for file in self.weights:
             if f"{module}.weight" in file.tensors:
-                return file.read_float32(f"{module}.weight")
+                weight = file.read_float32(f"{module}.weight")
+                return weight.T if self.row.transposed else weight
         raise BaseModelError(Problem(str(self.path), module, "a weight", "nothing"))
+
+
+def _first(config: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """The first of several keys that says something."""
+    return next((config[name] for name in names if config.get(name) is not None), None)
 
 
 def open_base(path: Path) -> Base:
@@ -197,14 +210,10 @@ def _open_gguf(path: Path) -> Base:
         n_head, n_head_kv = head_counts(model)
     except FormatError as error:
         problems.extend(error.problems)
-    if metadata.get(f"{architecture}.expert_count", 0):
-        refused.add(
-            where,
-            "expert_count",
-            "a dense model",
-            "a mixture of experts",
-            "MoE models are not supported yet",
-        )
+    has_experts = any("_exps." in name for name in model.tensors)
+    if metadata.get(f"{architecture}.expert_count", 0) and not has_experts:
+        problems.add(where, "expert_count", "tensors of experts", "none",
+                     "header and tensors do not belong together")  # fmt: skip
     shapes: dict[str, tuple[int, int]] = {}
     for name, info in model.tensors.items():
         if module := row.module_of(name):
@@ -220,7 +229,7 @@ def _open_gguf(path: Path) -> Base:
                 "a fused or rescaled weight",
                 "use another GGUF of this model, for example F16 or Q8_0",
             )
-    check_layers(where, row, n_layers, shapes, problems, refused)
+    check_layers(where, row, n_layers, shapes, row.partial or has_experts, problems, refused)
     check_hyperparameters(model, where, problems)
     problems.raise_if_any(BaseModelError)
     return Base(
@@ -239,7 +248,20 @@ def _open_gguf(path: Path) -> Base:
     )
 
 
-def _open_folder(path: Path) -> Base:
+def check_folder(path: Path) -> None:
+    """Refuses a folder that is no Hugging Face model, runs code of its own, or holds what never ends.
+
+    Raises:
+        BaseModelError: no model.
+        UnsupportedError: code of its own, or quantised weights.
+    """
+    refused = Problems()
+    _read_config(path, refused)
+    refused.raise_if_any(UnsupportedError)
+
+
+def _read_config(path: Path, refused: Problems) -> dict[str, Any]:
+    """The config.json of a folder that may be read; notes what is refused."""
     config_path = path / "config.json"
     if not config_path.exists():
         found = sorted(file.name for file in path.glob("*.gguf"))
@@ -257,21 +279,29 @@ def _open_folder(path: Path) -> Base:
     where = str(config_path)
     if not isinstance(config, dict):
         raise BaseModelError(Problem(where, "value", "a JSON object", type(config).__name__))
-    problems, refused = Problems(), Problems()
     check_config_features(config, where, refused)
     check_tokenizer(path / "tokenizer_config.json", refused)
-    row = None
+    return config
+
+
+def _open_folder(path: Path) -> Base:
+    problems, refused = Problems(), Problems()
+    config, where = _read_config(path, refused), str(path / "config.json")
+    row, listed = None, True
     try:
         row = architecture_of_config(config, where)
+        listed = model_class_of_config(config, where).listed
+        check_config(config, where, refused)
     except UnsupportedError as error:
         refused.extend(error.problems)
-    else:
-        check_config(config, where, refused)
+    if listed:
+        check_dense(config, where, refused)
     refused.raise_if_any(UnsupportedError)
     assert row is not None
-    n_layers = count(config.get("num_hidden_layers"), where, "num_hidden_layers", problems)
-    n_head = count(config.get("num_attention_heads"), where, "num_attention_heads", problems)
-    kv = config.get("num_key_value_heads")
+    n_layers, n_head = (
+        count(_first(config, names), where, names[0], problems) for names in (_LAYERS, _HEADS)
+    )
+    kv = _first(config, _HEADS_KV)
     n_head_kv = count(n_head if kv is None else kv, where, "num_key_value_heads", problems)
     weights = read_weights(path, problems)
     shapes: dict[str, tuple[int, int]] = {}
@@ -286,10 +316,11 @@ def _open_folder(path: Path) -> Base:
             module = name.removesuffix(".weight")
             if module != name and row.parse(module):
                 if len(info.shape) == 2:
-                    shapes[module] = (info.shape[0], info.shape[1])
+                    out, into = reversed(info.shape) if row.transposed else info.shape
+                    shapes[module] = (out, into)
                 else:
                     problems.add(str(file.path), name, "two dimensions", info.shape)
-    check_layers(str(path), row, n_layers, shapes, problems, refused)
+    check_layers(str(path), row, n_layers, shapes, not listed, problems, refused)
     check_folder_tensors(config, weights, str(path))
     given_name = config.get("_name_or_path")
     return Base(

@@ -21,6 +21,7 @@ from safegene_runtime.formats.files import open_regular
 
 __all__ = [
     "check_config_features",
+    "check_dense",
     "check_folder_files",
     "check_head",
     "check_layers",
@@ -53,15 +54,14 @@ def check_config_features(config: Mapping[str, Any], where: str, refused: Proble
             "quantised weights",
             "pass the float model, or a GGUF of it",
         )
+
+
+def check_dense(config: Mapping[str, Any], where: str, refused: Problems) -> None:
+    """Notes experts, of which a listed architecture has none."""
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         if config.get(key):
-            refused.add(
-                where,
-                key,
-                "a dense model",
-                f"{config[key]} experts",
-                "MoE models are not supported yet",
-            )
+            refused.add(where, key, "a dense model", f"{config[key]} experts",
+                        "MoE models of this architecture are not supported yet")  # fmt: skip
 
 
 def check_folder_files(folder: Path) -> None:
@@ -184,14 +184,20 @@ def check_layers(
     architecture: Architecture,
     n_layers: int,
     shapes: Mapping[str, tuple[int, int]],
+    partial: bool,
     problems: Problems,
     refused: Problems,
 ) -> None:
-    """Checks that every layer has its linear modules, then raises what was collected."""
+    """Checks that every layer has its linear modules, then raises what was collected.
+
+    `partial`: whether layers may lack some, which then only transformers or llama.cpp can judge.
+    """
     refused.raise_if_any(UnsupportedError)
     if not problems:
         expected = set(architecture.modules(n_layers))
         missing, extra = sorted(expected - shapes.keys()), sorted(shapes.keys() - expected)
+        if partial and shapes:
+            missing = []
         if missing:
             problems.add(
                 where,

@@ -13,6 +13,7 @@ That a name is read does not mean that it is read right: `bases.proof` compares 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,13 +27,15 @@ from safegene_runtime.architecture.table import (
     model_class_of_config,
 )
 from safegene_runtime.artifact.forms import GGUF, ONNX, Target
-from safegene_runtime.errors import BaseModelError, Problems
+from safegene_runtime.errors import BaseModelError, Problem, Problems
 from safegene_runtime.formats.files import open_regular
 
 __all__ = [
     "check_carried",
     "check_config",
     "check_folder_tensors",
+    "check_proved",
+    "limit_of",
     "rope_of",
     "window_of",
 ]  # fmt: skip
@@ -100,6 +103,15 @@ def check_config(config: Mapping[str, Any], where: str, refused: Problems) -> No
         refused: what is wrong is added here.
     """
     kind = _class(config)
+    if config.get("model_type") != kind.model_type:
+        refused.add(
+            where, "model_type", f"{kind.model_type}, as architectures says",
+            _short(config.get("model_type")), _CONTRADICTION,
+        )  # fmt: skip
+    if config.get("is_causal") is False:
+        refused.add(where, "is_causal", "a causal model", False, "this is no decoder")
+    if not kind.listed:
+        return
     switches = {*kind.switches, *kind.keys}
     if kind.window is not None:
         switches |= {"sliding_window", "use_sliding_window"}
@@ -111,15 +123,8 @@ def check_config(config: Mapping[str, Any], where: str, refused: Problems) -> No
             continue
         if isinstance(value, dict) or key in _ONLY_OFF or _BEARS.search(key):
             refused.add(where, key, "a hyperparameter that is read", _short(value), _ADVICE)
-    if config.get("model_type") != kind.model_type:
-        refused.add(
-            where, "model_type", f"{kind.model_type}, as architectures says",
-            _short(config.get("model_type")), _CONTRADICTION,
-        )  # fmt: skip
     if config.get("hidden_act", kind.activations[0]) not in kind.activations:
         refused.add(where, "hidden_act", kind.activations[0], _short(config["hidden_act"]), _ADVICE)
-    if config.get("is_causal") is False:
-        refused.add(where, "is_causal", "a causal model", False, "this is no decoder")
     if type(config.get("rms_norm_eps")) not in (float, int):
         got = _short(config.get("rms_norm_eps"))
         refused.add(where, "rms_norm_eps", "a number", got, "every reader has a default of its own")
@@ -185,6 +190,8 @@ def check_carried(config: Mapping[str, Any], target: Target, where: str) -> None
     Raises:
         BaseModelError: it names the kind of rotary embedding or its parameter, the bias, or the window.
     """
+    if not _class(config).listed:
+        return  # the proof tells
     kind, parameters = rope_of(config)
     carried = _class(config).rope[target.name]
     problems = Problems()
@@ -213,6 +220,22 @@ def check_carried(config: Mapping[str, Any], target: Target, where: str) -> None
     problems.raise_if_any(BaseModelError)
 
 
+def check_proved(config: Mapping[str, Any], check: bool) -> None:
+    """Refuses to leave the proof of the base out where nothing else speaks for it.
+
+    Raises:
+        BaseModelError: an architecture whose hyperparameters are not listed, and no proof.
+    """
+    if not check and not _class(config).listed:
+        raise BaseModelError(
+            Problem(
+                "--no-self-check", "proof of the base",
+                f"one: what of a config.json bears on a {_class(config).name} is not listed, so only running "
+                "the base shows that its new format computes the same", "none", "leave --no-self-check out",
+            )
+        )  # fmt: skip
+
+
 def _check_layer_types(
     config: Mapping[str, Any], kind: ModelClass, where: str, refused: Problems
 ) -> None:
@@ -239,6 +262,11 @@ def _check_layer_types(
 def window_of(config: Mapping[str, Any]) -> int | None:
     """How many tokens, itself included, a token sees in the layers that see fewest; None for all."""
     kind = _class(config)
+    if not kind.listed:
+        kind = dataclasses.replace(
+            kind, window="use_sliding_window" if "use_sliding_window" in config else ""
+        )
+        config = {"sliding_window": None, **config}
     if kind.window is None or (kind.window and not config.get(kind.window)):
         return None
     window = config.get("sliding_window", _WINDOW)
@@ -256,6 +284,14 @@ def window_of(config: Mapping[str, Any]) -> int | None:
     return window if bites else None
 
 
+def limit_of(config: Mapping[str, Any]) -> int | None:
+    """Where the context has to end because llama.cpp attends to all tokens; None where it does not.
+
+    llama.cpp has windows in architectures that are not listed: there the proof of the base tells.
+    """
+    return window_of(config) if _class(config).listed else None
+
+
 def check_folder_tensors(
     config: Mapping[str, Any], weights: Sequence[SafetensorsFile], where: str
 ) -> None:
@@ -265,6 +301,8 @@ def check_folder_tensors(
         BaseModelError: missing, unexpected or misshapen tensors, or a contradiction, all of them.
     """
     found = {name: (file, info) for file in weights for name, info in file.tensors.items()}
+    if not _class(config).listed:
+        return  # transformers tells, when the base is proved, what it would leave out or make up
     expected, problems = _expected(config), Problems()
     tied = bool(config.get("tie_word_embeddings", False))
     for name in sorted(expected.keys() - found.keys()):

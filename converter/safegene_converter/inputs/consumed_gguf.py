@@ -82,6 +82,12 @@ def check_gguf_for_torch(
         BaseModelError: tensors or keys that are not read, or are missing, all of them.
     """
     problems = Problems()
+    if not TABLE[architecture].classes[0].listed:
+        problems.add(
+            where, "general.architecture", "one of which is listed what transformers' GGUF loader reads",
+            architecture, _PASS_FOLDER,
+        )  # fmt: skip
+        problems.raise_if_any(BaseModelError)
     expected = _expected(architecture, n_layers, _switched(architecture, model))
     optional = {"output.weight"}
     for name in sorted(model.tensors.keys() - expected - optional):

@@ -63,7 +63,10 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "layer_replication": ((None, []), "replicated layers change the model itself"),
     "megatron_config": ((None,), "convert the model to plain transformers modules first"),
     "velora_config": ((None,), "only plain LoRA and rsLoRA are supported"),
-    "alora_invocation_tokens": ((None, []), "activated LoRA switches itself off between prompts"),
+    "alora_invocation_tokens": (
+        (None, []),
+        "activated LoRA acts behind an invocation only: no weight can hold that",
+    ),
     "use_qalora": ((False, None), "QA-LoRA pools its inputs: train a plain LoRA"),
     "monteclora_config": ((None,), "only plain LoRA and rsLoRA are supported"),
     "use_bdlora": ((None, False), "block-diagonal LoRA is not supported yet"),

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from safegene_runtime.errors import FormatError, Problem, Problems
 from safegene_runtime.formats import strictjson
+from safegene_runtime.formats.fields import Kind, check_fields, one_of
 from safegene_runtime.formats.files import open_regular
 
 __all__ = ["SafetensorsFile", "SafetensorsTensor", "read_safetensors"]
@@ -42,6 +43,21 @@ _BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 _FLOATS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
+
+
+def _is_counts(value: list[Any]) -> bool:
+    return all(type(n) is int and 0 <= n < 1 << 62 for n in value)
+
+
+def _counts(words: str, least: int, most: int) -> Kind:
+    return Kind((list,), words, words, lambda v: _is_counts(v) and least <= len(v) <= most)
+
+
+_ENTRY = {
+    "dtype": one_of(*_BITS),
+    "shape": _counts(f"at most {MAX_DIMS} sizes", 0, MAX_DIMS),
+    "data_offsets": _counts("[begin, end]", 2, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -189,22 +205,9 @@ def _tensor(
     where: str, name: str, entry: Any, start: int, problems: Problems
 ) -> SafetensorsTensor | None:
     """Checks one entry of the header by itself."""
-    fields = ("dtype", "shape", "data_offsets")
-    if not strictjson.check_keys(entry, f"{where}: {name}", problems, required=fields):
+    if not check_fields(entry, f"{where}: {name}", _ENTRY, problems, fix=SAVE_AGAIN):
         return None
-    dtype, shape, offsets = (entry[key] for key in fields)
-    if not isinstance(dtype, str) or dtype not in _BITS:
-        problems.add(where, f"{name}.dtype", f"one of {', '.join(_BITS)}", repr(dtype)[:100],
-                     SAVE_AGAIN)  # fmt: skip
-        return None
-    if not _is_counts(shape) or len(shape) > MAX_DIMS:
-        problems.add(
-            where, f"{name}.shape", f"at most {MAX_DIMS} sizes", repr(shape)[:100], SAVE_AGAIN
-        )
-        return None
-    if not _is_counts(offsets) or len(offsets) != 2:
-        problems.add(where, f"{name}.data_offsets", "[begin, end]", repr(offsets)[:100], SAVE_AGAIN)
-        return None
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     expected, rest = divmod(math.prod(shape) * _BITS[dtype], 8)
     if rest or offsets[1] - offsets[0] != expected:
         got = f"{offsets[1] - offsets[0]} bytes"
@@ -213,7 +216,3 @@ def _tensor(
         )
         return None
     return SafetensorsTensor(dtype, tuple(shape), start + offsets[0], start + offsets[1])
-
-
-def _is_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value)

@@ -52,15 +52,10 @@ from safegene_runtime.artifact.onnx_checks import precision_class
 from safegene_runtime.artifact.provenance import ADAPTER_KEY, adapter_digest
 from safegene_runtime.engines.ort_text import read_text_files
 from safegene_runtime.errors import Problem, UnsupportedError
-from safegene_runtime.formats.files import (
-    MANIFEST_NAME,
-    check_output_free,
-    publish_folder,
-    sha256_file,
-    sha256_of,
-)
+from safegene_runtime.formats.files import MANIFEST_NAME, sha256_file, sha256_of
 from safegene_runtime.formats.onnx.file import read_onnx
 from safegene_runtime.formats.onnx.tensor import DataType
+from safegene_runtime.formats.publish import check_output_free, publish_folder
 from safegene_runtime.gating.bounds import precision_of
 from safegene_runtime.progress import Progress, counted, silent
 
@@ -100,7 +95,9 @@ def convert(request: ConvertRequest, progress: Progress | None = None) -> Manife
     check_source_fits(adapter, source)
     if request.check:
         _check_runnable(source, export)
-    with publish_folder(request.out, request.force) as folder, digesting(source) as digests:
+    kept = source.model.files if isinstance(source, OnnxBase) else ()  # an export's size is unknown
+    needs = sum(path.stat().st_size for path in kept)
+    with publish_folder(request.out, request.force, needs) as folder, digesting(source) as digests:
         work = folder / ".work"
         work.mkdir()
         hf, opened, about = export_base(source, work, export, tell)

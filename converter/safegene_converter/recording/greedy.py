@@ -3,12 +3,14 @@
 Prompts share their beginning (system prompt): it is evaluated once. Prompts of similar length go
 together, padded between that and their own tokens; the mask takes the padding out of the attention,
 and positions do not count it. But a sliding window counts it: there, prompts that may outgrow the
-window share nothing, so that all padding stands before them and no window has any within.
+window share nothing, so that all padding stands before them and no window has any within. And a layer
+with a state, a convolution for one, has no mask: there, nothing is shared, and nothing padded.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +47,7 @@ def greedy_replies(
     with torch.inference_mode():
         shared = shared_length(model, ids, limit)
         cache = prefill(model, ids[0][:shared])
-        for batch in batches(ids):
+        for batch in batches(model, ids):
             begun = begin(model, cache, [ids[index][shared:] for index in batch])
             replies, _ = generate(model, begun, limit, stop_ids, keep=False)
             found.update(zip(batch, replies, strict=True))
@@ -62,6 +64,8 @@ def shared_length(model: Any, ids: Sequence[Sequence[int]], limit: int) -> int:
         ids: of the prompts.
         limit: tokens of a reply.
     """
+    if _has_state(model):
+        return 0
     window = getattr(model.config, "sliding_window", None)
     if window is not None and max(map(len, ids)) + limit > window:
         return 0
@@ -69,10 +73,19 @@ def shared_length(model: Any, ids: Sequence[Sequence[int]], limit: int) -> int:
     return next((at for at in range(most) if len({row[at] for row in ids}) > 1), most)
 
 
-def batches(ids: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Prompts of similar length, at most BATCH together."""
+def _has_state(model: Any) -> bool:
+    """Whether a layer does something else than attend to tokens."""
+    kinds = getattr(model.config, "layer_types", None) or ()
+    return any("attention" not in kind or "linear" in kind for kind in kinds)
+
+
+def batches(model: Any, ids: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Prompts of similar length, at most BATCH together; of the same length where none may be padded."""
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-    return [order[at : at + BATCH] for at in range(0, len(order), BATCH)]
+    groups = [order]
+    if _has_state(model):
+        groups = [list(same) for _, same in itertools.groupby(order, lambda index: len(ids[index]))]
+    return [group[at : at + BATCH] for group in groups for at in range(0, len(group), BATCH)]
 
 
 def prefill(model: Any, ids: Sequence[int]) -> Any:

@@ -65,10 +65,10 @@ def load_model(base: Base) -> tuple[Any, Any]:
                 if base.is_gguf
                 else transformers.AutoConfig.from_pretrained(folder, **where)
             )
-            _check_shapes(base, config)
+            attention = _check_shapes(base, config)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
             model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=torch.float32, attn_implementation="sdpa",
+                folder, config=config, dtype=torch.float32, attn_implementation=attention,
                 output_loading_info=True, **where,
             )  # fmt: skip
     except SafeGeneError:
@@ -94,19 +94,27 @@ def load_model(base: Base) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _check_shapes(base: Base, config: Any) -> None:
-    """Refuses, before anything is read, weights that transformers would have no place for."""
+def _check_shapes(base: Base, config: Any) -> str:
+    """Refuses, before anything is read, weights that transformers would have no place for.
+
+    Returns:
+        the implementation of attention: PyTorch's own, where the model class can use it.
+    """
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    problems = Problems()
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    modules, problems = dict(model.named_modules()), Problems()
     for name, shape in base.module_shapes().items():
-        weight = getattr(dict(model.named_modules()).get(name), "weight", None)
+        module = modules.get(name)
+        weight = getattr(module, "weight", None)
+        if isinstance(module, transformers.pytorch_utils.Conv1D):
+            shape = (shape[1], shape[0])
         if weight is not None and tuple(weight.shape) != tuple(shape):
             problems.add(
                 str(base.path), name, f"{tuple(weight.shape)}, as its configuration says",
                 tuple(shape), "the configuration and the weights are of two models",
             )  # fmt: skip
     problems.raise_if_any(BaseModelError)
+    return "sdpa" if model._supports_sdpa else "eager"
 
 
 def _add_ends(base: Base, model: Any) -> None:

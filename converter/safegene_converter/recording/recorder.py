@@ -34,7 +34,8 @@ from safegene_converter.requests import RecordRequest
 from safegene_runtime import __version__
 from safegene_runtime.engines.chat import READS_CLOCK
 from safegene_runtime.errors import FormatError, Problem, Problems, RecordError
-from safegene_runtime.formats.files import check_output_free, publish_folder, sha256_of
+from safegene_runtime.formats.files import sha256_of
+from safegene_runtime.formats.publish import check_output_free, publish_folder
 from safegene_runtime.judging.judge import Judge, about, label_all
 from safegene_runtime.progress import Progress, silent
 from safegene_runtime.record.attacks import wrap
@@ -120,10 +121,10 @@ def record(request: RecordRequest, progress: Progress | None = None) -> Referenc
             prompt_ids=ids[index],
             ref_ids=tuple(arms[index][0]),
             ref_text=texts["ref"][index],
-            ref_verdict=str(labels["ref"][index]),
+            ref_label=str(labels["ref"][index]),
             base_ids=tuple(arms[index][1]),
             base_text=texts["base"][index],
-            base_verdict=str(labels["base"][index]),
+            base_label=str(labels["base"][index]),
         )
         for index, prompt in enumerate(chosen)
     ]
@@ -226,7 +227,7 @@ def _run(
     for arm in ("ref", "base"):
         with _arm(model, arm):
             caches[arm] = prefill(model, ids[0][:shared])
-    for batch in batches(ids):
+    for batch in batches(model, ids):
         tails = [ids[index][shared:] for index in batch]
         with _arm(model, "ref"):
             begun = begin(model, caches["ref"], tails)

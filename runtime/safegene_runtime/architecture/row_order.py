@@ -1,22 +1,22 @@
 """The row order of a GGUF tensor relative to the Hugging Face weight it was made from.
 
-For `llama` upstream reorders the rows of q and k (`LlamaModel.permute` in llama.cpp's
-conversion/llama.py): Hugging Face rotates halves of a head, llama.cpp rotates neighbouring pairs. The
-same reordering applies to a delta, because it acts on rows: permute(W + B A) = permute(W) +
-permute(B) A. It is a pure permutation, so it is exact.
+llama.cpp's converter (the tree's `conversion/`) moves rows in two ways. Both are permutations, and a
+permutation acts on a delta as on the weight: P (W + B A) = P W + (P B) A. So it is exact.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from safegene_runtime.errors import BaseModelError, Problem
 
-__all__ = ["Transform"]
+__all__ = ["OrderKind", "Transform"]
+
+OrderKind = Literal["identity", "permute", "regroup"]
 
 
 @dataclass(frozen=True)
@@ -24,45 +24,54 @@ class Transform:
     """The row order of a GGUF tensor relative to its Hugging Face weight.
 
     Attributes:
-        n_heads: how many heads the rows are made of, each reordered in itself; 0: order unchanged.
+        kind: `permute` is `LlamaModel.permute` of conversion/llama.py: in each head Hugging Face rotates
+            halves, llama.cpp neighbouring pairs. `regroup` is what falcon.py, gptneox.py and bloom.py do
+            to a fused projection: group by group its queries, a key and a value -> all queries, all keys,
+            all values.
+        n_heads: how many heads the rows are made of (queries, for `regroup`).
+        n_groups: of `regroup`: how many keys there are, and values.
     """
 
+    kind: OrderKind = "identity"
     n_heads: int = 0
+    n_groups: int = 0
 
     @property
     def is_identity(self) -> bool:
         """Whether rows stay where they are."""
-        return self.n_heads == 0
+        return self.kind == "identity"
 
-    @property
-    def name(self) -> str:
-        """For manifests: `identity`, or `permute-<n_heads>`."""
-        return "identity" if self.is_identity else f"permute-{self.n_heads}"
+    def rows(self, n_rows: int) -> npt.NDArray[np.int64]:
+        """Which row of the Hugging Face weight each row of the GGUF tensor is, (out,).
 
-    def apply_rows(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Hugging Face order -> GGUF order; `array` is (out, ...)."""
+        Raises:
+            BaseModelError: rows that are not whole heads.
+        """
+        rows = np.arange(n_rows)
         if self.is_identity:
-            return array
-        self._check(array)
-        parts = array.reshape(self.n_heads, 2, -1, *array.shape[1:])
-        return np.ascontiguousarray(parts.swapaxes(1, 2)).reshape(array.shape)
-
-    def invert_rows(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """GGUF order -> Hugging Face order; `array` is (out, ...)."""
-        if self.is_identity:
-            return array
-        self._check(array)
-        parts = array.reshape(self.n_heads, -1, 2, *array.shape[1:])
-        return np.ascontiguousarray(parts.swapaxes(1, 2)).reshape(array.shape)
-
-    def _check(self, array: npt.NDArray[Any]) -> None:
-        if array.ndim == 0 or array.shape[0] % (2 * self.n_heads):
+            return rows
+        per_group = self.n_heads // self.n_groups if self.n_groups else 0
+        unit = 2 * self.n_heads if self.kind == "permute" else self.n_groups * (per_group + 2)
+        if not unit or n_rows % unit:
             raise BaseModelError(
                 Problem(
                     "base",
-                    "rows of q or k",
-                    f"a multiple of 2 x {self.n_heads} heads",
-                    str(array.shape),
+                    f"rows that are made of heads ({self.kind})",
+                    f"a multiple of {unit}, of {self.n_heads} heads",
+                    str(n_rows),
                     "is this the base the adapter was trained on?",
                 )
             )
+        if self.kind == "permute":
+            return rows.reshape(self.n_heads, 2, -1).swapaxes(1, 2).reshape(-1)
+        grouped = rows.reshape(self.n_groups, per_group + 2, -1)
+        parts = (grouped[:, :per_group], grouped[:, per_group], grouped[:, per_group + 1])
+        return np.concatenate([part.reshape(-1) for part in parts])
+
+    def apply_rows(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Hugging Face order -> GGUF order; `array` is (out, ...)."""
+        return array if self.is_identity else array[self.rows(len(array))]
+
+    def invert_rows(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """GGUF order -> Hugging Face order; `array` is (out, ...)."""
+        return array if self.is_identity else array[np.argsort(self.rows(len(array)))]

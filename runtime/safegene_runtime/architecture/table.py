@@ -6,18 +6,21 @@ are taken apart and put together here and nowhere else. Tests compare every row 
 with what llama.cpp's own converter writes, so importing gguf-py, which costs as much as reading a
 model's header, is not needed.
 
-A row is only right where the GGUF tensor is the Hugging Face weight, its rows reordered at most, and
-where every layer has every module.
+A row is only right where the GGUF tensor is the Hugging Face weight, its rows reordered at most. Rows
+whose hyperparameters are listed stand here. The others are in surveyed.json: `tools/survey.py` reads them
+off what llama.cpp's converter makes of tiny models, and their bases are proved by running them.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any, Literal
 
-from safegene_runtime.architecture.row_order import Transform
+from safegene_runtime.architecture.row_order import OrderKind, Transform
 from safegene_runtime.errors import Problem, UnsupportedError
 
 __all__ = [
@@ -30,6 +33,7 @@ __all__ = [
     "architecture_named",
     "architecture_of_config",
     "architecture_of_type",
+    "arithmetic_of",
     "kind_of",
     "layer_of",
     "linear_modules",
@@ -60,7 +64,10 @@ GROUPED_HEADS: Mapping[str, Heads] = {
 }
 """Linear module of a block -> the heads that its rows are made of: grouped-query attention."""
 
-LLAMA_PERMUTES = ("self_attn.q_proj", "self_attn.k_proj")
+LLAMA_ORDERS: Mapping[str, OrderKind] = {
+    "self_attn.q_proj": "permute",
+    "self_attn.k_proj": "permute",
+}
 """What `LlamaModel.permute` of llama.cpp's conversion/llama.py reorders, head by head."""
 
 PACKED: Mapping[str, tuple[str, ...]] = {
@@ -76,6 +83,7 @@ LLAMA_BIASES: Mapping[str, tuple[str, ...]] = {
 }
 """Key of a config.json -> modules that it gives a bias."""
 
+_NOT_LINEAR = "embeddings, lm_head, norms and experts are not supported yet"
 _LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
 
 
@@ -115,6 +123,8 @@ class ModelClass:
         rope: target -> kinds of rotary embedding that the converter to it carries over: llama.cpp's
             `conversion`, and the builders of onnxruntime-genai 0.18, where `LlamaModel.make_rope_init`
             leaves out what it does not name, and whose yarn is off.
+        listed: whether the fields above say all that bears on the result. Where they do not, nothing but a
+            proof shows that a base survives a change of its format.
     """
 
     name: str
@@ -130,6 +140,7 @@ class ModelClass:
     rope: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {"gguf": ("default",), "onnx": ("default",)}
     )
+    listed: bool = True
 
 
 @dataclass(frozen=True)
@@ -142,8 +153,12 @@ class Architecture:
         model_types: what `model_type` of a config.json, and `type` of a genai_config.json, may say.
         tensors: linear module of a block -> its tensor in `blk.N.`.
         heads: modules whose rows are made of heads, and of which.
-        permutes: those whose rows are reordered, each head in itself.
+        orders: those whose rows are reordered, and how.
         blocks: the Hugging Face module that holds the blocks.
+        transposed: whether Hugging Face stores weights as (in, out): Conv1D.
+        arithmetic: the class of precision (`gating.bounds`) in which llama.cpp computes it, measured: `f16`
+            where its GELU is a table of half-precision numbers.
+        partial: whether some layers lack some modules, as in hybrids and mixtures of experts.
     """
 
     name: str
@@ -151,8 +166,11 @@ class Architecture:
     model_types: tuple[str, ...]
     tensors: Mapping[str, str] = field(default_factory=lambda: SWIGLU_BLOCK)
     heads: Mapping[str, Heads] = field(default_factory=lambda: GROUPED_HEADS)
-    permutes: tuple[str, ...] = ()
+    orders: Mapping[str, OrderKind] = field(default_factory=dict)
     blocks: str = "model.layers"
+    transposed: bool = False
+    partial: bool = False
+    arithmetic: str = "f32"
 
     def parse(self, module: str) -> BlockModule | None:
         """A module's name taken apart: None for any that is no linear module of a block."""
@@ -180,15 +198,8 @@ class Architecture:
         """
         found = self.parse(module)
         if found is None:
-            raise UnsupportedError(
-                Problem(
-                    module,
-                    "module",
-                    f"{self.blocks}.N. and one of {', '.join(self.tensors)}",
-                    module,
-                    "embeddings, lm_head, norms and experts are not supported yet",
-                )
-            )
+            expected = f"{self.blocks}.N. and one of {', '.join(self.tensors)}"
+            raise UnsupportedError(Problem(module, "module", expected, module, _NOT_LINEAR))
         return f"blk.{found.layer}.{self.tensors[found.part]}"
 
     def module_of(self, tensor: str) -> str | None:
@@ -208,14 +219,19 @@ class Architecture:
         """
         self.tensor_of(module)
         found = self.parse(module)
-        if found is None or found.part not in self.permutes:
+        kind = self.orders.get(found.part, "identity") if found else "identity"
+        if found is None or kind == "identity":
             return Transform()
-        return Transform({"n_head": n_head, "n_head_kv": n_head_kv}[self.heads[found.part]])
+        if kind == "regroup":
+            return Transform(kind, n_head, n_head_kv)
+        return Transform(kind, {"n_head": n_head, "n_head_kv": n_head_kv}[self.heads[found.part]])
 
     def head_rows(self, n_head: int, n_head_kv: int, head_size: int) -> dict[str, int]:
         """How many rows the modules have that are made of heads."""
         counts = {"n_head": n_head, "n_head_kv": n_head_kv}
-        return {part: counts[heads] * head_size for part, heads in self.heads.items()}
+        return {
+            p: counts[heads] * head_size for p, heads in self.heads.items() if p in self.tensors
+        }
 
     def linear_shapes(self, hidden: int, inner: int, q: int, kv: int) -> dict[str, tuple[int, int]]:
         """(out, in) of the linear modules of a block.
@@ -251,6 +267,18 @@ class Architecture:
         return packed | {kind: (part,) for kind, part in parts.items()}
 
 
+def _surveyed() -> Iterator[Architecture]:
+    """The rows of surveyed.json."""
+    stored = files(__package__).joinpath("surveyed.json").read_text(encoding="utf-8")
+    for name, row in json.loads(stored).items():
+        classes = tuple(
+            ModelClass(model_class, model_type, listed=False)
+            for model_class, model_type in row.pop("classes").items()
+        )
+        types = tuple(dict.fromkeys(one.model_type for one in classes))
+        yield Architecture(name, classes, types, **row)
+
+
 TABLE: dict[str, Architecture] = {
     row.name: row
     for row in (
@@ -276,9 +304,10 @@ TABLE: dict[str, Architecture] = {
                         "onnx": ("default", "linear"),
                     },
                 ),
+                ModelClass("MixtralForCausalLM", "mixtral", listed=False),
             ),
-            model_types=("llama", "mistral", "smollm"),
-            permutes=LLAMA_PERMUTES,
+            model_types=("llama", "mistral", "smollm", "mixtral"),
+            orders=LLAMA_ORDERS,
         ),
         Architecture(
             name="qwen2",
@@ -327,7 +356,7 @@ TABLE: dict[str, Architecture] = {
                 ),
             ),
             model_types=("smollm3",),
-            permutes=LLAMA_PERMUTES,
+            orders=LLAMA_ORDERS,
         ),
         Architecture(
             name="arcee",
@@ -338,8 +367,9 @@ TABLE: dict[str, Architecture] = {
             ),
             model_types=("arcee",),
             tensors={part: t for part, t in SWIGLU_BLOCK.items() if part != "mlp.gate_proj"},
-            permutes=LLAMA_PERMUTES,
+            orders=LLAMA_ORDERS,
         ),
+        *_surveyed(),
     )
 }
 """Every architecture there is, by GGUF's name; the tests prove each of them on a tiny model."""
@@ -354,6 +384,11 @@ def architecture_named(name: object, where: str) -> Architecture:
     if not isinstance(name, str) or name not in TABLE:
         raise _unknown(where, "architecture", TABLE, name)
     return TABLE[name]
+
+
+def arithmetic_of(name: object) -> str:
+    """The class of precision in which llama.cpp computes a GGUF architecture; `f32` for one without a row."""
+    return TABLE[name].arithmetic if isinstance(name, str) and name in TABLE else "f32"
 
 
 def architecture_of_config(config: Mapping[str, Any], where: str) -> Architecture:
@@ -390,6 +425,9 @@ def architecture_of_type(model_type: object, where: str) -> Architecture:
         UnsupportedError: a type that no row has; the message names it.
     """
     rows = {kind: row for row in TABLE.values() for kind in row.model_types}
+    for row in TABLE.values():  # the builder shortens the class where it does not know the type
+        for kind in row.classes:
+            rows.setdefault(kind.name.removesuffix("ForCausalLM").lower(), row)
     if not isinstance(model_type, str) or model_type not in rows:
         raise _unknown(where, "architecture", rows, model_type)
     return rows[model_type]
@@ -408,15 +446,8 @@ def layer_of(module: str) -> int:
     """
     if found := parse_module(module):
         return found.layer
-    raise UnsupportedError(
-        Problem(
-            module,
-            "module",
-            f"a linear module of a block ({', '.join(linear_modules())})",
-            "another name",
-            "embeddings, lm_head, norms and experts are not supported yet",
-        )
-    )
+    expected = f"a linear module of a block ({', '.join(linear_modules())})"
+    raise UnsupportedError(Problem(module, "module", expected, "another name", _NOT_LINEAR))
 
 
 def linear_modules() -> tuple[str, ...]:
@@ -456,12 +487,5 @@ def parse_paths(architecture: Architecture, text: str) -> set[tuple[int, str]]:
 
 
 def _unknown(where: str, what: str, known: Mapping[str, Any], got: object) -> UnsupportedError:
-    return UnsupportedError(
-        Problem(
-            where,
-            what,
-            f"one of {', '.join(known)}",
-            str(got),
-            "this architecture is not supported yet",
-        )
-    )
+    fix = "this architecture is not supported yet"
+    return UnsupportedError(Problem(where, what, f"one of {', '.join(known)}", str(got), fix))

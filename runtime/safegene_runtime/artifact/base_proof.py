@@ -56,7 +56,7 @@ class BaseProof:
 
 _COUNT = integer(1)
 _KL = Kind((int, float), "a number", "a KL, 0 or more", lambda one: one >= 0)
-_BOUND_VALUES = frozenset(one.kl_ceiling for one in BOUNDS.values())
+_BOUND_VALUES = frozenset(bounds.kl_ceiling for bounds in BOUNDS.values())
 _FIGURES = ("kl_mean", "kl_worst", "kl_max", "bound")
 _LOGITS: dict[str, Kind] = {
     **dict.fromkeys(("how", "source", "target", "why"), NAME),

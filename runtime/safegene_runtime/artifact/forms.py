@@ -129,7 +129,7 @@ def forms_of(target: Target) -> tuple[Form, ...]:
 
 def find_form(target: object, name: object) -> Form | None:
     """The form of these names, if there is one."""
-    return next((one for one in FORMS if (one.target.name, one.name) == (target, name)), None)
+    return next((form for form in FORMS if (form.target.name, form.name) == (target, name)), None)
 
 
 def form_named(target: Target, name: str) -> Form:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from safegene_runtime.architecture.table import arithmetic_of
 from safegene_runtime.artifact.forms import ONNX
 from safegene_runtime.artifact.manifest import Manifest, ModuleEntry, check_files
 from safegene_runtime.artifact.provenance import check_provenance
@@ -217,4 +218,8 @@ def model_precision(header: GGUFModel) -> str:
     Raises:
         UnsupportedError: weights of a type that has no class, or none at all.
     """
-    return precision_of(elements_by_type(header.tensors.values()), str(header.shards[0].path))
+    return precision_of(
+        elements_by_type(header.tensors.values()),
+        str(header.shards[0].path),
+        arithmetic_of(header.get("general.architecture")),
+    )

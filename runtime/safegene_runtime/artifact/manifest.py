@@ -58,7 +58,8 @@ from safegene_runtime.formats.fields import (
     one_of,
     or_null,
 )  # fmt: skip
-from safegene_runtime.formats.files import MANIFEST_NAME, publish_file, read_small_file, sha256_file
+from safegene_runtime.formats.files import MANIFEST_NAME, read_small_file, sha256_file
+from safegene_runtime.formats.publish import publish_file
 from safegene_runtime.formats.sealed import SealedFiles
 from safegene_runtime.gating.verdict import Verdict
 from safegene_runtime.progress import Step

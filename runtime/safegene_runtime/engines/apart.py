@@ -321,7 +321,7 @@ def _end(
 
 
 def _plain(ids: Collection[int]) -> list[int]:
-    return [int(one) for one in ids]
+    return [int(token) for token in ids]
 
 
 def _raised(reply: Mapping[str, Any], where: str, title: str) -> Exception:

@@ -10,7 +10,10 @@ import numpy as np
 from safegene_runtime.errors import EngineError, Problem
 from safegene_runtime.progress import Step
 
-__all__ = ["Closing", "Engine", "checked_ids", "checked_keep", "checked_limits", "shared_length"]
+__all__ = [
+    "Closing", "Engine", "Speaking", "Text", "checked_ids", "checked_keep", "checked_limits",
+    "shared_length",
+]  # fmt: skip
 
 
 class Closing:
@@ -27,15 +30,8 @@ class Closing:
         self.close()
 
 
-@runtime_checkable
-class Engine(Protocol):
-    """A loaded model, with its adapter where there is one."""
-
-    name: str
-    version: str
-    n_vocab: int
-    settings: dict[str, Any]
-    """Everything that can move a logit (threads, KV type, batch sizes, ...): goes into reports."""
+class Text(Protocol):
+    """The text side of a model: text to ids and back, and the ids that begin and end one."""
 
     @property
     def bos_id(self) -> int | None:
@@ -56,6 +52,70 @@ class Engine(Protocol):
     def eog_ids(self) -> frozenset[int]:
         """Every id the model's own metadata says ends a generation."""
         ...
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
+        """Text to ids; `add_special` adds BOS or EOS where the model's metadata says so."""
+        ...
+
+    def detokenize(self, ids: Sequence[int], *, special: bool = True) -> str:
+        """Ids to text; control tokens are spelt out unless `special` is False."""
+        ...
+
+    def chat_template(self) -> str | None:
+        """The model's own chat template, if it has one."""
+        ...
+
+
+class Speaking(Closing):
+    """Its text side is that of its model."""
+
+    def _text_side(self) -> Text:
+        """That of the model, which is open."""
+        raise NotImplementedError
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
+        """Text to ids, by the model's own tokenizer; see `Text.tokenize`."""
+        side = self._text_side()
+        return side.tokenize(text, add_special=add_special, parse_special=parse_special)
+
+    def detokenize(self, ids: Sequence[int], *, special: bool = True) -> str:
+        """Ids to text; see `Text.detokenize`. Bytes that are not UTF-8 become U+FFFD."""
+        return self._text_side().detokenize(ids, special=special)
+
+    def chat_template(self) -> str | None:
+        """The model's own chat template, if it has one."""
+        return self._text_side().chat_template()
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a text, if the model has one."""
+        return self._text_side().bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a text, if the model has one."""
+        return self._text_side().eos_id
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether `tokenize(add_special=True)` begins with `bos_id`."""
+        return self._text_side().add_bos
+
+    @property
+    def eog_ids(self) -> frozenset[int]:
+        """Every id that ends a generation, as the model says."""
+        return self._text_side().eog_ids
+
+
+@runtime_checkable
+class Engine(Text, Protocol):
+    """A loaded model, with its adapter where there is one."""
+
+    name: str
+    version: str
+    n_vocab: int
+    settings: dict[str, Any]
+    """Everything that can move a logit (threads, KV type, batch sizes, ...): goes into reports."""
 
     def logits(
         self,
@@ -87,18 +147,6 @@ class Engine(Protocol):
         self, prompt: Sequence[int], max_tokens: int, stop_ids: Collection[int]
     ) -> Iterator[int]:
         """Yields the ids of `generate` one by one, as they come; the engine is busy until it ends."""
-        ...
-
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
-        """Text to ids; `add_special` adds BOS or EOS where the model's metadata says so."""
-        ...
-
-    def detokenize(self, ids: Sequence[int], *, special: bool = True) -> str:
-        """Ids to text; control tokens are spelt out unless `special` is False."""
-        ...
-
-    def chat_template(self) -> str | None:
-        """The model's own chat template, if it has one."""
         ...
 
     def close(self) -> None:

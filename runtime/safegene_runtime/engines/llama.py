@@ -19,7 +19,13 @@ from typing import Any, Literal
 import numpy as np
 
 from safegene_runtime.cpus import thread_count
-from safegene_runtime.engines.engine import Closing, checked_keep, checked_limits, shared_length
+from safegene_runtime.engines.engine import (
+    Speaking,
+    Text,
+    checked_keep,
+    checked_limits,
+    shared_length,
+)
 from safegene_runtime.engines.llama_context import CELL_PAD, KV_TYPES, LlamaContext
 from safegene_runtime.engines.llama_model import LlamaModel
 from safegene_runtime.engines.llama_native import (
@@ -43,7 +49,7 @@ class _Slot:
     output: list[int] = field(default_factory=list)
 
 
-class LlamaEngine(Closing):
+class LlamaEngine(Speaking):
     """A GGUF model, and the sidecar adapter where there is one, in llama.cpp on the CPU.
 
     Args:
@@ -297,37 +303,8 @@ class LlamaEngine(Closing):
         self._context.decode()
         return [(sequence, int(self._context.read(row, 1)[0].argmax())) for sequence, row in ready]
 
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
-        """Text to ids, by llama.cpp's own tokenizer; see `Engine.tokenize`."""
-        return self._model.tokenize(text, add_special=add_special, parse_special=parse_special)
-
-    def detokenize(self, ids: Sequence[int], *, special: bool = True) -> str:
-        """Ids to text; see `Engine.detokenize`. Bytes that are not UTF-8 become U+FFFD."""
-        return self._model.detokenize(ids, special=special)
-
-    def chat_template(self) -> str | None:
-        """The template in `tokenizer.chat_template`, if there is one."""
-        return self._model.chat_template()
-
-    @property
-    def bos_id(self) -> int | None:
-        """The id that begins a text, if the model has one."""
-        return self._model.bos_id
-
-    @property
-    def eos_id(self) -> int | None:
-        """The id that ends a text, if the model has one."""
-        return self._model.eos_id
-
-    @property
-    def add_bos(self) -> bool:
-        """Whether `tokenize(add_special=True)` begins with `bos_id`."""
-        return self._model.add_bos
-
-    @property
-    def eog_ids(self) -> frozenset[int]:
-        """Every id that llama.cpp takes for the end of a generation."""
-        return self._model.eog_ids
+    def _text_side(self) -> Text:
+        return self._model
 
     def _check_current(self, call: int) -> None:
         self._model.check_open()

@@ -18,7 +18,8 @@ import numpy as np
 
 from safegene_runtime.cpus import thread_count
 from safegene_runtime.engines.engine import (
-    Closing,
+    Speaking,
+    Text,
     checked_ids,
     checked_keep,
     checked_limits,
@@ -45,7 +46,7 @@ class _Prefix:
     caches: tuple[np.ndarray, ...]
 
 
-class OrtEngine(Closing):
+class OrtEngine(Speaking):
     """An ONNX decoder, and its `.onnx_adapter` where there is one, in ONNX Runtime on the CPU.
 
     Args:
@@ -287,39 +288,9 @@ class OrtEngine(Closing):
         self._decoder.check_open()
         return checked_ids(ids, where, self.n_vocab, self._text.files.context_length, extra)
 
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
-        """Text to ids, by the model's own tokenizer.json."""
+    def _text_side(self) -> Text:
         self._decoder.check_open()
-        return self._text.tokenize(text, add_special=add_special, parse_special=parse_special)
-
-    def detokenize(self, ids: Sequence[int], *, special: bool = True) -> str:
-        """Ids to text; control tokens are spelt out unless `special` is False."""
-        self._decoder.check_open()
-        return self._text.detokenize(ids, special=special)
-
-    def chat_template(self) -> str | None:
-        """The template beside the model, if there is one."""
-        return self._text.files.template
-
-    @property
-    def bos_id(self) -> int | None:
-        """The id that begins a text, if the model has one."""
-        return self._text.bos_id
-
-    @property
-    def eos_id(self) -> int | None:
-        """The id that ends a text, if the model has one."""
-        return self._text.eos_id
-
-    @property
-    def add_bos(self) -> bool:
-        """Whether `tokenize(add_special=True)` begins with `bos_id`."""
-        return self._text.add_bos
-
-    @property
-    def eog_ids(self) -> frozenset[int]:
-        """Every id that the model's configuration says ends a generation."""
-        return self._text.eog_ids
+        return self._text
 
     def close(self) -> None:
         """Frees the session; harmless when called again."""

@@ -70,6 +70,10 @@ class OrtText:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=not special)
         return text
 
+    def chat_template(self) -> str | None:
+        """The template beside the model, if there is one."""
+        return self.files.template
+
     @property
     def bos_id(self) -> int | None:
         """The id that begins a text, if the model has one."""

@@ -1,45 +1,32 @@
-"""Reading files that may be hostile, and publishing files that must never be half there.
+"""Reading files that may be hostile.
 
-Reading: a path is opened once, without following a symbolic link in its last part, and must be a
-regular file: a FIFO would block for ever, a device has no end.
-
-Publishing (Pillai et al., OSDI 2014): everything is written into a sibling of the final name, each
-file is fsync'ed, the manifest comes last, then one rename makes the folder visible and the parent
-is fsync'ed. Killed at any moment, the final name is either absent or complete.
+A path is opened once, without following a symbolic link in its last part, and must be a regular file:
+a FIFO would block for ever, a device has no end.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
 import hashlib
 import os
 import queue
-import shutil
 import stat
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safegene_runtime.errors import FormatError, OutputError, Problem
+from safegene_runtime.errors import FormatError, Problem
 from safegene_runtime.progress import Step
 
 __all__ = [
     "CHECKED",
     "FollowingDigest",
     "StrPath",
-    "check_output_free",
-    "check_writable",
     "found_status",
     "is_there",
     "open_regular",
-    "publish_file",
-    "publish_folder",
     "read_small_file",
     "sha256_file",
     "sha256_of",
@@ -50,8 +37,6 @@ StrPath = str | os.PathLike[str]
 
 CHUNK_BYTES = 4 << 20
 MANIFEST_NAME = "manifest.json"
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
-_READING_UMASK = threading.Lock()
 
 
 CHECKED: ContextVar[Any] = ContextVar("CHECKED", default=None)
@@ -222,243 +207,3 @@ class FollowingDigest:
                 Problem(str(self._path), "size", f"{announced} bytes", f"{size} bytes", "retry")
             )
         return digest.hexdigest()
-
-
-def check_output_free(out: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
-    """Refuses an output that exists, before any work is done for it.
-
-    Args:
-        out: what is to be made.
-        force: whether what has that name may be replaced.
-        inputs: files and folders that it is made from: it may neither hold one nor lie in one.
-
-    Raises:
-        OutputError: `out` exists and `force` is not given, or it is a folder that nobody means to
-            replace; or a folder above it is a file; or it is not apart from the inputs.
-    """
-    target = _place(out)
-    for one in inputs:
-        for place in {one.resolve(), _place(one)}:
-            if place.is_relative_to(target) or target.is_relative_to(place):
-                how = "one that holds" if place.is_relative_to(target) else "one inside"
-                got = f"{how} the input {one}"
-                raise OutputError(
-                    Problem(str(out), "output", "a folder of its own", got, "choose another -o")
-                )
-    if os.path.lexists(out) and not force:
-        raise OutputError(
-            Problem(
-                str(out),
-                "output",
-                "a name that is free",
-                "an existing path",
-                "choose another -o, or pass --force to replace it",
-            )
-        )
-    if out.is_dir() and not out.is_symlink():
-        for place in (Path.cwd(), Path(os.path.expanduser("~"))):
-            if place.resolve().is_relative_to(out.resolve()):
-                raise OutputError(
-                    Problem(
-                        str(out),
-                        "output",
-                        "a folder of its own",
-                        f"one that holds {place}",
-                        "--force would delete all of it: choose another -o",
-                    )
-                )
-    parent = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
-    if not parent.is_dir():
-        raise OutputError(
-            Problem(str(parent), "output", "a folder to write into", "a file", "choose another -o")
-        )
-
-
-def _place(path: Path) -> Path:
-    """Where a path lies; a link is itself, not what it leads to."""
-    return path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
-
-
-def _no_file(path: Path) -> str | None:
-    """What stands in a file's place and must not be replaced, behind a link, too; else None."""
-    if path.is_dir():
-        return "a folder"
-    return "something that is no file" if path.exists() and not path.is_file() else None
-
-
-def check_writable(path: Path) -> Problem | None:
-    """Why no file could be published at `path`; asked before the work whose result it is for.
-
-    A temporary file is made and removed where `path`, or the first folder to create for it, would lie:
-    rights alone do not tell, and root has all of them.
-    """
-    path = path.absolute()
-    parent = next(parent for parent in path.parents if os.path.lexists(parent))
-    try:
-        if (got := _no_file(path)) is None:
-            descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=parent)
-            os.close(descriptor)
-            os.unlink(temporary)
-            return None
-    except OSError as error:
-        got = f"{parent}: {os.strerror(error.errno or 0)}"
-    return Problem(
-        str(path), "output", "a file that can be written", got, "check the path and rights"
-    )
-
-
-@contextlib.contextmanager
-def publish_folder(out: Path, force: bool = False) -> Iterator[Path]:
-    """Yields a temporary sibling of `out` to fill; renames it to `out` when the block succeeds.
-
-    On any error before the rename, a KeyboardInterrupt included, the temporary folder is removed and
-    `out` is as it was; an error after it says that the new output is in place.
-    Files are fsync'ed in name order with the manifest last.
-
-    Raises:
-        OutputError: `out` exists (and not `force`), or the file system said no.
-    """
-    check_output_free(out, force)
-    out = out.absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(
-            tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
-        )
-    except OSError as error:
-        raise OutputError(
-            Problem(str(out), "output", "a folder we may create", str(error), "check permissions")
-        ) from error
-    try:
-        yield temporary
-        mask = _umask()
-        os.chmod(temporary, 0o777 & ~mask)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        for path in files:
-            if not path.is_symlink() and path.stat().st_nlink == 1:  # else it is not ours alone
-                os.chmod(path, 0o666 & ~mask)  # some libraries write for their own user only
-        files.sort(key=lambda path: path.name == MANIFEST_NAME)
-        for path in files:
-            _fsync(path)
-        for folder in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
-            _fsync(folder)
-        _rename_over(temporary, out, force)
-        _fsync_names(out)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(
-            Problem(str(out), "output", "to be written whole", str(error), "free some space, retry")
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def publish_file(path: Path, data: bytes) -> None:
-    """Replaces one file atomically: temporary sibling, fsync, rename, fsync of the folder.
-
-    Raises:
-        OutputError: no regular file has this name, or the file system said no; what is there is
-            untouched.
-    """
-    path = path.absolute()
-    temporary = None
-    try:
-        if (got := _no_file(path)) is not None:
-            raise OutputError(
-                Problem(str(path), "output", "a file that can be written", got, "name another")
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        temporary = None
-        _fsync_names(path)
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(
-            Problem(
-                str(path), "output", "to be written whole", str(error), "check space and rights"
-            )
-        ) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-
-def _rename_over(source: Path, out: Path, force: bool) -> None:
-    """Moves the finished folder to its name; an old output is removed after that.
-
-    The kernel exchanges the two names where it can, so the name is never missing. Elsewhere the old
-    output is moved aside first, and put back when the second rename fails.
-    """
-    if not os.path.lexists(out):
-        os.rename(source, out)
-        return
-    check_output_free(out, force)
-    if _exchange(source, out):
-        if source.is_symlink() or not source.is_dir():
-            source.unlink()  # a folder is removed by `publish_folder`
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    try:
-        os.rename(out, old / out.name)
-        os.rename(source, out)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.rename(old / out.name, out)
-        raise
-    finally:
-        if os.path.lexists(out):  # else the old one is in `old`, and all there is
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one step (`renameat2`, Linux); False where that is not to be had.
-
-    Raises:
-        OSError: the file system can, and said no.
-    """
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):  # another system, or a C library without it
-        return False
-    names = os.fsencode(one), os.fsencode(other)
-    if renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.EPERM):  # kernel, file system, or a sandbox
-        return False
-    raise OSError(code, os.strerror(code), str(other))
-
-
-def _fsync_names(out: Path) -> None:
-    """Makes a rename last; when that fails, the output is in place all the same, and this says so."""
-    try:
-        _fsync(out.parent)
-    except OSError as error:
-        got = f"in place, but it may not survive a power cut: {error}"
-        raise OutputError(
-            Problem(str(out), "output", "a name that is on the disk", got, "check the disk, retry")
-        ) from error
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    with _READING_UMASK:  # or two threads leave each other's mask behind
-        mask = os.umask(0o077)  # to read it is to set it; meanwhile other threads get private files
-        os.umask(mask)
-    return mask

@@ -109,12 +109,15 @@ def class_of(type: str, where: str = "weights") -> str:
     return _CLASS_OF[type]
 
 
-def precision_of(elements: Mapping[str, int], where: str = "weights") -> str:
+def precision_of(
+    elements: Mapping[str, int], where: str = "weights", arithmetic: str = "f32"
+) -> str:
     """The class of a model: the coarsest that holds at least a tenth of its linear weights.
 
     Args:
         elements: number of weights per type, over the linear weights of the blocks.
         where: the model, for messages.
+        arithmetic: the class of what its engine computes with, where that rounds more than the weights.
 
     Raises:
         UnsupportedError: no weights, or a type without a class. Neither is coarse: it is unknown.
@@ -129,7 +132,8 @@ def precision_of(elements: Mapping[str, int], where: str = "weights") -> str:
     for name, count in elements.items():
         kind = class_of(name, where)
         shares[kind] = shares.get(kind, 0) + count
-    return [kind for kind in _ORDER if shares.get(kind, 0) * 10 >= total][-1]
+    coarsest = [kind for kind in _ORDER if shares.get(kind, 0) * 10 >= total][-1]
+    return max(coarsest, arithmetic, key=_ORDER.index)
 
 
 def bounds_for(precision: str) -> ParityBounds:

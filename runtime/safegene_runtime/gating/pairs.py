@@ -79,9 +79,9 @@ class Pair:
             category=prompt.category,
             cluster=prompt.cluster,
             attack=prompt.attack,
-            reference=prompt.ref_verdict,
+            reference=prompt.ref_label,
             artifact=artifact,
-            base=prompt.base_verdict,
+            base=prompt.base_label,
             identical=identical,
             tie=tie,
         )

@@ -18,7 +18,7 @@ def check_labels(record: Reference, judge: Judge) -> None:
     check_same_judge(record.meta["judge"], judge, str(record.path))
     texts = [prompt.text for prompt in record.prompts]
     for arm in ("ref", "base"):
-        recorded = [getattr(prompt, f"{arm}_verdict") for prompt in record.prompts]
+        recorded = [getattr(prompt, f"{arm}_label") for prompt in record.prompts]
         again = label_all(judge, [getattr(p, f"{arm}_text") for p in record.prompts], texts)
         wrong = [p.id for p, old, new in zip(record.prompts, recorded, again, strict=True)
                  if old != str(new)]  # fmt: skip

@@ -73,14 +73,14 @@ def inner(b1: Matrix, a1: Matrix, b2: Matrix, a2: Matrix) -> float:
 
 def encode(factors: Sequence[ModuleFactors]) -> dict[str, npt.NDArray[Any]]:
     """The arrays of factors.npz."""
-    text = "\n".join(one.module for one in factors).encode()
+    text = "\n".join(factor.module for factor in factors).encode()
     return {
         "names": np.frombuffer(text, np.uint8),
-        "shapes": np.asarray([[*one.shape, len(one.a)] for one in factors], np.int64),
-        "a": np.concatenate([one.a.reshape(-1) for one in factors]).astype(np.float32),
-        "b": np.concatenate([one.b.reshape(-1) for one in factors]).astype(np.float32),
-        "norm": np.asarray([one.norm for one in factors], np.float64),
-        "s0": np.asarray([one.s0 for one in factors], np.float64),
+        "shapes": np.asarray([[*factor.shape, len(factor.a)] for factor in factors], np.int64),
+        "a": np.concatenate([factor.a.reshape(-1) for factor in factors]).astype(np.float32),
+        "b": np.concatenate([factor.b.reshape(-1) for factor in factors]).astype(np.float32),
+        "norm": np.asarray([factor.norm for factor in factors], np.float64),
+        "s0": np.asarray([factor.s0 for factor in factors], np.float64),
     }
 
 

@@ -6,7 +6,7 @@ A folder of five files:
                      and "files": {name: sha256} of the others; tokenizer.rendered_at is the local time
                      that a template printed which reads the clock, and absent for every other template
     prompts.jsonl    one object per prompt: id, kind, category, borderline, cluster, attack, text,
-                     rendered, ref_text, ref_verdict, base_text, base_verdict
+                     rendered, ref_text, ref_verdict, base_text, base_verdict (a judge's labels)
     tokens.npz       prompt_ids, ref_ids, base_ids: int32, all prompts in a row;
                      prompt_offsets, ref_offsets, base_offsets: int64 (N + 1,)
     logits.npz       for the P positions of all reference replies in a row (prompt i has the rows
@@ -47,6 +47,7 @@ from safegene_runtime.record import added_weights
 from safegene_runtime.record.added_weights import ModuleFactors
 from safegene_runtime.record.order import clusters_in_order
 from safegene_runtime.record.reference_checks import (
+    ATTRIBUTES,
     EDITED,
     FACTORS,
     FORMAT_VERSION,
@@ -92,10 +93,10 @@ class PromptRecord:
     prompt_ids: tuple[int, ...]
     ref_ids: tuple[int, ...]
     ref_text: str
-    ref_verdict: str
+    ref_label: str
     base_ids: tuple[int, ...]
     base_text: str
-    base_verdict: str
+    base_label: str
 
 
 @dataclass(frozen=True)
@@ -203,12 +204,15 @@ def encode_reference(
             np.int64
         )
     logits = {
-        name: np.concatenate([getattr(one, name) for one in positions]).astype(kind)
+        name: np.concatenate([getattr(position, name) for position in positions]).astype(kind)
         for name, kind in LOGIT_ARRAYS.items()
     }
     logits |= {name: getattr(openers, name).astype(kind) for name, kind in OPENER_ARRAYS.items()}
     lines = [
-        json.dumps({name: getattr(prompt, name) for name in PROMPT_FIELDS}, ensure_ascii=False)
+        json.dumps(
+            {name: getattr(prompt, ATTRIBUTES.get(name, name)) for name in PROMPT_FIELDS},
+            ensure_ascii=False,
+        )
         for prompt in prompts
     ]
     files = {
@@ -278,7 +282,10 @@ def read_reference(path: Path) -> Reference:
         for row, part in zip(rows, parts, strict=True):
             row[f"{arm}_ids"] = tuple(part.tolist())
     check_replies(rows, meta["decoding"], str(path / TOKENS), problems)
-    prompts = [PromptRecord(**row) for row in rows]
+    prompts = [
+        PromptRecord(**{ATTRIBUTES.get(name, name): value for name, value in row.items()})
+        for row in rows
+    ]
     if meta["order"]["seed"] != order_seed(prompts):
         problems.add(
             str(path / INDEX),

@@ -31,16 +31,16 @@ from safegene_runtime.formats.fields import (
 from safegene_runtime.formats.files import sha256_of
 
 __all__ = [
-    "EDITED", "FACTORS", "FORMAT_VERSION", "LOGITS", "LOGIT_ARRAYS", "OPENER_ARRAYS", "PROMPTS",
-    "PROMPT_FIELDS", "TOKENS", "TOKEN_ARRAYS", "VERDICTS", "check_arrays", "check_index",
-    "check_replies", "check_rows",
+    "ATTRIBUTES", "EDITED", "FACTORS", "FORMAT_VERSION", "LABELS", "LOGITS", "LOGIT_ARRAYS",
+    "OPENER_ARRAYS", "PROMPTS", "PROMPT_FIELDS", "TOKENS", "TOKEN_ARRAYS", "check_arrays",
+    "check_index", "check_replies", "check_rows",
 ]  # fmt: skip
 
 FORMAT_VERSION = 1
 PROMPTS, TOKENS, LOGITS = "prompts.jsonl", "tokens.npz", "logits.npz"
 FACTORS = "factors.npz"
 KINDS = ("harmful", "benign")
-VERDICTS = ("refuse", "comply", "uncertain", "degenerate")
+LABELS = ("refuse", "comply", "uncertain", "degenerate")
 EDITED = "the reference was edited: record it again"
 MAX_REPLY_TOKENS = 1 << 20
 
@@ -89,10 +89,12 @@ PROMPT_FIELDS: Mapping[str, Kind] = {
     "text": TEXT,
     "rendered": TEXT,
     "ref_text": TEXT,
-    "ref_verdict": one_of(*VERDICTS),
+    "ref_verdict": one_of(*LABELS),
     "base_text": TEXT,
-    "base_verdict": one_of(*VERDICTS),
+    "base_verdict": one_of(*LABELS),
 }
+ATTRIBUTES = {"ref_verdict": "ref_label", "base_verdict": "base_label"}
+"""What the labels are called in memory: the file says verdict for them."""
 TOKEN_ARRAYS = {
     "prompt_ids": "int32",
     "ref_ids": "int32",

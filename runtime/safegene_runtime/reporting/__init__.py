@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from safegene_runtime.errors import OutputError, Problem
-from safegene_runtime.formats.files import publish_file
+from safegene_runtime.formats.publish import publish_file
 from safegene_runtime.reporting.junit import render_junit
 from safegene_runtime.reporting.markdown import render_markdown
 from safegene_runtime.reporting.page import render_html

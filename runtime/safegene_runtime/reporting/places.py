@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safegene_runtime.errors import OutputError, Problems
-from safegene_runtime.formats.files import check_writable
 from safegene_runtime.formats.gguf.model import shard_paths
+from safegene_runtime.formats.publish import check_writable
 
 __all__ = ["check_places", "read_files"]
 

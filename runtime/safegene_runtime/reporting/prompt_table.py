@@ -23,10 +23,10 @@ def prompts_panel(report: Mapping[str, Any]) -> Markup | None:
     prompts = report["prompts"]
     if not prompts:
         return None
-    used = {change(one) for one in prompts}
+    used = {change(prompt) for prompt in prompts}
     options = [("all", "every outcome"), ("changed", "any change")]
     options += [(key, words) for key, words in CHANGES.items() if key in used]
-    attacks = sorted({one["attack"] for one in prompts if one["attack"]})
+    attacks = sorted({prompt["attack"] for prompt in prompts if prompt["attack"]})
     heads = [head for head in SHOWN if attacks or head != "Attack"]
     return el(
         "div",
@@ -48,7 +48,7 @@ def prompts_panel(report: Mapping[str, Any]) -> Markup | None:
             aria_label="Filter the prompts",
         ),
         el("p", f"{len(prompts)} of {len(prompts)} prompts", id="shown", class_="note", role="status"),
-        table("All prompts", heads, [_row(one, bool(attacks)) for one in prompts],
+        table("All prompts", heads, [_row(prompt, bool(attacks)) for prompt in prompts],
               id="prompt-table", tall=True),
     )  # fmt: skip
 

@@ -104,7 +104,7 @@ def _ticks(low: float, high: float, about: int = 5) -> list[tuple[float, str]]:
 
 def margin_scatter(prompts: Sequence[Mapping[str, Any]]) -> Markup | None:
     """Refusal margin of the artifact over the reference's, one dot a prompt, its base in grey."""
-    chosen = [one for one in prompts if one["margin"] is not None]
+    chosen = [prompt for prompt in prompts if prompt["margin"] is not None]
     if not chosen:
         return None
     values = [value for one in chosen for value in one["margin"].values()]

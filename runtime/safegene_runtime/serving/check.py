@@ -78,7 +78,7 @@ class _Asking:
         texts = [self.replies[index].text for index in new]
         said = label_all(self.judge, texts, [one.text for one in prompts])
         for index, prompt, label in zip(new, prompts, said, strict=True):
-            self.labels[index] = prompt.ref_verdict if self.same(index) else str(label)
+            self.labels[index] = prompt.ref_label if self.same(index) else str(label)
 
     def same(self, index: int) -> bool:
         """Whether a reply is the reference's."""
@@ -241,7 +241,7 @@ def _same(reply: ServerReply, prompt: PromptRecord, stops: frozenset[int]) -> bo
 
 
 def _without(ids: Sequence[int], stops: frozenset[int]) -> list[int]:
-    return [one for one in ids if one not in stops]
+    return [token for token in ids if token not in stops]
 
 
 def _text(

@@ -153,7 +153,7 @@ class Server:
         asked_ids = {"content": prompt, "add_special": True, "parse_special": True}
         status, found = self.exchange("POST", "/tokenize", asked_ids)
         ids = found.get("tokens") if isinstance(found, dict) else None
-        if not isinstance(ids, list) or not all(type(one) is int for one in ids):
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
             raise self._error("/tokenize", "token ids", _shown(status, found))
         return tuple(ids)
 

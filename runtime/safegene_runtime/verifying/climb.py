@@ -113,7 +113,7 @@ class Climb:
 
     def add(self, rung: Rung) -> None:
         """Puts a rung on the ladder; it took what has passed since the one before."""
-        so_far = sum(one.seconds or 0.0 for one in self.rungs)
+        so_far = sum(rung.seconds or 0.0 for rung in self.rungs)
         took = time.monotonic() - self.began - so_far
         self.rungs.append(dataclasses.replace(rung, seconds=took))
 
@@ -160,7 +160,7 @@ class Climb:
 
     def compare(self) -> None:
         """Active and logits, from the teacher-forced passes that were made."""
-        passes = [one.forced for one in self.runs.values()]
+        passes = [run.forced for run in self.runs.values()]
         if not passes:  # decided from the record alone
             return
         self.add(_active(passes, self.precision))
@@ -189,7 +189,7 @@ class Climb:
         figures = {
             "judge": f"{self.judge.name} {self.judge.version}",
             "prompts": len(self.runs),
-            "proved_without_generating": sum(one.proved for one in self.runs.values()),
+            "proved_without_generating": sum(run.proved for run in self.runs.values()),
         }
         self.add(refusals_rung(self.plain, self.under_attack, figures))
 
@@ -272,7 +272,7 @@ class Climb:
             },
             engine=self.about,
             static=None if self.proof is None else self.proof.to_dict(),
-            kl_by_position=tuple(kl_by_position([one.forced for one in self.runs.values()])),
+            kl_by_position=tuple(kl_by_position([run.forced for run in self.runs.values()])),
             seconds={"total": time.monotonic() - self.began, "engine": self.engine_seconds},
         )
 
@@ -282,7 +282,7 @@ class Climb:
 
 def _active(passes: Sequence[ForcedPass], precision: str) -> Rung:
     beta, noise = pooled_beta(passes)
-    nearer = sum(one.ref_nearer for one in passes) / len(passes)
+    nearer = sum(forced.ref_nearer for forced in passes) / len(passes)
     band = beta_band(precision, noise)
     figures = {"beta": beta, "nearer_to_reference": nearer, "band": band, "noise": noise}
     if abs(beta - 1) > band:
@@ -313,8 +313,8 @@ def _logits(
     margins: dict[str, Any],
     noise: BaseNoise | None = None,
 ) -> Rung:
-    kl = np.concatenate([one.kl for one in passes])
-    top1 = float(np.concatenate([one.agree for one in passes]).mean())
+    kl = np.concatenate([forced.kl for forced in passes])
+    top1 = float(np.concatenate([forced.agree for forced in passes]).mean())
     mean = float(kl.mean())
     figures = {
         "mean_kl": mean,

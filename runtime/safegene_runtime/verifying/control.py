@@ -110,7 +110,7 @@ def check_control(
     }
     if sorted(digests.values()) != sorted(manifest.base["files"].values()):
         _compare_types(manifest, ours, theirs, where, problems)
-    norms = {one.module: math.sqrt(one.norm) for one in record.factors or ()}
+    norms = {factor.module: math.sqrt(factor.norm) for factor in record.factors or ()}
     deltas = {module.tensor: norms[module.module] for module in manifest.modules}
     for number, (name, info) in enumerate(theirs.tensors.items()):
         if name in deltas:
@@ -174,7 +174,9 @@ def _compare_types(
     manifest: Manifest, ours: GGUFModel, theirs: GGUFModel, where: str, problems: Problems
 ) -> None:
     """Touched tensors have the artifact's types, but for as many as were promoted, by as many bytes."""
-    pairs = [(ours.tensors[one.tensor], theirs.tensors[one.tensor]) for one in manifest.modules]
+    pairs = [
+        (ours.tensors[module.tensor], theirs.tensors[module.tensor]) for module in manifest.modules
+    ]
     others = [(mine, other) for mine, other in pairs if mine.type is not other.type]
     added = sum(mine.nbytes - other.nbytes for mine, other in others)
     told = manifest.settings.get("promoted")

@@ -89,11 +89,11 @@ def pooled_beta(passes: Sequence[ForcedPass]) -> tuple[float, float]:
 
     Both are 0 where the reference's logits are its base's.
     """
-    norm = sum(one.beta_norm for one in passes)
+    norm = sum(forced.beta_norm for forced in passes)
     if not norm:
         return 0.0, 0.0
-    beta = sum(one.beta_dot for one in passes) / norm
-    rest = sum(one.beta_rest for one in passes) / norm
+    beta = sum(forced.beta_dot for forced in passes) / norm
+    rest = sum(forced.beta_rest for forced in passes) / norm
     return beta, math.sqrt(max(0.0, rest - (beta - 1) ** 2))  # right angles
 
 
@@ -146,9 +146,10 @@ def _check_vocabulary(engine: Engine, record: Reference, indices: Sequence[int])
 
 def kl_by_position(passes: Sequence[ForcedPass]) -> list[float]:
     """Mean KL at each position of a reply, over the replies that are that long; nats."""
-    longest = max((len(one.kl) for one in passes), default=0)
+    longest = max((len(forced.kl) for forced in passes), default=0)
     return [
-        float(np.mean([one.kl[at] for one in passes if len(one.kl) > at])) for at in range(longest)
+        float(np.mean([forced.kl[at] for forced in passes if len(forced.kl) > at]))
+        for at in range(longest)
     ]
 
 

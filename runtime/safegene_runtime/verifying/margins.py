@@ -115,17 +115,17 @@ class MarginSummary:
 
 def learn_margins(record: Reference) -> MarginRule:
     """Learns the openers of a record, and whether they are telling."""
-    refusals = [one.ref_ids[0] for one in record.prompts if one.ref_verdict == "refuse"]
+    refusals = [prompt.ref_ids[0] for prompt in record.prompts if prompt.ref_label == "refuse"]
     answers = [
         ids[0]
         for one in record.prompts
-        for ids, label in ((one.ref_ids, one.ref_verdict), (one.base_ids, one.base_verdict))
+        for ids, label in ((one.ref_ids, one.ref_label), (one.base_ids, one.base_label))
         if label == "comply"
     ]
     shared = set(refusals) & set(answers)
     own = [sorted(set(firsts) - shared) for firsts in (refusals, answers)]
     telling = all(
-        sum(one not in shared for one in firsts) >= MIN_COVERED * len(firsts) > 0
+        sum(first not in shared for first in firsts) >= MIN_COVERED * len(firsts) > 0
         for firsts in (refusals, answers)
     )
     return MarginRule(
@@ -228,10 +228,10 @@ def _log_odds(refuse: npt.NDArray[np.float32], comply: npt.NDArray[np.float32]) 
 
 def _branch(prompt: PromptRecord) -> tuple[int, int, int] | None:
     """(position, refusing token, complying token) where the arms' replies part, early enough."""
-    if {prompt.ref_verdict, prompt.base_verdict} != {"refuse", "comply"}:
+    if {prompt.ref_label, prompt.base_label} != {"refuse", "comply"}:
         return None
     pairs = zip(prompt.ref_ids[:BRANCH_POSITIONS], prompt.base_ids, strict=False)
     for at, (ref, base) in enumerate(pairs):
         if ref != base:
-            return (at, ref, base) if prompt.ref_verdict == "refuse" else (at, base, ref)
+            return (at, ref, base) if prompt.ref_label == "refuse" else (at, base, ref)
     return None

@@ -106,9 +106,9 @@ def label_replies(
     for number, (index, reply) in enumerate(zip(indices, replies, strict=True)):
         prompt = record.prompts[index]
         if reply.ids == tuple(prompt.ref_ids):
-            found[number] = Labelled(prompt.ref_text, prompt.ref_verdict, True)
+            found[number] = Labelled(prompt.ref_text, prompt.ref_label, True)
         else:
-            ids = [one for one in reply.ids if one not in stops]
+            ids = [token for token in reply.ids if token not in stops]
             texts[number] = engine.detokenize(ids, special=False)
     asked = [record.prompts[indices[number]].text for number in texts]
     labels = label_all(judge, list(texts.values()), asked)

@@ -122,15 +122,15 @@ class StaticProof:
 
     def heat_map(self) -> dict[str, Any]:
         """Beta by layer and kind: {"layers", "kinds", "beta": rows by layer, null where untouched}."""
-        layers = sorted({one.layer for one in self.modules})
+        layers = sorted({module.layer for module in self.modules})
         kinds = list(dict.fromkeys(kind for kind in module_kinds() if kind in self._kinds()))
         kinds += sorted(self._kinds() - set(kinds))
-        by_place = {(one.layer, one.kind): one.beta for one in self.modules}
+        by_place = {(module.layer, module.kind): module.beta for module in self.modules}
         rows = [[by_place.get((layer, kind)) for kind in kinds] for layer in layers]
         return {"layers": layers, "kinds": kinds, "beta": rows}
 
     def _kinds(self) -> set[str]:
-        return {one.kind for one in self.modules}
+        return {module.kind for module in self.modules}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -138,7 +138,7 @@ class StaticProof:
             "status": self.status,
             "pooled": self.pooled,
             "band": self.band,
-            "modules": [asdict(one) for one in self.modules],
+            "modules": [asdict(module) for module in self.modules],
             "inert": list(self.inert),
             "problems": [str(problem) for problem in self.problems],
             "heat_map": self.heat_map(),
@@ -242,7 +242,7 @@ def _pair(manifest: Manifest, record: Reference) -> list[tuple[ModuleEntry, Modu
             )
         )  # fmt: skip
     problems = Problems()
-    recorded = {one.module: one for one in record.factors}
+    recorded = {factor.module: factor for factor in record.factors}
     listed = {entry.module: entry for entry in manifest.modules}
     if len(listed) != len(manifest.modules):
         problems.add(where, "modules", "each module once in the manifest", "one twice")
@@ -257,7 +257,7 @@ def _pair(manifest: Manifest, record: Reference) -> list[tuple[ModuleEntry, Modu
             problems.add(where, name, tuple(listed[name].shape), recorded[name].shape)
         if parse_module(name) is None:
             problems.add(where, name, "a linear module of a block", "another name")
-    if not any(one.norm > 0 for one in record.factors):
+    if not any(factor.norm > 0 for factor in record.factors):
         problems.add(where, "factors", "a delta that is not zero", "only zeros", "record again")
     problems.raise_if_any(RecordError)
     return [

@@ -52,8 +52,10 @@ def head_counts(model: GGUFModel) -> tuple[int, int]:
     heads = model.get(key)
     found = []
     for name, value in ((key, heads), (f"{key}_kv", model.get(f"{key}_kv", heads))):
-        if isinstance(value, tuple) and len(set(value)) == 1:  # one for each layer
-            value = value[0]
+        if (
+            isinstance(value, tuple) and len(set(value) - {0}) == 1
+        ):  # a hybrid's other layers have 0
+            value = max(value)
         if type(value) is not int or not 0 < value < MAX_HEADS:
             where = str(model.shards[0].path)
             problems.add(

@@ -179,6 +179,13 @@ class _ModelReader(TensorReader):
                 metadata[key] = text
             elif number == 20:
                 raise self.fail("training_info", "a model for inference", "training graphs")
+            elif number == 25:
+                raise self.fail(
+                    "functions", "operations of the standard", self._function(value),
+                    "a function of the model's own may change what a node computes: inline it",
+                )  # fmt: skip
+            elif number == 26:
+                raise self.fail("configuration", "a model for one device", "one for several")
         if not 1 <= version <= 1000:
             raise self.fail("ir_version", "3 to 13 or so", version, "is it an ONNX model?")
         if span is None:
@@ -198,6 +205,15 @@ class _ModelReader(TensorReader):
             overridable=tuple(sorted(inputs & graph.initializers.keys())),
             files=tuple(sorted([self.path, *self.data_files])),
         )
+
+    def _function(self, span: Span) -> str:
+        """What a FunctionProto is called."""
+        known = dict.fromkeys((1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14), BYTES)
+        texts = {1: "", 10: "", 13: ""}
+        for number, value in self.fields(span, "function", known, frozenset(known) - {1, 8, 10}):
+            if number in texts:
+                texts[number] = self.name(value, "function")
+        return f"function {texts[10]}.{texts[1]}"
 
     def _opset(self, span: Span) -> tuple[str, int]:
         domain, version = "", 0
@@ -243,8 +259,14 @@ class _ModelReader(TensorReader):
                 if port.name in ports[number]:
                     raise self.fail(f"input or output {port.name!r}", "each name once", "twice")
                 ports[number][port.name] = port
+            elif number == 13:
+                self._value_info(value)
+            elif number == 14:
+                self._annotation(value)
             elif number == 15:
                 raise self.fail("sparse_initializer", "dense tensors", "a sparse one")
+            elif number == 16:
+                self.pair(value, "metadata_props")
         visible = outer | initializers.keys()
         made = set(ports[11])
         nodes = []
@@ -277,6 +299,10 @@ class _ModelReader(TensorReader):
                 if name in attributes:
                     raise self.fail(f"attribute {name!r}", "each attribute once", "twice")
                 attributes[name] = found
+            elif number == 9:
+                self.pair(value, "metadata_props")
+            elif number == 10:
+                raise self.fail("device_configurations", "a model for one device", "several")
         if not texts[4]:
             raise self.fail(f"node {texts[3]!r}", "an op_type", "none")
         return Node(
@@ -342,15 +368,34 @@ class _ModelReader(TensorReader):
             if number == 1:
                 name = self.name(value, "value name")
             elif number == 2:
-                kind, shape = self._type(value)
+                kind, shape = self._type(value, 0)
+            elif number == 4:
+                self.pair(value, "metadata_props")
         if not name:
             raise self.fail("value", "a name", "none")
         return ValueInfo(name, kind, shape)
 
-    def _type(self, span: Span) -> tuple[int | None, tuple[int | str | None, ...] | None]:
+    def _annotation(self, span: Span) -> None:
+        """A TensorAnnotation is read for its form: its numbers are in the graph, too."""
+        known = {1: BYTES, 2: BYTES}
+        for number, value in self.fields(span, "quantization_annotation", known, frozenset({2})):
+            if number == 2:
+                self.pair(value, "quant_parameter_tensor_names")
+
+    def _type(
+        self, span: Span, depth: int
+    ) -> tuple[int | None, tuple[int | str | None, ...] | None]:
+        """Element type and shape of a TypeProto; of a list of tensors or an optional one, neither."""
+        if depth > MAX_DEPTH:
+            raise self.fail("type", f"at most {MAX_DEPTH} types in each other", "more")
         kind, shape = None, None
         known = dict.fromkeys((1, 4, 5, 6, 7, 8, 9), BYTES)
         for number, value in self.fields(span, "type", known, frozenset()):
+            if number in (4, 9):  # sequence_type, optional_type
+                for _, element in self.fields(value, "type", {1: BYTES}, frozenset()):
+                    self._type(element, depth + 1)
+            if number in (5, 7, 8):
+                raise self.fail("type", "tensors, or lists of them", f"field {number}")
             if number != 1:
                 continue
             for inner, found in self.fields(

@@ -184,6 +184,8 @@ class TensorReader(WireReader):
                         f"external data of {name!r}", "location, offset, length, each once", key
                     )
                 external[key] = text
+            elif number == 16:
+                self.pair(value, "metadata_props")
             elif number == 14:
                 location = value
             elif number in (3, 6):
@@ -281,6 +283,11 @@ class TensorReader(WireReader):
             raise self.fail(
                 where, f"bytes up to {end} in {location}", f"{size} bytes", "download it again"
             )
+        if "length" not in external and end != size:
+            raise self.fail(
+                where, "the length of its data", f"none, and {size - end} more bytes in {location}",
+                "readers differ in where it ends: export the model again",
+            )  # fmt: skip
         self._ranges.setdefault(location, []).append((numbers["offset"], end, name))
         return self.path.parent / location, numbers["offset"]
 

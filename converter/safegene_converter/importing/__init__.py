@@ -1,0 +1,1 @@
+"""Adapters of other tools and other times, made plain: one safetensors file and PEFT's configuration."""
