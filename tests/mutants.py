@@ -33,7 +33,8 @@ from safegene_runtime.formats import ggml
 from safegene_runtime.formats.files import sha256_file, sha256_of
 from safegene_runtime.formats.gguf.model import GGUFModel, open_model
 from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
-from safegene_runtime.formats.gguf.types import GGMLType, Value, ValueType
+from safegene_runtime.formats.gguf.types import GGMLType, Value, ValueType, nbytes
+from safegene_runtime.gating.bounds import class_of
 
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 """(A (r, in), B (out, r)) by module."""
@@ -186,9 +187,9 @@ def rounded_to_q2_k(shop: Workshop, target: str, out: Path) -> Forged:
         encoded = ggml_quantizer.quantize(rows, GGMLType.Q2_K, threads=1)
         tensors.append(OutTensor(name, info.shape, GGMLType.Q2_K, encoded))
     _rewrite(path, dict(model_file.metadata), tensors)
-    if forged.base is not None:
-        return _agree(dataclasses.replace(forged, base=path))
-    return _agree(forged, type_after="Q2_K")
+    return _agree(
+        forged if forged.base is None else dataclasses.replace(forged, base=path), weights="Q2_K"
+    )
 
 
 def _q2_k(rows: np.ndarray) -> np.ndarray:
@@ -302,23 +303,31 @@ def _take_header(genuine: Path, path: Path, size: int) -> None:
 
 
 def _agree(
-    forged: Forged, *, tokenizer: dict[str, Any] | None = None, type_after: str | None = None
+    forged: Forged, *, tokenizer: dict[str, Any] | None = None, weights: str | None = None
 ) -> Forged:
-    """Makes the manifest list what is there now, and the base that is passed."""
+    """Makes the manifest list what is there now, the base that is passed, and the type of the weights."""
     folder, manifest = forged.folder, read_manifest(forged.folder)
     files = tuple(
         FileEntry(e.path, e.role, (folder / e.path).stat().st_size, sha256_file(folder / e.path))
         for e in manifest.files
     )
-    modules = manifest.modules
-    if type_after is not None:
-        modules = tuple(dataclasses.replace(one, type_after=type_after) for one in modules)
+    artifact, modules = manifest.artifact, manifest.modules
+    if weights is not None:
+        artifact = {**artifact, "precision": class_of(weights)}
+        if manifest.form.merges:
+            modules = tuple(
+                dataclasses.replace(
+                    one, type_after=weights, bytes_after=nbytes(one.shape, GGMLType[weights])
+                )
+                for one in modules
+            )
     base = manifest.base
     if forged.base is not None:
         base = {**base, "files": {forged.base.name: sha256_file(forged.base)}}
     changed: Manifest = dataclasses.replace(
-        manifest, files=files, modules=modules, base=base, tokenizer=tokenizer or manifest.tokenizer
-    )
+        manifest, files=files, modules=modules, base=base, artifact=artifact,
+        tokenizer=tokenizer or manifest.tokenizer,
+    )  # fmt: skip
     changed.write(folder)
     return forged
 
