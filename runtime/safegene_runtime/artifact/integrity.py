@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safegene_runtime.architecture.table import arithmetic_of
+from safegene_runtime.artifact.changed import with_tensors
 from safegene_runtime.artifact.forms import ONNX
 from safegene_runtime.artifact.manifest import Manifest, ModuleEntry, check_files
 from safegene_runtime.artifact.provenance import check_provenance
@@ -54,7 +55,10 @@ def check_integrity(
     """
     total = sum(entry.size_bytes for entry in manifest.files)
     step = counted(tell, "hashing the artifact", total)
-    check_files(manifest, folder, step, files)
+    try:
+        check_files(manifest, folder, step, files)
+    except ManifestError as error:
+        raise with_tensors(error, manifest, folder) from error
     # without one it serves, and does not verify: what it was verified against is in the manifest
     if record is not None:
         _check_same_adapter(manifest, folder, record)
