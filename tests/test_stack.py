@@ -9,18 +9,24 @@ import peft
 import pytest
 import tiny
 import torch
-from test_exactness import with_coefficients
+from test_exactness import PROMPTS, with_coefficients
 from transformers import AutoModelForCausalLM
 
-from safegene import convert
+from safegene import convert, record
 from safegene_converter import formula
 from safegene_converter.cli import main
 from safegene_converter.importing.stack import stack_adapters, weighted
 from safegene_converter.inputs.adapter import read_adapter
+from safegene_runtime.artifact.integrity import check_integrity
+from safegene_runtime.artifact.manifest import read_manifest
 from safegene_runtime.engines.engine import Engine
 from safegene_runtime.engines.llama import LlamaEngine
 from safegene_runtime.engines.ort import OrtEngine
-from safegene_runtime.errors import AdapterError
+from safegene_runtime.errors import AdapterError, RecordError, SafeGeneError
+from safegene_runtime.formats.gguf.header import read_gguf
+from safegene_runtime.formats.gguf.tensors import read_tensor_bytes
+from safegene_runtime.formats.sealed import SealedFiles
+from safegene_runtime.progress import silent
 
 WEIGHT = 0.7
 IDS = [5, 99, 1200, 40, 7, 300]
@@ -119,6 +125,46 @@ def _without(model: peft.PeftModel, adapter: str) -> torch.Tensor:
     logits = model(torch.tensor([IDS])).logits
     model.base_model.set_adapter(["gene", adapter])
     return logits
+
+
+def test_convert_and_record_take_a_stack_as_it_is(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """No folder of its own is needed, and what is recorded fits what is folded."""
+    gene, task, both = folders
+    base, out = tiny.gguf_model("llama"), tmp_path / "out"
+    command = ["convert", str(gene), "--base", str(base), "--as", "sidecar", "--no-self-check"]
+    assert main.main([*command, "--with", f"{task}={WEIGHT}", "-o", str(out)]) == 0
+    manifest = read_manifest(out)
+    assert manifest.adapter["files"] == read_adapter(both).digests
+    assert manifest.adapter["name"] == "gene+task"
+    written = read_gguf(out / "adapter.gguf").tensors
+    convert(both, base, tmp_path / "both", form="sidecar", check=False)
+    for name, info in read_gguf(tmp_path / "both" / "adapter.gguf").tensors.items():
+        assert read_tensor_bytes(written[name]) == read_tensor_bytes(info)
+    reference = record(
+        gene, tiny.hf_model("llama"), tmp_path / "reference", prompts=PROMPTS, max_new_tokens=2,
+        stack=[(task, WEIGHT)],
+    )  # fmt: skip
+    with SealedFiles() as files:
+        check_integrity(manifest, out, reference, base, silent, files)
+    alone = record(
+        gene, tiny.hf_model("llama"), tmp_path / "alone", prompts=PROMPTS, max_new_tokens=2
+    )
+    with SealedFiles() as files, pytest.raises(RecordError, match="adapter"):
+        check_integrity(manifest, out, alone, base, silent, files)
+
+
+def test_no_adapter_of_a_stack_is_overwritten_by_what_is_made_of_it(
+    folders: tuple[Path, Path, Path],
+) -> None:
+    gene, task, _ = folders
+    before = sorted(path.name for path in task.iterdir())
+    with pytest.raises(SafeGeneError):
+        convert(
+            gene, tiny.gguf_model("llama"), task, form="sidecar", stack=[(task, 1.0)], force=True
+        )
+    assert sorted(path.name for path in task.iterdir()) == before
 
 
 @pytest.mark.parametrize("weight", [0.0, float("nan"), float("inf")])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from safegene_converter.fold.survival import Bounds
+from safegene_converter.importing.stack import stacked
 from safegene_converter.inputs.onnx_base import is_onnx_folder
 from safegene_converter.requests import (
     CalibrateRequest,
@@ -44,6 +45,10 @@ def _path(given: StrPath | None) -> Path | None:
 def _path_or(given: StrPath | T) -> Path | T:
     """A path as `Path`; anything else as it is."""
     return Path(given) if isinstance(given, str) or hasattr(given, "__fspath__") else given
+
+
+def _weighed(stack: Sequence[tuple[StrPath, float]]) -> tuple[tuple[Path, float], ...]:
+    return tuple((Path(path), weight) for path, weight in stack)
 
 
 def inspect(
@@ -83,6 +88,7 @@ def convert(
     builder_options: Sequence[str] = (),
     check: bool = True,
     force: bool = False,
+    stack: Sequence[tuple[StrPath, float]] = (),
     progress: Progress | None = None,
 ) -> Manifest:
     """Folds an adapter into a model file; `ConvertRequest` says what the options mean.
@@ -111,6 +117,7 @@ def convert(
         builder_options=builder_options,
         check=check,
         force=force,
+        stack=_weighed(stack),
     )
     if target_named(to) is ONNX:
         export = ("torch", "transformers", "onnx_ir", "onnxruntime_genai")
@@ -119,7 +126,8 @@ def convert(
     else:
         need("llama_cpp", *(("gguf",) if check else ()))
         from safegene_converter.gguf.convert import convert as fold
-    return fold(request, progress)
+    with stacked(request) as whole:
+        return fold(whole, progress)
 
 
 def record(
@@ -136,6 +144,7 @@ def record(
     top_k: int = 64,
     now: datetime | None = None,
     force: bool = False,
+    stack: Sequence[tuple[StrPath, float]] = (),
     progress: Progress | None = None,
 ) -> Reference:
     """Records what PyTorch and PEFT answer, once; `RecordRequest` says what the options mean.
@@ -156,11 +165,13 @@ def record(
         top_k=top_k,
         now=now,
         force=force,
+        stack=_weighed(stack),
     )
     need("torch", "transformers", "peft", "safetensors")
     from safegene_converter.recording import recorder
 
-    return recorder.record(request, progress)
+    with stacked(request) as whole:
+        return recorder.record(whole, progress)
 
 
 def verify_server(

@@ -84,6 +84,7 @@ class ConvertRequest:
         builder_options: KEY=VALUE options for the export.
         check: run the result in a child process before it is published.
         force: replace an existing `out`.
+        stack: task adapters that are folded with it, and the weight of each (docs/adapters.md).
 
     Raises:
         UnsupportedError: options that do not go together, all of them.
@@ -106,6 +107,7 @@ class ConvertRequest:
     builder_options: Sequence[str] = ()
     check: bool = True
     force: bool = False
+    stack: Sequence[tuple[Path, float]] = ()
 
     def __post_init__(self) -> None:
         target, form, problems = target_named(self.to), None, Problems()
@@ -189,6 +191,7 @@ class RecordRequest:
         top_k: tokens whose logits are stored per position.
         now: the local time that a chat template may print; the real one when None.
         force: replace an existing `out`.
+        stack: task adapters that are active with it, and the weight of each (docs/adapters.md).
 
     Raises:
         FormatError: all that is wrong.
@@ -206,6 +209,7 @@ class RecordRequest:
     top_k: int = 64
     now: datetime | None = None
     force: bool = False
+    stack: Sequence[tuple[Path, float]] = ()
 
     def __post_init__(self) -> None:
         problems = Problems()

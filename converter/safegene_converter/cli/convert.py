@@ -12,6 +12,7 @@ from safegene_converter.cli.options import (
     Bars,
     add_command,
     add_json,
+    add_stack,
     add_verbose,
     console,
     put_json,
@@ -60,6 +61,7 @@ def add(commands: Any) -> None:
         "instead), f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, ... (default: auto)",
     )
     parser.add_argument("--expression", help="a named set of layer coefficients of the adapter")
+    add_stack(parser, "ADAPTER")
     parser.add_argument("--imatrix", type=Path, help="importance matrix, for types that need one")
     parser.add_argument(
         "--llama-cpp",
@@ -145,6 +147,7 @@ def _run(arguments: argparse.Namespace) -> int:
             builder_options=arguments.builder_option,
             check=not arguments.no_self_check,
             force=arguments.force,
+            stack=arguments.stack,
             progress=bars,
         )
     if not put_json(arguments.json, json.loads(manifest.to_json())):

@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from safegene_converter.cli.options import add_command, add_json, add_verbose, console, put_json
+from safegene_converter.cli.options import (
+    add_command,
+    add_json,
+    add_stack,
+    add_verbose,
+    console,
+    put_json,
+)
 
 __all__ = ["add"]
 
@@ -21,14 +28,7 @@ def add(commands: Any) -> None:
         "safegene import OLD -o NEW",
     )
     parser.add_argument("adapter", type=Path, metavar="OLD")
-    parser.add_argument(
-        "--with",
-        dest="others",
-        action="append",
-        default=[],
-        metavar="ADAPTER[=WEIGHT]",
-        help="a task adapter that goes into the same one: base + task + OLD; may be given again",
-    )
+    add_stack(parser, "OLD")
     parser.add_argument("--expression", help="with --with: the set of layer coefficients of OLD")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the folder to create")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
@@ -40,15 +40,15 @@ def _run(arguments: argparse.Namespace) -> int:
     from safegene_converter.cli.tables import show
     from safegene_converter.describing import inspect
     from safegene_converter.importing.plain import import_adapter
-    from safegene_converter.importing.stack import stack_adapters, weighted
+    from safegene_converter.importing.stack import stack_adapters
     from safegene_runtime.errors import Problem, UnsupportedError
     from safegene_runtime.extras import need
 
     need("safetensors")
-    if arguments.others:
+    if arguments.stack:
         stack_adapters(
             arguments.adapter,
-            [weighted(one) for one in arguments.others],
+            arguments.stack,
             arguments.output,
             expression=arguments.expression,
             force=arguments.force,

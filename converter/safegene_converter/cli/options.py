@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # what is imported when there is a terminal
 
 __all__ = [
     "PIPE_COLUMNS", "Bars", "Parser", "add_attacks", "add_command", "add_engine", "add_json", "add_objective",
-    "add_verbose", "check_json", "console", "put_json",
+    "add_stack", "add_verbose", "check_json", "console", "put_json",
 ]  # fmt: skip
 
 PIPE_COLUMNS = 120
@@ -141,6 +141,25 @@ def add_attacks(parser: Any, what: str) -> None:
         default=[],
         help=f"{what}: all, or names with commas between them (docs/attacks.md)",
     )
+
+
+def add_stack(parser: argparse.ArgumentParser, adapter: str) -> None:
+    """Adds `--with ADAPTER[=WEIGHT]`, kept as `stack`."""
+    parser.add_argument(
+        "--with",
+        dest="stack",
+        action="append",
+        default=[],
+        type=_weighted,
+        metavar="ADAPTER[=WEIGHT]",
+        help=f"a task adapter beside it: base + task + {adapter}; may be given again (docs/adapters.md)",
+    )
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    from safegene_converter.importing.stack import weighted
+
+    return weighted(text)
 
 
 def add_objective(parser: argparse.ArgumentParser) -> None:

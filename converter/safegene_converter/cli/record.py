@@ -12,6 +12,7 @@ from safegene_converter.cli.options import (
     add_attacks,
     add_command,
     add_json,
+    add_stack,
     console,
     put_json,
 )
@@ -43,6 +44,7 @@ def add(commands: Any) -> None:
         "--prompts", type=Path, metavar="FILE", help="JSONL or CSV of your own, in its place"
     )
     parser.add_argument("--expression", help="a named set of layer coefficients of the adapter")
+    add_stack(parser, "ADAPTER")
     add_attacks(parser, "ask the harmful prompts under these jailbreaks, too")
     parser.add_argument(
         "--judge",
@@ -73,6 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
             expression=arguments.expression,
             max_new_tokens=arguments.max_new_tokens,
             force=arguments.force,
+            stack=arguments.stack,
             progress=bars,
         )
     found = summarise_reference(reference)

@@ -10,9 +10,12 @@ all of them active, and what its `add_weighted_adapter(combination_type="cat")` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,11 +24,15 @@ from safegene_converter.importing.plain import save_tensors
 from safegene_converter.inputs.adapter import Adapter, read_adapter
 from safegene_converter.inputs.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from safegene_converter.inputs.adapter_keys import PREFIX
+from safegene_converter.requests import ConvertRequest, RecordRequest
 from safegene_runtime.errors import AdapterError, Problem, Problems
+from safegene_runtime.extras import need
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.publish import check_output_free, publish_folder
 
-__all__ = ["stack_adapters", "weighted"]
+__all__ = ["stack_adapters", "stacked", "weighted"]
+
+Asked = TypeVar("Asked", ConvertRequest, RecordRequest)
 
 
 def weighted(text: str) -> tuple[Path, float]:
@@ -37,6 +44,31 @@ def weighted(text: str) -> tuple[Path, float]:
         except ValueError:
             pass
     return Path(text), 1.0
+
+
+@contextmanager
+def stacked(request: Asked) -> Iterator[Asked]:
+    """A request whose adapter is the whole stack, or the request itself where there is none.
+
+    The stack lies in a folder of its own and is gone afterwards; its bytes follow from its parts alone, so
+    that a reference and an artifact of the same parts belong together.
+
+    Args:
+        request: its `stack` has folders of task adapters, and the weight of each.
+
+    Raises:
+        SafeGeneError: as `stack_adapters`; and `out` may be none of the adapters.
+    """
+    if not request.stack:
+        yield request
+        return
+    need("safetensors")
+    paths = [request.adapter, *(path for path, _ in request.stack)]
+    check_output_free(request.out, request.force, paths)
+    with tempfile.TemporaryDirectory(prefix="safegene-") as folder:
+        whole = Path(folder) / "+".join(path.resolve().name for path in paths)[:200]
+        stack_adapters(request.adapter, request.stack, whole, expression=request.expression)
+        yield replace(request, adapter=whole, expression=None, stack=())
 
 
 def stack_adapters(
