@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -68,12 +68,13 @@ def test_a_folder_is_converted_proved_and_folded(family: str, tmp_path: Path) ->
         assert "past the sliding window of 32" in proof["why"]
 
 
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
 def test_a_base_that_nothing_speaks_for_is_not_converted_without_its_proof(
-    tmp_path: Path,
+    target: Literal["gguf", "onnx"], tmp_path: Path
 ) -> None:
     adapter = tiny.peft_adapter("granite", tmp_path / "adapter")
     with pytest.raises(BaseModelError, match="only running the base shows"):
-        convert(adapter, tiny.whole_hf_model("granite"), tmp_path / "out", check=False)
+        convert(adapter, tiny.whole_hf_model("granite"), tmp_path / "out", to=target, check=False)
     assert not (tmp_path / "out").exists()
 
 

@@ -30,6 +30,7 @@ from safegene_converter.bases.onnx_source import (
 from safegene_converter.fold.hashing import digesting
 from safegene_converter.inputs.adapter import read_adapter
 from safegene_converter.inputs.base import Base
+from safegene_converter.inputs.consumed import check_proved
 from safegene_converter.inputs.onnx_base import OnnxBase, open_onnx_base
 from safegene_converter.inputs.onnx_proto import load_proto
 from safegene_converter.onnx.branch import branch, slot_entries, slot_names, write_adapter
@@ -93,6 +94,8 @@ def convert(request: ConvertRequest, progress: Progress | None = None) -> Manife
     )
     source = open_source(base_path, export)
     check_source_fits(adapter, source)
+    if isinstance(source, Base) and source.config is not None:
+        check_proved(source.config, request.check)
     if request.check:
         _check_runnable(source, export)
     kept = source.model.files if isinstance(source, OnnxBase) else ()  # an export's size is unknown
