@@ -203,8 +203,11 @@ def coefficients_ignored(demo: Path, out: Path) -> tuple[Path, Path | None]:
     base = find_smollm2()
     convert(find_adapter(), base, out / "at-one", form="sidecar", expression="default", check=False)
     genuine = read_manifest(demo / "merged-into-q4_1").adapter  # what it is passed off as
-    digest = Value(ValueType.STRING, adapter_digest(genuine["files"]), None)
-    return rewritten(out / "at-one", out / "forged", {ADAPTER_KEY: digest}, genuine), base
+    stated = {
+        ADAPTER_KEY: adapter_digest(genuine["files"]), "safegene.expression": genuine["expression"],
+    }  # fmt: skip
+    keys = {key: Value(ValueType.STRING, text, None) for key, text in stated.items()}
+    return rewritten(out / "at-one", out / "forged", keys, genuine), base
 
 
 def base_served(demo: Path, out: Path) -> tuple[Path, Path | None]:
