@@ -57,6 +57,7 @@ def cut_gguf(source: Path, out: Path, types: tuple[GGMLType, ...] = (GGMLType.F3
         kind = types[len(tensors) % len(types)] if weights.ndim == 2 else GGMLType.F32
         data = weights.astype({GGMLType.F16: np.float16}.get(kind, np.float32)).tobytes()
         tensors.append(OutTensor(name, weights.shape, kind, data))
+    out.unlink(missing_ok=True)  # of a run that was stopped before its seeds were made
     write_gguf(out, metadata, tensors)
 
 
