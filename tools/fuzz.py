@@ -365,7 +365,7 @@ def main() -> int:
 
 def fuzzed(options: argparse.Namespace, folder: Path, version: str | None) -> int:
     """One run in a folder that is ours; prints its line, and returns the exit code."""
-    if not (folder / "seeds").is_dir():
+    if not any((folder / "seeds").glob("*")):
         command = [
             sys.executable,
             str(TOOLS / "fuzz_seeds.py"),
