@@ -17,7 +17,6 @@ from tiny_architectures import SURVEYED
 
 from safegene import convert, record
 from safegene_converter.inputs.base import open_base
-from safegene_converter.inputs.weight_map import placements
 from safegene_runtime.architecture.row_order import Transform
 from safegene_runtime.architecture.table import TABLE, architecture_of_config
 from safegene_runtime.errors import BaseModelError
@@ -26,6 +25,7 @@ from safegene_runtime.gating.bounds import bounds_for
 sys.path.append(str(tiny.REPOSITORY / "tools"))
 
 import survey
+from weight_map import placements
 
 
 @pytest.mark.parametrize("family", SURVEYED)

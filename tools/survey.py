@@ -4,7 +4,7 @@
     python tools/survey.py --check    # exit 1 if it is not what the models say
 
 Tiny models are those of tests/tiny_architectures.py (SURVEYED). Each linear module of a block is looked for
-in the GGUF, number by number (`safegene_converter.inputs.weight_map`); a module that is not one whole tensor,
+in the GGUF, number by number (weight_map.py); a module that is not one whole tensor,
 with its rows moved in a way that has a name, is left out of the row and named on stderr. Then PyTorch and
 llama.cpp answer with each plain model: where they are farther apart than float32 explains, the row says how
 far.
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / part) for part in ("tests", "converter", "runtime")]
+sys.path[:0] = [str(ROOT / part) for part in ("tools", "tests", "converter", "runtime")]
 
 import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from tiny_architectures import SURVEYED  # noqa: E402
+from weight_map import Weight, read_map  # noqa: E402
 
-from safegene_converter.inputs.weight_map import Weight, read_map  # noqa: E402
 from safegene_runtime.architecture import table  # noqa: E402
 from safegene_runtime.formats.gguf.model import open_model  # noqa: E402
 from safegene_runtime.formats.gguf.tensors import read_tensor_bytes  # noqa: E402

@@ -271,9 +271,8 @@ def gguf_side(model: GGUFModel) -> tuple[Asked, str]:
     kinds = {info.type for info in model.tensors.values()}
     elements = sum(math.prod(info.shape) for info in model.tensors.values())
     copied = kinds != {GGMLType.F32} and 4 * elements <= F32_BYTES
-    precision = model_precision(model)
-    if copied:
-        precision = arithmetic_of(model.get("general.architecture"))
+    architecture = model.get("general.architecture")
+    precision = arithmetic_of(architecture) if copied else model_precision(model)
     side = _child(
         "safegene_converter.bases.proof", model.shards[0].path, "llama.cpp", copied=copied
     )

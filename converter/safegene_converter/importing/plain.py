@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from safegene_converter.inputs.adapter_keys import PREFIX, WRAPPERS
 from safegene_converter.inputs.safegene_json import SAFEGENE_NAME
 from safegene_converter.inputs.safetensors_reader import read_safetensors
 from safegene_runtime.child import deadline_for, run_job
-from safegene_runtime.errors import AdapterError, FormatError, Problem, Problems
+from safegene_runtime.errors import AdapterError, FormatError, Problems
 from safegene_runtime.formats import strictjson
 from safegene_runtime.formats.files import read_small_file
 from safegene_runtime.formats.publish import check_output_free, publish_folder
@@ -163,17 +163,7 @@ def _renamed(tensors: Mapping[str, Any], where: str, problems: Problems) -> Tens
         if name in found:
             problems.add(where, key, "one tensor of this name", "two", "save one adapter")
         found[name] = values
-    _check_one(adapters, where, problems)
+    if len(adapters) > 1:
+        got = ", ".join(sorted(adapters))
+        problems.add(where, "tensors", "those of one adapter", got, "save one of them")
     return found
-
-
-def _check_one(adapters: Iterable[str], where: str, problems: Problems) -> None:
-    names = sorted(adapters)
-    if len(names) > 1:
-        problems.extend(
-            [
-                Problem(
-                    where, "tensors", "those of one adapter", ", ".join(names), "save one of them"
-                )
-            ]
-        )

@@ -13,7 +13,6 @@ That a name is read does not mean that it is read right: `bases.proof` compares 
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -262,15 +261,13 @@ def _check_layer_types(
 def window_of(config: Mapping[str, Any]) -> int | None:
     """How many tokens, itself included, a token sees in the layers that see fewest; None for all."""
     kind = _class(config)
-    if not kind.listed:
-        kind = dataclasses.replace(
-            kind, window="use_sliding_window" if "use_sliding_window" in config else ""
-        )
-        config = {"sliding_window": None, **config}
-    if kind.window is None or (kind.window and not config.get(kind.window)):
+    switch, default = kind.window, _WINDOW if kind.listed else None
+    if not kind.listed:  # what it does by default is not known: only what it says
+        switch = "use_sliding_window" if "use_sliding_window" in config else ""
+    if switch is None or (switch and not config.get(switch)):
         return None
-    window = config.get("sliding_window", _WINDOW)
-    if kind.window and window is not None:
+    window = config.get("sliding_window", default)
+    if switch and window is not None:
         layers = config["num_hidden_layers"]
         types = config.get("layer_types") or [
             "sliding_attention"

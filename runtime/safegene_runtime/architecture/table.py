@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
 from safegene_runtime.architecture.row_order import OrderKind, Transform
@@ -269,7 +269,7 @@ class Architecture:
 
 def _surveyed() -> Iterator[Architecture]:
     """The rows of surveyed.json."""
-    stored = files(__package__).joinpath("surveyed.json").read_text(encoding="utf-8")
+    stored = Path(__file__).with_name("surveyed.json").read_text(encoding="utf-8")
     for name, row in json.loads(stored).items():
         classes = tuple(
             ModelClass(model_class, model_type, listed=False)
